@@ -1,0 +1,150 @@
+"""From rows on disk to batches: global example numbers, carried windows, padding.
+
+Every row that is drawn carries a number that is unique over the run (row and epoch), so that whatever is random about
+an example depends on nothing but that number and the seed.
+"""
+
+import zlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+
+class IndexedExamples(Dataset):
+    """Rows under global example numbers: number `i` is row `i % len(rows)` in epoch `i // len(rows)`."""
+
+    def __init__(self, rows: Sequence[dict]):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        return {**self.rows[index % len(self.rows)], "example_ids": index}
+
+
+class EpochSampler(Sampler):
+    """A permutation of the rows an epoch, from (seed, epoch), as global example numbers."""
+
+    def __init__(self, num_rows: int, seed: int):
+        self.num_rows, self.seed, self.epoch = num_rows, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_rows)
+        return iter((self.epoch * self.num_rows + order).tolist())
+
+
+class CarriedWindows(Dataset):
+    """Rows read as parallel streams of consecutive windows, for truncated BPTT with a carried memory.
+
+    Example `i` is the window of stream `i % num_streams` at step `i // num_streams`. A stream reads a row from its
+    first token to its last, one window a step, then another row from `m_0`. Streams start staggered, so that rows end
+    at different steps.
+
+    Args:
+        rows: of equal length `n * window + 1` tokens.
+        num_streams: examples of one optimiser step, all ranks together.
+        window: transitions a window.
+        num_steps: optimiser steps of the run.
+        seed: of the order of the rows.
+
+    Raises:
+        ValueError: rows of another length.
+    """
+
+    def __init__(self, rows: Sequence[dict], num_streams: int, window: int, num_steps: int, seed: int):
+        length = len(rows[0]["input_ids"]) - 1
+        if length < window or length % window:
+            raise ValueError(
+                f"rows of {length + 1} tokens cannot be read in windows of {window} transitions: they must hold a "
+                f"multiple of {window}, plus one."
+            )
+        self.rows, self.num_streams, self.window, self.num_steps = rows, num_streams, window, num_steps
+        self.windows_a_row = length // window
+        self.seed = seed
+        self._open: dict[int, tuple[int, np.ndarray]] = {}
+
+    def __len__(self) -> int:
+        return self.num_streams * self.num_steps
+
+    def _row_of(self, turn: int) -> int:
+        epoch, place = divmod(turn, len(self.rows))
+        if getattr(self, "_order_epoch", None) != epoch:
+            self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
+            self._order_epoch = epoch
+        return int(self._order[place])
+
+    def __getitem__(self, index: int) -> dict:
+        step, stream = divmod(index, self.num_streams)
+        at = step + stream * self.windows_a_row // self.num_streams
+        turn, window = divmod(at, self.windows_a_row)
+        number = turn * self.num_streams + stream
+        if self._open.get(stream, (None,))[0] != number:
+            row = self.rows[self._row_of(number)]
+            if len(row["input_ids"]) != self.windows_a_row * self.window + 1:
+                raise ValueError("rows to be read with a carried memory must all have the same number of tokens.")
+            self._open[stream] = (number, np.asarray(row["input_ids"]))
+        tokens = self._open[stream][1][window * self.window : (window + 1) * self.window + 1]
+        fresh = window == 0 or step == 0
+        labels = tokens.copy()
+        if not fresh:
+            labels[0] = -100  # the window before has predicted it
+        return {
+            "input_ids": tokens,
+            "labels": labels,
+            "example_ids": index,
+            "stream_ids": stream,
+            "is_fresh": fresh,
+        }
+
+
+def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
+    """Batch rows of `input_ids`, and `attention_mask`, `labels`, `document_ids` where they have them.
+
+    Rows of different lengths are padded at the end (token 0, mask 0, label -100). Rows without `example_ids` get them
+    from their content.
+
+    Raises:
+        ValueError: a row with fewer than two tokens, which holds no transition.
+    """
+    lengths = [len(example["input_ids"]) for example in examples]
+    if min(lengths) < 2:
+        raise ValueError("a training row needs at least two tokens: one to read and one to predict.")
+    longest = max(lengths)
+
+    def padded(name, fill):
+        rows = np.full((len(examples), longest), fill, dtype=np.int64)
+        for row, example in zip(rows, examples):
+            row[: len(example[name])] = example[name]
+        return torch.from_numpy(rows)
+
+    batch = {"input_ids": padded("input_ids", 0)}
+    if "attention_mask" in examples[0]:
+        batch["attention_mask"] = padded("attention_mask", 0)
+    elif min(lengths) != longest:
+        batch["attention_mask"] = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
+    if "labels" in examples[0]:
+        batch["labels"] = padded("labels", -100)
+    elif "attention_mask" in batch:
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    else:
+        batch["labels"] = batch["input_ids"].clone()
+    if "document_ids" in examples[0]:
+        batch["document_ids"] = padded("document_ids", -1)
+    if "example_ids" in examples[0]:
+        batch["example_ids"] = torch.tensor([example["example_ids"] for example in examples])
+    else:
+        contents = (np.asarray(example["input_ids"], dtype=np.int64).tobytes() for example in examples)
+        batch["example_ids"] = torch.tensor([zlib.crc32(content) for content in contents])
+    for name in ("stream_ids", "is_fresh"):
+        if name in examples[0]:
+            batch[name] = torch.tensor([example[name] for example in examples])
+    return batch

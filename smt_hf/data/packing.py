@@ -1,0 +1,120 @@
+"""From documents to rows of tokens: the byte tokenizer, tokenisation, packing."""
+
+import numpy as np
+from datasets import Dataset, Features, Sequence, Value, interleave_datasets
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+_TOKENS = Features({"input_ids": Sequence(Value("int32"))})
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token a byte: token id = byte value, `<|endoftext|>` = 256, `<|pad|>` = 257.
+
+    A plain `PreTrainedTokenizerFast`, so that `AutoTokenizer.from_pretrained` needs no custom code.
+    """
+    vocabulary = {character: byte for byte, character in bytes_to_unicode().items()}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="<|pad|>",
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def tokenize(documents: Dataset, tokenizer) -> Dataset:
+    """`text` -> `input_ids`, a row a document, with the end-of-text token at its end. Cached on disk by `datasets`.
+
+    Raises:
+        ValueError: the tokenizer has no end-of-text token to put between documents.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no `eos_token`, which goes between documents: set one before training.")
+    return documents.map(
+        _tokenize_batch,
+        batched=True,
+        batch_size=100,
+        fn_kwargs={"tokenizer": tokenizer},
+        remove_columns=documents.column_names,
+        features=_TOKENS,
+        desc="tokenizing",
+    )
+
+
+def _tokenize_batch(batch, tokenizer):
+    encoded = tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return {"input_ids": [ids + [tokenizer.eos_token_id] for ids in encoded["input_ids"]]}
+
+
+def pack(documents: Dataset, context_length: int, document_start_fraction: float = 0.0, seed: int = 0) -> Dataset:
+    """Rows of `context_length + 1` tokens, cut from the documents one after the other.
+
+    Neighbouring rows share one token: the last of a row is only predicted, the next row reads it. Cached on disk.
+
+    Args:
+        documents: as from `tokenize`.
+        context_length: transitions a row.
+        document_start_fraction: share of rows that start where a document starts, so that the memory of the empty
+            prefix is also trained on beginnings.
+        seed: of the mix.
+
+    Raises:
+        ValueError: the text is shorter than one row.
+    """
+    documents = documents.with_format("numpy")
+
+    def rows(at_starts: bool) -> Dataset:
+        return documents.map(
+            _pack_batch,
+            batched=True,
+            batch_size=1000,
+            fn_kwargs={"context_length": context_length, "at_starts": at_starts},
+            features=_TOKENS,
+            desc=f"packing to {context_length} + 1 tokens",
+        ).with_format("numpy")
+
+    blocks = rows(at_starts=False)
+    if not len(blocks):
+        raise ValueError(
+            f"the text is shorter than one training row of {context_length + 1} tokens: bring more text or set a "
+            "smaller `context_length`."
+        )
+    if document_start_fraction > 0:
+        starts = rows(at_starts=True)
+        if len(starts):
+            shares = [1 - document_start_fraction, document_start_fraction]
+            blocks = interleave_datasets([blocks, starts], shares, seed, stopping_strategy="all_exhausted")
+    return blocks
+
+
+def _pack_batch(batch, context_length: int, at_starts: bool):
+    tokens = np.concatenate(batch["input_ids"])
+    if at_starts:
+        begins = np.cumsum([0, *(len(ids) for ids in batch["input_ids"][:-1])])
+    else:
+        begins = np.arange(0, len(tokens), context_length)
+    begins = begins[begins + context_length < len(tokens)]
+    return {"input_ids": tokens[begins[:, None] + np.arange(context_length + 1)].astype(np.int32)}
+
+
+def heldout_streams(documents: Dataset, num_streams: int, length: int) -> np.ndarray:
+    """Equally long, equally spaced pieces of the held-out text, `(num_streams, length + 1)` tokens, int64.
+
+    Fewer or shorter ones where the text is too short; neighbouring pieces then overlap no more than they must.
+
+    Raises:
+        ValueError: fewer than two tokens are held out.
+    """
+    tokens = np.concatenate(documents.with_format("numpy")["input_ids"][:])
+    if len(tokens) < 2:
+        raise ValueError("the held-out text has fewer than two tokens: bring more text or a `validation_file`.")
+    length = min(length, len(tokens) - 1)
+    num_streams = max(1, min(num_streams, (len(tokens) - 1) // length))
+    begins = np.linspace(0, len(tokens) - length - 1, num_streams).astype(np.int64)
+    return tokens[begins[:, None] + np.arange(length + 1)].astype(np.int64)

@@ -1,0 +1,98 @@
+"""Interpolated n-gram models of bytes: the yardstick of every table.
+
+Witten-Bell interpolation (Bell, Cleary & Witten 1990): a context that was followed by many different bytes trusts the
+shorter context more.
+"""
+
+import math
+
+import numpy as np
+
+NUM_SYMBOLS = 257  # bytes and the end of a document
+END_OF_DOCUMENT = 256
+
+
+def document_symbols(texts: list[str]) -> np.ndarray:
+    """Bytes of all documents, each followed by `END_OF_DOCUMENT`; `(N,)` int64."""
+    parts = []
+    for text in texts:
+        parts.append(np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64))
+        parts.append(np.array([END_OF_DOCUMENT], dtype=np.int64))
+    return np.concatenate(parts)
+
+
+def stream_symbols(tokenizer, streams: np.ndarray) -> list[np.ndarray]:
+    """Held-out token streams `(B, L)` as symbols, a sequence a stream."""
+    if len(tokenizer) - len(tokenizer.all_special_ids) == 256:
+        return [np.minimum(row, END_OF_DOCUMENT) for row in streams]
+    texts = tokenizer.batch_decode(streams, skip_special_tokens=True)
+    return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) for text in texts]
+
+
+class NGramModel:
+    """Counts of all contexts up to `max_context` symbols.
+
+    Args:
+        symbols: `(N,)`, the training text.
+        max_context: longest context, at most 6 (a context and its successor must fit 63 bits).
+    """
+
+    def __init__(self, symbols: np.ndarray, max_context: int = 3):
+        self.max_context = max_context
+        self.tables = [_Table(symbols, context) for context in range(max_context + 1)]
+
+    def bits_per_byte(self, sequences: list[np.ndarray], context: int) -> float:
+        """Mean bits of every symbol but the first of each sequence, with `context` symbols of context (less at the
+        beginning of a sequence)."""
+        total, count = 0.0, 0
+        for sequence in sequences:
+            probability = np.full(len(sequence) - 1, 1 / NUM_SYMBOLS)
+            for order in range(context + 1):
+                table = self.tables[order]
+                first = max(order - 1, 0)  # the first predicted symbol that has so much context
+                grams = _grams(sequence, order + 1)[max(1 - order, 0) :]
+                joint, followers, seen = table.look_up(grams)
+                shorter = probability[first:]
+                probability[first:] = np.where(
+                    seen > 0, (joint + followers * shorter) / np.maximum(seen + followers, 1), shorter
+                )
+            total -= np.log2(probability).sum()
+            count += len(probability)
+        return float(total / max(count, 1))
+
+
+def uniform_bits() -> float:
+    """Bits a byte of knowing nothing."""
+    return math.log2(NUM_SYMBOLS)
+
+
+def _grams(symbols: np.ndarray, length: int) -> np.ndarray:
+    """All runs of `length` symbols as numbers, oldest symbol highest."""
+    number = np.zeros(max(len(symbols) - length + 1, 0), dtype=np.int64)
+    for offset in range(length):
+        number = number * NUM_SYMBOLS + symbols[offset : offset + len(number)]
+    return number
+
+
+class _Table:
+    """Counts of contexts of one length, and of what followed them."""
+
+    def __init__(self, symbols: np.ndarray, context: int):
+        self.grams, self.gram_counts = np.unique(_grams(symbols, context + 1), return_counts=True)
+        contexts, begins = np.unique(self.grams // NUM_SYMBOLS, return_index=True)
+        self.contexts = contexts
+        self.followers = np.diff([*begins, len(self.grams)])
+        self.context_counts = np.add.reduceat(self.gram_counts, begins)
+
+    def look_up(self, grams: np.ndarray):
+        """Counts of the grams, of different followers of their contexts, and of their contexts."""
+        return (
+            _counts_at(self.grams, self.gram_counts, grams),
+            _counts_at(self.contexts, self.followers, grams // NUM_SYMBOLS),
+            _counts_at(self.contexts, self.context_counts, grams // NUM_SYMBOLS),
+        )
+
+
+def _counts_at(keys: np.ndarray, counts: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    places = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    return np.where(keys[places] == wanted, counts[places], 0)

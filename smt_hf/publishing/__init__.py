@@ -1,0 +1,1 @@
+"""Figures, exports and model cards, made from the numbers of a run."""

@@ -1,0 +1,46 @@
+"""The model card: one template, filled from `eval_results.json`."""
+
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+_TEMPLATE = Path(__file__).with_name("model_card_template.md")
+
+
+def student_card(student, results: dict) -> ModelCard:
+    """Card of an exported student.
+
+    Args:
+        student: the model, for its sizes.
+        results: the content of `eval_results.json`: every number of the card comes from it.
+    """
+    arm = results["arms"][results["student_arm"]]
+    data = results["data"]
+    card_data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license="apache-2.0",
+        tags=["smt", "recurrent", "custom_code", results["student_arm"]],
+        model_name=f"smt_recurrent {results['student_arm']}",
+        eval_results=[
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=data["hash"],
+                dataset_name=f"{data['name']}, held out",
+                metric_type=name,
+                metric_name=label,
+                metric_value=round(arm[name], 4),
+            )
+            for name, label in (("bits_per_byte", "bits per byte"), ("accuracy", "next-token accuracy"))
+        ],
+    )
+    rows = sorted(results["arms"].items(), key=lambda entry: entry[1]["bits_per_byte"])
+    return ModelCard.from_template(
+        card_data,
+        template_path=str(_TEMPLATE),
+        results=results,
+        arm=arm,
+        rows=rows,
+        config=student.config,
+        num_parameters=sum(parameter.numel() for parameter in student.parameters()),
+    )

@@ -1,0 +1,7 @@
+"""The recurrent model. The three sibling files travel inside every checkpoint as its custom code."""
+
+from .cache_smt_recurrent import SMTRecurrentCache
+from .configuration_smt_recurrent import SMTRecurrentConfig
+from .modeling_smt_recurrent import SMTRecurrentForCausalLM, SMTRecurrentModel
+
+__all__ = ["SMTRecurrentCache", "SMTRecurrentConfig", "SMTRecurrentForCausalLM", "SMTRecurrentModel"]

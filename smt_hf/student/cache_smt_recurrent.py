@@ -1,0 +1,150 @@
+"""The state of the recurrent student, in the form that `generate()` passes around as `past_key_values`.
+
+Shapes: B sequences, K memory tokens, D width, T tokens of one forward.
+"""
+
+import copy
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class SMTRecurrentStateLayer(CacheLayerMixin):
+    """One memory per sequence and the number of tokens that made it.
+
+    `memory` is `(B, K, D)`, or `None` before the first token: the model then starts from its learned
+    `initial_memory`. Updates are out of place, so gradients flow through a cache that is handed from one forward to
+    the next; call `SMTRecurrentCache.detach_()` to cut them.
+    """
+
+    # Not compileable: generate() would otherwise build 4D attention masks and compile every forward on a GPU.
+    is_compileable = False
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self):
+        super().__init__()
+        self.memory: torch.Tensor | None = None
+        self.cumulative_length = 0
+        self.record_past = False
+        # Memories before and after every token since the last crop, oldest first; None in place of a start from
+        # `initial_memory`. Only filled while `record_past`.
+        self._history: list[torch.Tensor | None] = []
+
+    def lazy_initialization(self, key_states, value_states):
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        raise ValueError("A recurrent state has no keys and values to update; use `update_memory`.")
+
+    def update_memory(self, memories: torch.Tensor) -> None:
+        """Move the state past T tokens.
+
+        Args:
+            memories: `(B, T, K, D)`, the memory after each of the new tokens, padding included.
+        """
+        if self.record_past:
+            if not self._history:
+                self._history.append(self.memory)
+            self._history.extend(memories.unbind(1))
+        self.memory = memories[:, -1]
+        self.cumulative_length += memories.shape[1]
+        self.is_initialized = True
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self.memory is None else self.memory.shape[0]
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included: generate() slices its inputs by this number."""
+        return self.cumulative_length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cumulative_length + query_length, 0
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; 0 only drops the recorded history.
+
+        Raises:
+            ValueError: more tokens than were recorded since `activate_past_recording()` or the last crop.
+        """
+        num_tokens = abs(tokens_to_remove)
+        if num_tokens:
+            if num_tokens >= len(self._history):
+                raise ValueError(
+                    f"Cannot remove {num_tokens} tokens from a recurrent state: {max(len(self._history) - 1, 0)} "
+                    "are on record. Call `cache.activate_past_recording()` before tokens that may have to be removed."
+                )
+            self.memory = self._history[-1 - num_tokens]
+            self.cumulative_length -= num_tokens
+        self._history = []
+
+    def reset(self) -> None:
+        self.memory, self.cumulative_length, self._history, self.is_initialized = None, 0, [], False
+
+    def _map(self, function) -> None:
+        if self.memory is not None:
+            self.memory = function(self.memory)
+        self._history = [memory if memory is None else function(memory) for memory in self._history]
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._map(lambda memory: memory.index_select(0, beam_idx.to(memory.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda memory: memory.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._map(lambda memory: memory[indices.to(memory.device)])
+
+    def offload(self) -> None:
+        self._map(lambda memory: memory.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Nothing to do: the model moves the memory to its own device when it is used."""
+
+    def detach_(self) -> None:
+        self._map(torch.Tensor.detach)
+
+    def __deepcopy__(self, memo):
+        # A state that carries a gradient is no leaf, which copy.deepcopy refuses; a copy of a prompt's state is a
+        # new start anyway.
+        other = type(self)()
+        other.__dict__.update({key: value for key, value in self.__dict__.items() if key not in ("memory", "_history")})
+        clone = lambda memory: memory if memory is None else memory.detach().clone()  # noqa: E731
+        other.memory, other._history = clone(self.memory), [clone(memory) for memory in self._history]
+        memo[id(self)] = other
+        return other
+
+
+class SMTRecurrentCache(Cache):
+    """State of a batch: `layers[0].memory` is `(B, K, D)`, whatever the number of tokens read.
+
+    Made empty, it stands for "nothing read yet". `generate()` reorders, repeats, selects and crops it.
+    """
+
+    def __init__(self):
+        super().__init__(layers=[SMTRecurrentStateLayer()])
+
+    def detach_(self) -> "SMTRecurrentCache":
+        """Cut the gradient between what was read so far and what comes next; returns itself."""
+        for layer in self.layers:
+            layer.detach_()
+        return self
+
+    def __deepcopy__(self, memo):
+        other = type(self)()
+        other.layers = copy.deepcopy(self.layers, memo)
+        return other
+
+
+__all__ = ["SMTRecurrentCache"]

@@ -1,0 +1,8 @@
+"""Who makes memory labels. Every teacher speaks one protocol:
+
+`teacher(input_ids, positions, initial_memory, attention_mask=None, document_ids=None) -> (B, S, K, D)`
+"""
+
+from .causal import SMTTeacherConfig, SMTTeacherEncoder
+
+__all__ = ["SMTTeacherConfig", "SMTTeacherEncoder"]

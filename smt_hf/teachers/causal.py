@@ -1,0 +1,304 @@
+"""The time-parallel teacher: memory labels of all prefixes of a sequence from one causal pass.
+
+Shapes: B sequences, T tokens, S supervised positions, K memory tokens, D width of a memory token (the student's
+`hidden_size`), E width of the teacher, H heads, W sliding window, V vocabulary. A *position* is a number of tokens
+read, 0 .. T. Symbols: arXiv:2606.06479; the labels of all prefixes from one pass are this package's.
+"""
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+
+READOUTS = ("projection", "registers")
+
+
+@strict
+class SMTTeacherConfig(PreTrainedConfig):
+    """Configuration of [`SMTTeacherEncoder`].
+
+    Args:
+        vocab_size: number of tokens [V].
+        hidden_size: width of the encoder [E].
+        intermediate_size: width of the feed-forward layers; `None` means `4 * hidden_size`.
+        num_hidden_layers: causal Transformer blocks.
+        num_attention_heads: must divide `hidden_size` into even head widths (RoPE).
+        sliding_window: tokens that a token sees, itself included [W]. A memory label depends on the last
+            `num_hidden_layers * (sliding_window - 1) + 1` tokens, at any position of any window alike.
+        memory_readout: `"projection"`: a linear map of all layers' states at a position; `"registers"`: K register
+            tokens a position that look at the tokens read.
+        num_memory_tokens, memory_size: shape of a memory [K, D]; must be the student's.
+        hidden_act, rope_theta, rms_norm_eps, initializer_range: as in `SMTRecurrentConfig`.
+
+    Raises:
+        ValueError: a size is out of range, a name unknown, or the heads do not divide the width.
+    """
+
+    model_type = "smt_teacher"
+
+    vocab_size: int = 258
+    hidden_size: int = 96
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    sliding_window: int = 64
+    memory_readout: str = "projection"
+    num_memory_tokens: int = 4
+    memory_size: int = 64
+    hidden_act: str = "gelu"
+    rope_theta: float | int = 10000.0
+    rms_norm_eps: float = 1e-6
+    initializer_range: float | int | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.initializer_range is None:
+            self.initializer_range = (3 * self.hidden_size) ** -0.5
+        self.validate_sizes()
+        super().__post_init__(**kwargs)
+
+    def validate_sizes(self):
+        """Part of `validate()`: refuses sizes that no teacher can be built from."""
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "sliding_window",
+            "num_memory_tokens",
+            "memory_size",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"the teacher's `{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.hidden_size % self.num_attention_heads or (self.hidden_size // self.num_attention_heads) % 2:
+            raise ValueError(
+                f"the teacher's `num_attention_heads` ({self.num_attention_heads}) must divide its `hidden_size` "
+                f"({self.hidden_size}) into heads of an even width (rotary positions)."
+            )
+        if self.memory_readout not in READOUTS:
+            raise ValueError(f"unknown `memory_readout` {self.memory_readout!r}: choose one of {', '.join(READOUTS)}.")
+
+
+def local_causal_attention(queries, keys, values, window: int, document_ids=None) -> torch.Tensor:
+    """Attention of every token to the last `window` tokens of its own document, itself included.
+
+    Cost and memory are linear in T: the sequence is cut into blocks of `window`, each of which looks at itself and
+    the one before.
+
+    Args:
+        queries, keys, values: `(B, H, T, E / H)`.
+        document_ids: `(B, T)` or `None`; tokens of different documents do not see each other.
+
+    Returns:
+        `(B, H, T, E / H)`.
+    """
+    batch, heads, length, width = queries.shape
+    if length <= window and document_ids is None:
+        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+    block = min(window, length)
+    num_blocks = -(-length // block)
+    padded = num_blocks * block
+
+    def blocks(states, with_previous):
+        states = F.pad(states, (0, 0, block if with_previous else 0, padded - length))
+        if with_previous:
+            return states.unfold(2, 2 * block, block).transpose(-1, -2)
+        return states.view(batch, heads, num_blocks, block, width)
+
+    # Key c of block b stands at position (b - 1) * block + c.
+    query_at = torch.arange(padded, device=queries.device).view(num_blocks, block, 1)
+    key_at = query_at[:, :1] - block + torch.arange(2 * block, device=queries.device)
+    mask = (key_at >= 0) & (key_at <= query_at) & (key_at > query_at - window)
+    if document_ids is None:
+        mask = mask[None, None]
+    else:
+        documents = F.pad(document_ids, (block, padded - length), value=-1)
+        same = (
+            documents[:, block:].view(batch, num_blocks, block, 1) == documents.unfold(1, 2 * block, block)[:, :, None]
+        )
+        # A padding query sees itself, so that no row of the softmax is empty.
+        mask = (mask & same)[:, None]
+    mixed = F.scaled_dot_product_attention(blocks(queries, False), blocks(keys, True), blocks(values, True), mask)
+    return mixed.reshape(batch, heads, padded, width)[:, :, :length]
+
+
+class SMTTeacherBlock(nn.Module):
+    def __init__(self, config: SMTTeacherConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.window = config.sliding_window
+        self.theta = config.rope_theta
+        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        assert config.intermediate_size is not None  # filled in by the configuration
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def heads_of(self, states, position_ids):
+        """`(B, ..., E)`, positions `(B, ...)` or broadcastable -> rotated q and k, plain v, `(B, ..., H, E / H)`."""
+        queries, keys, values = (
+            self.qkv_proj(self.attention_norm(states)).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        )
+        frequencies = self.theta ** -(
+            torch.arange(0, self.head_dim, 2, device=states.device, dtype=torch.float32) / self.head_dim
+        )
+        angles = (position_ids[..., None] * frequencies)[..., None, :]
+        cos, sin = angles.cos().to(states.dtype), angles.sin().to(states.dtype)
+
+        def rotate(heads):
+            first, second = heads.chunk(2, dim=-1)
+            return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+        return rotate(queries), rotate(keys), values
+
+    def after_attention(self, states, mixed):
+        states = states + self.o_proj(mixed.flatten(-2))
+        return states + self.down_proj(self.activation(self.up_proj(self.mlp_norm(states))))
+
+    def forward(self, tokens, registers=None, positions=None, visible=None, document_ids=None):
+        """One block over the tokens and, if there are any, the registers.
+
+        Args:
+            tokens: `(B, T, E)`.
+            registers: `(B, S, K, E)`, the K registers of each supervised position.
+            positions: `(B, S)`, tokens read at each.
+            visible: `(B, S, T)` bool, the tokens that the registers of a position see.
+
+        Returns:
+            The new tokens and registers. Tokens never look at registers, a register only at those of its position.
+        """
+        time = torch.arange(tokens.shape[1], device=tokens.device)
+        token_q, token_k, token_v = self.heads_of(tokens, time)
+        mixed = local_causal_attention(
+            token_q.transpose(1, 2), token_k.transpose(1, 2), token_v.transpose(1, 2), self.window, document_ids
+        )
+        new_tokens = self.after_attention(tokens, mixed.transpose(1, 2))
+        if registers is None:
+            return new_tokens, None
+        # A register of position p stands where the last token read stands: p - 1.
+        query, key, value = self.heads_of(registers, (positions - 1)[..., None])
+        scale = self.head_dim**-0.5
+        to_tokens = torch.einsum("bskhd,bthd->bhskt", query, token_k) * scale
+        to_tokens = to_tokens.masked_fill(~visible[:, None, :, None], float("-inf"))
+        to_group = torch.einsum("bskhd,bsjhd->bhskj", query, key) * scale
+        weights = torch.cat([to_tokens, to_group], dim=-1).softmax(-1)
+        num_tokens = tokens.shape[1]
+        mixed = torch.einsum("bhskt,bthd->bskhd", weights[..., :num_tokens], token_v)
+        mixed = mixed + torch.einsum("bhskj,bsjhd->bskhd", weights[..., num_tokens:], value)
+        return new_tokens, self.after_attention(registers, mixed)
+
+
+class SMTTeacherEncoder(PreTrainedModel):
+    """`m_t = E(x_{<=t})` for all t from one pass over the tokens [Sec. 3.1, made causal].
+
+    The label of the empty prefix is not the teacher's: it is the student's learned `initial_memory`, one tensor for
+    both. (A copy pulled over by a loss never arrived, and every rollout from it sat at chance.)
+    """
+
+    config_class = SMTTeacherConfig
+    config: SMTTeacherConfig
+    base_model_prefix = "teacher"
+    supports_gradient_checkpointing = False
+    _no_split_modules = ["SMTTeacherBlock"]
+
+    def __init__(self, config: SMTTeacherConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([SMTTeacherBlock(config) for _ in range(config.num_hidden_layers)])
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.memory_readout == "projection":
+            memory_width = config.num_memory_tokens * config.memory_size
+            self.memory_proj = nn.Linear(config.num_hidden_layers * config.hidden_size, memory_width, bias=False)
+        else:
+            self.registers = nn.Parameter(torch.empty(config.num_memory_tokens, config.hidden_size))
+            self.memory_proj = nn.Linear(config.hidden_size, config.memory_size, bias=False)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, nn.Linear):
+            fan_in = module.in_features / self.config.hidden_size
+            init.normal_(module.weight, std=self.config.initializer_range * fan_in**-0.5)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=1.0)
+        elif isinstance(module, nn.RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, SMTTeacherEncoder) and self.config.memory_readout == "registers":
+            init.normal_(module.registers, std=0.5)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        initial_memory: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        return_logits: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Memory labels of prefixes.
+
+        Args:
+            input_ids: `(B, T)`.
+            positions: `(S,)` or `(B, S)`, numbers of tokens read, 0 .. T, padding counted.
+            initial_memory: `(K, D)`, the label of an empty prefix (RMS-normalised, the student's `start_memory()`).
+            attention_mask: `(B, T)`; padding anywhere is as if it were not there: the label after it is the one
+                before it.
+            document_ids: `(B, T)`, constant inside a document; labels hold nothing of earlier documents in the row.
+            return_logits: also return the teacher's own next-token logits.
+
+        Returns:
+            `(B, S, K, D)`, each memory token RMS-normalised; with `return_logits` also `(B, S, V)`, whose row at a
+            position 0 is all zeros (the teacher predicts nothing from nothing).
+        """
+        batch, length = input_ids.shape
+        positions = positions.expand(batch, -1) if positions.dim() == 1 else positions
+        if attention_mask is not None:
+            # Drop the padding: bring the real tokens of each row to the front and translate the positions.
+            keep = attention_mask.bool()
+            order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)
+            input_ids = input_ids.gather(1, order)
+            document_ids = None if document_ids is None else document_ids.gather(1, order)
+            counts = F.pad(keep.long().cumsum(1), (1, 0))
+            positions = counts.gather(1, positions)
+        last = (positions - 1).clamp(min=0)  # the row of the last token read
+        tokens, registers, visible = self.embed_tokens(input_ids), None, None
+        if self.config.memory_readout == "registers":
+            registers = self.registers.expand(batch, positions.shape[1], -1, -1)
+            time = torch.arange(length, device=input_ids.device)
+            visible = (time < positions[..., None]) & (time >= (positions - self.config.sliding_window)[..., None])
+            if document_ids is not None:
+                visible = visible & (document_ids[:, None] == document_ids.gather(1, last)[..., None])
+        collected = []
+        for layer in self.layers:
+            tokens, registers = layer(tokens, registers, positions, visible, document_ids)
+            if registers is None:
+                collected.append(self.norm(tokens))
+        if registers is None:
+            states = torch.cat(collected, dim=-1)
+            states = states.gather(1, last[..., None].expand(-1, -1, states.shape[-1]))
+            memories = self.memory_proj(states)
+        else:
+            memories = self.memory_proj(self.norm(registers))
+        memories = memories.view(batch, -1, self.config.num_memory_tokens, self.config.memory_size)
+        memories = F.rms_norm(memories, memories.shape[-1:], eps=self.config.rms_norm_eps)
+        empty = (positions == 0)[..., None, None]
+        memories = torch.where(empty, initial_memory.to(memories.dtype), memories)
+        if not return_logits:
+            return memories
+        states = (collected[-1] if collected else self.norm(tokens)).gather(
+            1, last[..., None].expand(-1, -1, tokens.shape[-1])
+        )
+        logits = self.lm_head(states).masked_fill((positions == 0)[..., None], 0.0)
+        return memories, logits
+
+
+__all__ = ["SMTTeacherConfig", "SMTTeacherEncoder"]

@@ -1,0 +1,19 @@
+"""Rollout, objectives, the composite that is trained, and a Trainer a phase."""
+
+from .arguments import BPTTTrainingArguments, DMTTrainingArguments, SMTTrainingArguments
+from .pretraining import Objective, SMTForPreTraining, SMTPreTrainingConfig
+from .rollout import rollout
+from .trainers import BPTTTrainer, DMTTrainer, SMTTrainer
+
+__all__ = [
+    "BPTTTrainer",
+    "BPTTTrainingArguments",
+    "DMTTrainer",
+    "DMTTrainingArguments",
+    "Objective",
+    "SMTForPreTraining",
+    "SMTPreTrainingConfig",
+    "SMTTrainer",
+    "SMTTrainingArguments",
+    "rollout",
+]

@@ -1,0 +1,159 @@
+"""Arguments of the three phases: transformers' `TrainingArguments` with our defaults, and the objective's settings.
+
+Every default names its source: the paper (arXiv:2606.06479) or "ours" with what was measured.
+"""
+
+from dataclasses import dataclass, field, fields
+
+import torch
+from transformers import TrainingArguments
+
+from .pretraining import Objective
+
+ON_POLICY_MODES = ("sequential", "parallel", "aggregate")
+
+
+def _argument(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class PhaseArguments(TrainingArguments):
+    """What all phases share. Not used by itself."""
+
+    phase = ""
+
+    learning_rate: float = _argument(4e-3, "Peak learning rate. Ours: 2e-3 and 6e-3 were worse by 0.02-0.15 nats.")
+    per_device_train_batch_size: int = _argument(16, "Rows a device. Ours: small batches and high rates won on a CPU.")
+    per_device_eval_batch_size: int = _argument(32, "Rows a device in evaluation.")
+    max_steps: int = _argument(1000, "Optimiser steps of the phase. Ours: sized to minutes on two CPU cores.")
+    adam_beta2: float = _argument(0.95, "Paper.")
+    weight_decay: float = _argument(0.01, "Paper. Applied to the weights of linear layers only.")
+    max_grad_norm: float = _argument(1.0, "Paper.")
+    lr_scheduler_type: str = _argument("cosine_with_min_lr", "Ours: cosine to a tenth of the peak.")
+    lr_scheduler_kwargs: dict | str | None = field(
+        default_factory=lambda: {"min_lr_rate": 0.1}, metadata={"help": "Ours: a tenth of the peak at the end."}
+    )
+    warmup_steps: float = _argument(0.03, "Steps of learning-rate warm-up, or their share if below 1. Ours: 3 %.")
+    logging_steps: float = _argument(10, "Steps between two lines of the log.")
+    logging_nan_inf_filter: bool = _argument(False, "Show a loss that is not finite as what it is.")
+    save_total_limit: int | None = _argument(2, "Checkpoints kept a phase.")
+    remove_unused_columns: bool = _argument(False, "The collator keeps what the objective needs.")
+    context_length: int = _argument(64, "Transitions a training row; rows hold one token more. Ours: as in the lab.")
+    transition_steps: int = _argument(8, "Transitions that a gradient crosses [k]; divides `context_length`.")
+    readout_weight: float = _argument(1.0, "Weight of the next-token loss on the student's memories. Ours.")
+    readout_warmup_ratio: float = _argument(0.0, "Share of the phase over which `readout_weight` is reached. Ours.")
+    continue_previous_phase: bool = _argument(
+        False,
+        "Go on with the previous phase's learning-rate schedule and the student's optimiser state instead of starting "
+        "both anew. Ours: restarting cost 0.06 nats.",
+    )
+    schedule_offset: int = _argument(0, "Steps of the schedule that earlier phases have used. Set by the pipeline.")
+    schedule_steps: int = _argument(0, "Steps of the whole schedule, 0: of this phase. Set by the pipeline.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False
+        for name in ("context_length", "transition_steps", "max_steps"):
+            if getattr(self, name) == 0 or getattr(self, name) < (-1 if name == "max_steps" else 1):
+                raise ValueError(f"`{name}` of the {self.phase} phase must be at least 1, got {getattr(self, name)}.")
+        if self.context_length % self.transition_steps:
+            raise ValueError(
+                f"`transition_steps` ({self.transition_steps}) of the {self.phase} phase must divide its "
+                f"`context_length` ({self.context_length})."
+            )
+        if self.label_smoothing_factor:
+            raise ValueError("`label_smoothing_factor` is not supported by the objectives: leave it at 0.")
+        for name in (own.name for own in fields(self)):
+            if name.endswith("_weight") and getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+            if name.endswith(("_fraction", "_warmup_ratio")) and not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")
+
+    def objective(self) -> Objective:
+        """The settings that the composite's `forward` needs."""
+        own = {entry.name: getattr(self, entry.name) for entry in fields(Objective) if hasattr(self, entry.name)}
+        return Objective(**{**own, "phase": self.phase})
+
+
+@dataclass
+class SMTTrainingArguments(PhaseArguments):
+    """Supervised memory training: student and teacher together, chunks start at the teacher's memories."""
+
+    phase = "smt"
+
+    dynamics_weight: float = _argument(0.1, "Weight of Eq. 3, squared error to the teacher's memories. Paper.")
+    dynamics_warmup_ratio: float = _argument(0.0, "Share of the phase over which `dynamics_weight` is reached. Ours.")
+    readout_trains_updater: bool = _argument(True, "The readout loss on the student's memories reaches the updater.")
+    predictive_weight: float = _argument(1.0, "Weight of Eq. 2, the future decoded from the teacher's memory. Paper.")
+    predictive_warmup_ratio: float = _argument(0.0, "Share of the phase over which `predictive_weight` is reached.")
+    num_predictive_positions: int = _argument(8, "Random positions a row whose future is decoded. Ours.")
+    future_length: int = _argument(8, "Tokens decoded from a memory [T_f]; shorter than `context_length`. Ours.")
+    uniformity_weight: float = _argument(0.001, "Weight of Eq. 4, spread of the memory tokens. Paper.")
+    uniformity_warmup_ratio: float = _argument(0.0, "Share of the phase over which `uniformity_weight` is reached.")
+    teacher_weight: float = _argument(1.0, "Weight of the teacher's own next-token loss. Ours: helps, costs little.")
+    on_policy_fraction: float = _argument(
+        0.5, "Share of rows whose chunks start from the student's own memories. Ours."
+    )
+    on_policy_warmup_ratio: float = _argument(0.1, "Share of the phase before the first own memories. Ours.")
+    on_policy_mode: str = _argument(
+        "parallel",
+        "Where own memories come from: `sequential` (rolled from m_0: all ages, T cheap steps), `parallel` (sweeps "
+        "over all chunks at once: ages up to `on_policy_sweeps` chunks) or `aggregate` (sequential ones, kept and "
+        "reused).",
+    )
+    on_policy_sweeps: int = _argument(1, "Sweeps of the `parallel` mode. Ours.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.on_policy_mode not in ON_POLICY_MODES:
+            raise ValueError(
+                f"unknown `on_policy_mode` {self.on_policy_mode!r}: choose one of {', '.join(ON_POLICY_MODES)}."
+            )
+        if self.phase == "smt" and self.on_policy_mode == "aggregate":
+            raise ValueError("`on_policy_mode=aggregate` needs a frozen teacher: use it in the dmt phase.")
+        if not 1 <= self.future_length < self.context_length:
+            raise ValueError(
+                f"`future_length` ({self.future_length}) must be at least 1 and shorter than `context_length` "
+                f"({self.context_length})."
+            )
+        for name in ("num_predictive_positions", "on_policy_sweeps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+
+
+@dataclass
+class DMTTrainingArguments(SMTTrainingArguments):
+    """DAgger memory training: the teacher is frozen, the student starts from its own memories."""
+
+    phase = "dmt"
+
+    learning_rate: float = _argument(1e-3, "Peak learning rate. Ours.")
+    max_steps: int = _argument(500, "Optimiser steps of the phase. Ours.")
+    transition_steps: int = _argument(1, "Transitions that a gradient crosses [k]. Paper: 1.")
+    dynamics_weight: float = _argument(10.0, "Weight of Eq. 6, squared error to the teacher's memories. Paper.")
+    readout_trains_updater: bool = _argument(False, "Paper: the readout loss stops at the memory.")
+    on_policy_fraction: float = _argument(1.0, "Share of rows whose chunks start from own memories. Paper: all.")
+    on_policy_warmup_ratio: float = _argument(0.0, "Share of the phase before the first own memories. Paper.")
+    on_policy_mode: str = _argument(
+        "sequential", SMTTrainingArguments.__dataclass_fields__["on_policy_mode"].metadata["help"]
+    )
+    aggregate_capacity: int = _argument(512, "Rows whose own memories are kept in the `aggregate` mode. Ours.")
+    aggregate_fraction: float = _argument(0.5, "Share of rows taken from the kept ones in the `aggregate` mode. Ours.")
+
+
+@dataclass
+class BPTTTrainingArguments(PhaseArguments):
+    """Backpropagation through time, without a teacher: the rival, and a way to fine-tune after DMT.
+
+    `transition_steps == context_length` is full BPTT, every row from `m_0`; below it, rows are read in windows of
+    `transition_steps` with the memory carried on and its gradient cut (truncated BPTT).
+    """
+
+    phase = "bptt"
+
+    per_device_train_batch_size: int = _argument(48, "Streams a device. Ours: as in the lab on two cores.")
+    max_steps: int = _argument(2000, "Optimiser steps of the phase. Ours.")
+    context_length: int = _argument(1024, "Transitions a row, over which the memory is carried. Ours.")
+    transition_steps: int = _argument(16, "Transitions a window. Ours: 16 beat 8, 32 and 64 at equal CPU time.")

@@ -1,0 +1,62 @@
+"""The losses, on plain tensors. Each returns one number an example, `(B,)`, in nats unless it says otherwise.
+
+Shapes: B sequences, S positions, F future tokens, K memory tokens, D width, V vocabulary. Equations: arXiv:2606.06479.
+How examples are added up is the composite's business (`SMTForPreTraining`).
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def next_token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy `(B, S, V)`, `(B, S)` -> `(B,)`: mean over the targets that are not -100; 0 if there are none."""
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
+    return losses.view(targets.shape).sum(1) / (targets != -100).sum(1).clamp(min=1)
+
+
+def dynamics_loss(memories: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Squared error of the student's memories against the teacher's [Eq. 3 and, on own states, Eq. 6].
+
+    Args:
+        memories, labels: `(B, S, K, D)`; both may carry gradients.
+        mask: `(B, S)`, positions that count; `None`: all.
+
+    Returns:
+        `(B,)`, mean over positions, memory tokens and width.
+    """
+    errors = (memories - labels).square().mean((-2, -1))
+    if mask is None:
+        return errors.mean(1)
+    return (errors * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def predictive_loss(logits: torch.Tensor, future: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the next F tokens, decoded from one memory with the true tokens as inputs [Eq. 2].
+
+    Args:
+        logits: `(B, S, F, V)`.
+        future: `(B, S, F)`, -100 where nothing is to be predicted.
+
+    Returns:
+        `(B,)`, mean over everything predicted.
+    """
+    return next_token_loss(logits.flatten(1, 2), future.flatten(1))
+
+
+def uniformity_loss(memories: torch.Tensor) -> torch.Tensor:
+    """`log E exp(-2 |u_a - u_b|^2)` over pairs of normalised memory tokens of one example [Eq. 4], no unit.
+
+    `(B, S, K, D)` -> `(B,)`. Taken inside a sequence, so that it does not depend on what else is in the batch.
+    """
+    directions = F.normalize(memories.flatten(1, 2), dim=-1)
+    num_tokens = directions.shape[1]
+    cosines = directions @ directions.transpose(1, 2)
+    others = ~torch.eye(num_tokens, dtype=torch.bool, device=memories.device)
+    # |u_a - u_b|^2 = 2 - 2 cos
+    exponents = (-4 + 4 * cosines)[:, others]
+    return torch.logsumexp(exponents, dim=-1) - torch.log(torch.tensor(float(max(exponents.shape[-1], 1))))
+
+
+def warmed_up(weight: float, progress: float, warmup_ratio: float) -> float:
+    """`weight`, reached linearly over the first `warmup_ratio` of a phase; `progress` is in [0, 1]."""
+    return weight if warmup_ratio <= 0 else weight * min(1.0, progress / warmup_ratio)

@@ -1,0 +1,450 @@
+"""One Trainer a phase. They pick the phase, record its named terms, and keep what the phase carries between steps.
+
+The losses are in `SMTForPreTraining.forward`; nothing here calls a part of the model past the wrapped module.
+"""
+
+import os
+import time
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import IterableDataset, SequentialSampler
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
+
+from smt_hf.data.batching import CarriedWindows, EpochSampler, IndexedExamples, collate
+from smt_hf.student import SMTRecurrentForCausalLM
+
+from .arguments import BPTTTrainingArguments, DMTTrainingArguments, PhaseArguments, SMTTrainingArguments
+from .pretraining import SMTForPreTraining
+from .rollout import example_uniforms
+
+_ROLLOUT_STATE = "rollout_state.safetensors"
+_STREAM_AGGREGATE = 8  # beside the streams of random numbers in pretraining.py
+
+
+class PhaseProgress(TrainerCallback):
+    """A bar a phase: its name, the named losses of the last log line, steps and time to go."""
+
+    def __init__(self, phase: str):
+        self.phase, self.bar = phase, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.phase, dynamic_ncols=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.bar is None or logs is None:
+            return
+        names = ("loss", "readout", "dynamics", "predictive", "teacher", "eval_rollout", "eval_drift")
+        shown = {name.removeprefix("eval_"): f"{logs[name]:.3g}" for name in names if name in logs}
+        if shown:
+            self.bar.set_postfix({**getattr(self, "_shown", {}), **shown}, refresh=False)
+            self._shown = {**getattr(self, "_shown", {}), **shown}
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class TrainingCost(TrainerCallback, ExportableState):
+    """What the phase has cost so far, over interruptions: seconds inside steps (no evaluation, no saving),
+    sequential transitions, tokens. Kept in `trainer_state.json`."""
+
+    def __init__(self):
+        self.seconds, self.sequential_steps, self.tokens = 0.0, 0, 0
+        self.step_seconds: list[float] = []
+        self._started = 0.0
+
+    def state(self) -> dict:
+        return {
+            "args": {},
+            "attributes": {
+                "seconds": self.seconds,
+                "sequential_steps": self.sequential_steps,
+                "tokens": self.tokens,
+            },
+        }
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # A resumed run goes on counting; the Trainer's own way to do this needs an argument that is off by default.
+        earlier = state.stateful_callbacks.get(type(self).__name__)
+        for name, value in earlier["attributes"].items() if earlier else ():
+            setattr(self, name, value)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._started = _now()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.step_seconds.append(_now() - self._started)
+        self.seconds += self.step_seconds[-1]
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class SMTTrainer(Trainer):
+    """Trains student and teacher together by supervised memory training.
+
+    Args:
+        model: an [`SMTForPreTraining`].
+        args: [`SMTTrainingArguments`].
+        train_dataset: rows with `input_ids` (`context_length + 1` tokens each, as `smt_hf.data.pack` makes them; other
+            lengths work, ragged ones are padded) and, if wanted, `attention_mask`, `labels`, `document_ids`.
+        eval_dataset: rows likewise. Evaluation adds `eval_rollout` (nats a token of the student's own rollout from
+            `m_0`) and `eval_drift` to the terms of the phase.
+        student_optimizer_state: name of a student parameter -> optimiser state to start from.
+
+    Raises:
+        ValueError: the model has no teacher, or the arguments are of another phase.
+    """
+
+    arguments_class: type[PhaseArguments] = SMTTrainingArguments
+    _tag_names = ["smt"]
+
+    def __init__(
+        self,
+        model: SMTForPreTraining,
+        args: PhaseArguments | None = None,
+        data_collator=collate,
+        train_dataset=None,
+        eval_dataset=None,
+        student_optimizer_state: dict[str, dict[str, torch.Tensor]] | None = None,
+        **kwargs,
+    ):
+        args = self.arguments_class() if args is None else args
+        if args.phase != self.arguments_class.phase:
+            raise ValueError(f"{type(self).__name__} takes {self.arguments_class.__name__}, got {type(args).__name__}.")
+        model.freeze_for(args.phase)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            **kwargs,
+        )
+        if train_dataset is not None:
+            self.train_dataset = self._numbered(train_dataset)
+        self.objective = args.objective()
+        self.cost = TrainingCost()
+        self.add_callback(self.cost)
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        if not args.disable_tqdm:
+            self.add_callback(PhaseProgress(args.phase))
+        self._student_optimizer_state = student_optimizer_state
+        self._term_sums: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
+        self._num_items: dict[str, torch.Tensor | float] = {"train": 0.0, "eval": 0.0}
+
+    # Data ---------------------------------------------------------------------------------------------------------
+
+    def _numbered(self, rows):
+        """Rows under global example numbers; an iterable dataset is left as it is (`collate` numbers its rows)."""
+        return rows if isinstance(rows, IterableDataset) or not hasattr(rows, "__len__") else IndexedExamples(rows)
+
+    def _get_train_sampler(self, train_dataset=None):
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(rows, IndexedExamples):
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochSampler(len(rows), seed)
+
+    # Loss and its terms -------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = {**inputs, "objective": self.objective, "progress": self._progress()}
+        carried = self._before_forward(inputs)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self._record(outputs, "train" if model.training else "eval")
+        if model.training:
+            self.cost.sequential_steps += outputs.sequential_steps
+            self.cost.tokens += (inputs["input_ids"].shape[1] - 1) * len(inputs["input_ids"]) * self.args.world_size
+            self._after_forward(inputs, outputs, carried)
+        return (loss, outputs) if return_outputs else loss
+
+    def _progress(self) -> float:
+        return self.state.global_step / max(self.state.max_steps, 1)
+
+    def _before_forward(self, inputs: dict) -> dict:
+        """Put into `inputs` what the phase carries between steps; returns what `_after_forward` needs."""
+        for name in ("stream_ids", "is_fresh"):
+            inputs.pop(name, None)
+        return {}
+
+    def _after_forward(self, inputs: dict, outputs, carried: dict) -> None:
+        """Keep what the phase carries between steps."""
+
+    def _record(self, outputs, mode: str) -> None:
+        sums = self._term_sums[mode]
+        for name, value in outputs.term_sums.items():
+            sums[name] = sums.get(name, 0.0) + value
+        self._num_items[mode] = self._num_items[mode] + outputs.num_items
+
+    def _mean_terms(self, mode: str) -> dict[str, float]:
+        """Means of the terms since the last call: over micro-batches, steps and ranks, weighted by labels."""
+        names = sorted(self._term_sums[mode])
+        if not names:
+            return {}
+        totals = [torch.as_tensor(self._term_sums[mode][name]) for name in names]
+        values = torch.stack([*totals, torch.as_tensor(self._num_items[mode])]).double()
+        values = self.accelerator.reduce(values, reduction="sum").tolist()
+        self._term_sums[mode], self._num_items[mode] = {}, 0.0
+        return {name: value / max(values[-1], 1.0) for name, value in zip(names, values)}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = {**logs, **self._mean_terms("train")}
+        super().log(logs, start_time)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._term_sums["eval"], self._num_items["eval"] = {}, 0.0
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{name}": value for name, value in self._mean_terms("eval").items()})
+        return output
+
+    def floating_point_ops(self, inputs) -> int:
+        """0: transformers' 6 x parameters x tokens does not hold for a model that is applied in chunks."""
+        return 0
+
+    # Optimiser and schedule ---------------------------------------------------------------------------------------
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        """Weights of linear layers: no embedding, norm, bias, slot or initial memory is decayed."""
+        return [
+            f"{prefix}.weight" if prefix else "weight"
+            for prefix, module in model.named_modules()
+            if isinstance(module, nn.Linear)
+        ]
+
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        given, self._student_optimizer_state = self._student_optimizer_state, None
+        for name, parameter in self.model.student.named_parameters() if given else ():
+            if name in given:
+                optimizer.state[parameter] = {
+                    key: value.to(parameter.device) if value.dim() else value for key, value in given[name].items()
+                }
+        return optimizer
+
+    def student_optimizer_state(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Optimiser state of the student by parameter name, for a phase that continues this one."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        assert optimizer is not None  # there is one after training
+        return {
+            name: {key: value for key, value in optimizer.state[parameter].items() if isinstance(value, torch.Tensor)}
+            for name, parameter in self.model.student.named_parameters()
+            if parameter in optimizer.state
+        }
+
+    lr_scheduler: Any
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """The schedule of the phase, or the phase's part of a schedule that spans several."""
+        if self.lr_scheduler is not None or not self.args.schedule_steps:
+            return super().create_scheduler(num_training_steps, optimizer)
+        scheduler = super().create_scheduler(self.args.schedule_steps, optimizer)
+        offset = self.args.schedule_offset
+        shifted: list = [_Shifted(function, offset) for function in scheduler.lr_lambdas]
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(scheduler.optimizer, shifted)
+        return self.lr_scheduler
+
+    # Saving -------------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        """The composite, and beside it the student alone as a model that loads by itself."""
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        folder = os.path.join(self.args.output_dir if output_dir is None else output_dir, "student")
+        student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False).student
+        if state_dict is not None:
+            prefix = "student."
+            state_dict = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
+        student.save_pretrained(folder, state_dict=state_dict)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        tensors = self._carried_tensors()
+        if tensors and self.args.should_save:
+            save_file(tensors, os.path.join(output_dir, _ROLLOUT_STATE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        path = None if checkpoint is None else os.path.join(checkpoint, _ROLLOUT_STATE)
+        if path is not None and os.path.exists(path):
+            self._restore_carried(load_file(path))
+
+    def _carried_tensors(self) -> dict[str, torch.Tensor]:
+        """What the phase carries between steps, the same on all ranks. A collective call."""
+        return {}
+
+    def _restore_carried(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Inverse of `_carried_tensors`."""
+
+
+class _Shifted:
+    """A learning-rate schedule from a later step on. (A class, since the scheduler's state must not hold a lambda.)"""
+
+    def __init__(self, function, offset: int):
+        self.function, self.offset = function, offset
+
+    def __call__(self, step: int) -> float:
+        return self.function(step + self.offset)
+
+
+class DMTTrainer(SMTTrainer):
+    """Trains the student on its own memories towards those of the frozen teacher [Sec. 3.3].
+
+    In the `aggregate` mode a share of every batch is replaced by rows met before, with the memories that the student of
+    that time had on them.
+    """
+
+    arguments_class = DMTTrainingArguments
+    _tag_names = ["smt", "dmt"]
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._kept: dict[str, torch.Tensor] = {}
+        self._pending: list[tuple[torch.Tensor, ...]] = []
+        self._pending_step = 0
+
+    def _before_forward(self, inputs: dict) -> dict:
+        carried = super()._before_forward(inputs)
+        if self.objective.on_policy_mode != "aggregate" or not self.model.training:
+            return carried
+        if "attention_mask" in inputs or "document_ids" in inputs:
+            raise ValueError("`on_policy_mode=aggregate` needs packed rows without padding: use `sequential`.")
+        if self._pending_step != self.state.global_step:
+            self._keep_pending()
+        numbers = inputs["example_ids"]
+        if not self._kept:
+            return {"new": torch.ones_like(numbers, dtype=torch.bool)}
+        capacity = len(self._kept["filled"])
+        noise = example_uniforms(numbers, 2, self.objective.seed, _STREAM_AGGREGATE)
+        slots = (noise[:, 1] * capacity).long().cpu()
+        old = (noise[:, 0] < self.args.aggregate_fraction).cpu() & self._kept["filled"][slots]
+        old_here, device = old.to(numbers.device), numbers.device
+        for name in ("input_ids", "labels"):
+            inputs[name] = torch.where(old_here[:, None], self._kept[name][slots].to(device), inputs[name])
+        starts = self._kept["starts"][slots]
+        inputs["stored_starts"] = starts.masked_fill(~old[:, None, None, None], float("nan")).to(device)
+        return {"new": ~old_here}
+
+    def _after_forward(self, inputs: dict, outputs, carried: dict) -> None:
+        if "new" not in carried:
+            return
+        new = carried["new"]
+        rows = (inputs["example_ids"], inputs["input_ids"], inputs["labels"], outputs.starts)
+        self._pending.append(tuple(row[new].cpu() for row in rows))
+        self._pending_step = self.state.global_step
+
+    def _keep_pending(self) -> None:
+        """Only what earlier optimiser steps have seen is reused, so that micro-batches do not see each other."""
+        capacity = self.args.aggregate_capacity
+        for numbers, input_ids, labels, starts in self._pending:
+            if not self._kept:
+                self._kept = {
+                    "filled": torch.zeros(capacity, dtype=torch.bool),
+                    "input_ids": input_ids.new_zeros(capacity, *input_ids.shape[1:]),
+                    "labels": labels.new_zeros(capacity, *labels.shape[1:]),
+                    "starts": starts.new_zeros(capacity, *starts.shape[1:]),
+                }
+            slots = numbers % capacity
+            self._kept["filled"][slots] = True
+            for name, value in (("input_ids", input_ids), ("labels", labels), ("starts", starts)):
+                self._kept[name][slots] = value
+        self._pending = []
+
+    def _carried_tensors(self) -> dict[str, torch.Tensor]:
+        self._keep_pending()
+        return dict(self._kept)
+
+    def _restore_carried(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._kept = tensors
+
+
+class BPTTTrainer(SMTTrainer):
+    """Trains the student by backpropagation through time: truncated with a carried memory, or full.
+
+    Takes an [`SMTForPreTraining`] or a bare [`SMTRecurrentForCausalLM`] (to fine-tune a published checkpoint; the
+    trained student is `trainer.model.student`).
+    """
+
+    arguments_class = BPTTTrainingArguments
+    _tag_names = ["bptt"]
+
+    def __init__(self, model, *args, **kwargs):
+        self._memories: torch.Tensor | None = None
+        if isinstance(model, SMTRecurrentForCausalLM):
+            model = SMTForPreTraining.from_student(model)
+        super().__init__(model, *args, **kwargs)
+
+    @property
+    def is_truncated(self) -> bool:
+        return self.args.transition_steps < self.args.context_length
+
+    def _numbered(self, rows):
+        if not self.is_truncated:
+            return super()._numbered(rows)
+        args = self.args
+        streams = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        num_steps = args.max_steps
+        if num_steps < 1:
+            windows = len(rows) * (len(rows[0]["input_ids"]) - 1) // args.transition_steps
+            num_steps = max(int(args.num_train_epochs * windows) // streams, 1)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return CarriedWindows(rows, streams, args.transition_steps, num_steps, seed)
+
+    def _get_train_sampler(self, train_dataset=None):
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(rows) if isinstance(rows, CarriedWindows) else super()._get_train_sampler(rows)
+
+    def _before_forward(self, inputs: dict) -> dict:
+        streams, is_fresh = inputs.get("stream_ids"), inputs.get("is_fresh")
+        super()._before_forward(inputs)
+        if streams is None:
+            return {}
+        if self._memories is not None and is_fresh is not None:
+            memory = self._memories[streams]
+            inputs["memory"] = memory.masked_fill(is_fresh[:, None, None], float("nan"))
+        return {"streams": streams}
+
+    def _after_forward(self, inputs: dict, outputs, carried: dict) -> None:
+        if not carried:
+            return
+        if self._memories is None:
+            shape = (self.train_dataset.num_streams, *outputs.memory.shape[1:])
+            self._memories = torch.full(shape, float("nan"), dtype=outputs.memory.dtype, device=outputs.memory.device)
+        self._memories[carried["streams"]] = outputs.memory
+
+    def _carried_tensors(self) -> dict[str, torch.Tensor]:
+        if self._memories is None:
+            return {}
+        # Every stream lives on one rank; the others hold NaN for it.
+        owned = self.accelerator.reduce((~self._memories.isnan()).to(self._memories.dtype), reduction="sum")
+        memories = self.accelerator.reduce(self._memories.nan_to_num(0.0), reduction="sum")
+        return {"memories": memories.masked_fill(owned == 0, float("nan")).cpu()}
+
+    def _restore_carried(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._memories = tensors["memories"].to(self.args.device)

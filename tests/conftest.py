@@ -1,0 +1,80 @@
+"""Tiny models and texts; everything offline."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import datasets
+import pytest
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from smt_hf import SMTForPreTraining, SMTRecurrentConfig, SMTRecurrentForCausalLM, SMTTeacherConfig
+from smt_hf.training import SMTPreTrainingConfig
+
+UPDATERS = ("transformer", "mlp", "gru")
+VOCAB = 37
+
+
+@pytest.fixture(autouse=True)
+def quiet_and_seeded():
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def wake(model: nn.Module) -> nn.Module:
+    """Give the projection that is zero at birth random weights, so that updates do something."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("updater.out_proj.weight"):
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def student_config(**fields) -> SMTRecurrentConfig:
+    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "num_attention_heads": 2, "num_memory_tokens": 3}
+    return SMTRecurrentConfig(**{**sizes, "eos_token_id": None, "pad_token_id": 0, **fields})
+
+
+def make_student(**fields) -> SMTRecurrentForCausalLM:
+    torch.manual_seed(0)
+    return wake(SMTRecurrentForCausalLM(student_config(**fields))).eval()
+
+
+def teacher_config(**fields) -> SMTTeacherConfig:
+    sizes = {"vocab_size": VOCAB, "hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
+    return SMTTeacherConfig(**{**sizes, "sliding_window": 5, "num_memory_tokens": 3, "memory_size": 16, **fields})
+
+
+def make_composite(**fields) -> SMTForPreTraining:
+    torch.manual_seed(0)
+    config = SMTPreTrainingConfig(student=student_config(), teacher=teacher_config(**fields))
+    return wake(SMTForPreTraining(config)).eval()
+
+
+@pytest.fixture(params=UPDATERS)
+def student(request):
+    return make_student(updater_type=request.param)
+
+
+@pytest.fixture
+def composite():
+    return make_composite()
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(1, VOCAB, (3, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    """A file of some 20 kB with structure that a small model can learn."""
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"line {number}: the quick brown fox counts {number * 7}\n" for number in range(400)))
+    return path

@@ -1,0 +1,210 @@
+"""The main job as a user runs it, on a small text: files, resumption, remote code, bad input."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).parents[2]
+SMALL = """
+    --hidden_size 16 --num_attention_heads 2 --intermediate_size 32
+    --teacher_hidden_size 24 --teacher_num_attention_heads 2
+    --per_device_train_batch_size 4 --context_length 32 --max_steps 6 --save_steps 3 --logging_steps 2 --num_threads 1
+""".split()  # noqa: SIM905
+
+
+def run(*words, cwd, check=True):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    command = [sys.executable, str(ROOT / "recipes" / "pretrain.py"), *map(str, words)]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of all three phases and the rival."""
+    folder = tmp_path_factory.mktemp("run")
+    text = folder / "text.txt"
+    text.write_text("".join(f"line {number}: the quick brown fox counts {number * 7}\n" for number in range(900)))
+    words = ["--train_file", text, "--output_dir", "out", "--phases", "smt,dmt,bptt", "--compare_bptt", *SMALL]
+    done = run(*words, cwd=folder)
+    return folder, words, done
+
+
+def test_what_it_leaves(finished):
+    folder, _, done = finished
+    out = folder / "out"
+    results = json.loads((out / "eval_results.json").read_text())
+    assert results["student_arm"] == "smt8_dmt_bptt"
+    students = {"smt8", "smt8_dmt", "smt8_dmt_bptt", "bptt_truncated"}
+    assert set(results["arms"]) == students | {"teacher", "ngram1", "ngram2", "ngram3"}
+    for arm in students:
+        assert {"bits_per_byte", "accuracy", "wall_clock_s", "sequential_steps", "tokens"} <= set(results["arms"][arm])
+        assert f"{results['arms'][arm]['bits_per_byte']:.3f}" in done.stdout
+    arms = results["arms"]
+    assert arms["smt8"]["tokens"] == 6 * 4 * 32 and arms["smt8_dmt_bptt"]["tokens"] > arms["smt8_dmt"]["tokens"]
+    for key in ("task", "config", "seed", "commit", "hardware", "versions", "num_threads", "world_size"):
+        assert key in results
+    assert results["distributed_type"] == "NO" and results["task"]["name"] == "text"
+    student_files = {path.name for path in (out / "student").iterdir()}
+    assert {
+        "config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "README.md",
+        "eval_results.json", "modeling_smt_recurrent.py", "configuration_smt_recurrent.py", "cache_smt_recurrent.py",
+    } <= student_files  # fmt: skip
+    assert not {Path(name).suffix for name in student_files} & {".bin", ".pt", ".pkl"}
+    assert {"model.safetensors", "config.json"} <= {path.name for path in (out / "teacher").iterdir()}
+    for picture in ("curves.png", "loss_by_position.png"):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+    for phase in ("smt", "dmt", "bptt"):
+        history = json.loads((out / phase / "trainer_state.json").read_text())["log_history"]
+        assert any("readout" in line for line in history) and any("eval_rollout" in line for line in history)
+    assert "--- continuation ---" in done.stdout and "threads" in done.stdout
+
+
+def test_card_agrees_with_results(finished):
+    folder, _, _ = finished
+    results = json.loads((folder / "out" / "student" / "eval_results.json").read_text())
+    card = ModelCard.load(folder / "out" / "student" / "README.md")
+    (bits, accuracy) = card.data.eval_results
+    arm = results["arms"][results["student_arm"]]
+    assert bits.metric_value == pytest.approx(arm["bits_per_byte"], abs=1e-4)
+    assert accuracy.metric_value == pytest.approx(arm["accuracy"], abs=1e-4)
+    for name, scores in results["arms"].items():
+        assert re.search(rf"\| {name}( \(this model\))? \| {scores['bits_per_byte']:.3f} \|", card.text)
+    assert str(ROOT) not in card.content and "{{" not in card.content
+
+
+def test_finished_run_is_not_run_again(finished):
+    folder, words, _ = finished
+    before = (folder / "out" / "eval_results.json").read_text()
+    done = run(*words, "--resume_from_checkpoint", cwd=folder)
+    assert "finished already" in done.stdout and "smt8_dmt_bptt" in done.stdout
+    assert (folder / "out" / "eval_results.json").read_text() == before
+    refused = run(*words, cwd=folder, check=False)
+    assert refused.returncode != 0 and "--overwrite_output_dir" in refused.stderr
+    assert (folder / "out" / "eval_results.json").read_text() == before
+
+
+def test_resumed_run_equals_the_first(finished):
+    """Cut off in the second phase, gone on: the student has the same weights as the uninterrupted run's."""
+    folder, words, _ = finished
+    out = folder / "out"
+    whole = load_file(out / "student" / "model.safetensors")
+    again = folder / "again"
+    subprocess.run(["cp", "-r", str(out), str(again)], check=True)
+    for name in ("eval_results.json", "curves.png", "dmt/phase.json", "dmt/trainer_state.json"):
+        (again / name).unlink()
+    for name in ("dmt/checkpoint-6", "bptt", "student", "compare_bptt"):
+        subprocess.run(["rm", "-r", str(again / name)], check=True)
+    (again / "dmt" / "checkpoint-9").mkdir()  # cut off while saving
+    position = words.index("out")
+    run(*words[:position], "again", *words[position + 1 :], "--resume_from_checkpoint", cwd=folder)
+    resumed = load_file(again / "student" / "model.safetensors")
+    for name in whole:
+        torch.testing.assert_close(resumed[name], whole[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+CLEAN = """
+import sys
+sys.modules["smt_hf"] = None  # as if it had never been installed
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+folder = sys.argv[1]
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+base = AutoModel.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+inputs = tokenizer(["line 7", "the quick"], return_tensors="pt", padding=True, padding_side="left")
+assert set(inputs) == {"input_ids", "attention_mask"}
+tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+assert torch.equal(base(inputs["input_ids"]).last_hidden_state, model.model(inputs["input_ids"]).last_hidden_state)
+model.save_pretrained(folder + "-again")
+again = AutoModelForCausalLM.from_pretrained(folder + "-again", trust_remote_code=True)
+assert torch.equal(again.generate(**inputs, max_new_tokens=8, do_sample=False), tokens)
+assert config.model_type == "smt_recurrent" and "smt_hf" not in type(model).__module__
+print("\\n" + str(tokens.tolist()))
+"""
+
+
+def test_remote_code_in_a_clean_process(finished, tmp_path):
+    folder, _, _ = finished
+    student = folder / "out" / "student"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", CLEAN, str(student)],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(student), AutoTokenizer.from_pretrained(student)
+    inputs = tokenizer(["line 7", "the quick"], return_tensors="pt", padding=True, padding_side="left")
+    native = model.generate(**inputs, max_new_tokens=8, do_sample=False).tolist()
+    assert done.stdout.strip().splitlines()[-1] == str(native)
+
+
+BAD = {
+    "unknown key": (["--max_stepz", "3"], "did you mean 'max_steps'"),
+    "unknown phase": (["--phases", "smt,ppo"], "unknown phase 'ppo'"),
+    "unknown updater": (["--updater_type", "lstm"], "updater_type"),
+    "missing file": (["--train_file", "missing.txt"], "no file found"),
+    "empty file": (["--train_file", "empty.txt"], "empty"),
+    "binary file": (["--train_file", "binary.txt"], "not text"),
+    "short text": (["--train_file", "short.txt"], "shorter than one training row"),
+    "malformed YAML": (["--config", "bad.yaml"], "not valid YAML"),
+    "no memory tokens": (["--num_memory_tokens", "0"], "num_memory_tokens"),
+    "heads": (["--num_attention_heads", "3"], "num_attention_heads"),
+    "teacher heads": (["--teacher_num_attention_heads", "5"], "teacher"),
+    "future": (["--future_length", "32"], "future_length"),
+    "chunks": (["--smt_transition_steps", "5"], "transition_steps"),
+    "vocabulary": (["--vocab_size", "100"], "vocab_size"),
+    "occupied": (["--output_dir", "occupied"], "not empty"),
+    "nothing to resume": (["--resume_from_checkpoint"], "no run to resume"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case, tmp_path, monkeypatch, text_file):
+    """A ValueError that helps, before anything is written."""
+    from smt_hf.command_line import parse_run
+    from smt_hf.experiments import pretrain
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary.txt").write_bytes(bytes([128, 255, 0]))
+    (tmp_path / "short.txt").write_text("ten bytes.")
+    (tmp_path / "bad.yaml").write_text("phases: [smt")
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied" / "thesis.txt").write_text("dear")
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    words, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        parsed = parse_run(["--train_file", str(text_file), "--output_dir", "out", *SMALL, *words])
+        pretrain(parsed.run, parsed.phases, parsed.student, parsed.teacher, parsed.rival)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_bad_input_ends_the_process(tmp_path):
+    done = run("--train_file", "missing.txt", cwd=tmp_path, check=False)
+    assert done.returncode != 0 and "ValueError: no file found at 'missing.txt'" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overwriting_spares_what_is_not_ours(tmp_path, text_file):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("dear")
+    (out / "smt").mkdir()
+    (out / "smt" / "old").write_text("old")
+    words = ["--train_file", text_file, "--output_dir", out, "--phases", "smt", *SMALL]
+    run(*words, "--overwrite_output_dir", cwd=tmp_path)
+    assert (out / "notes.txt").read_text() == "dear" and not (out / "smt" / "old").exists()
+    results = json.loads((out / "eval_results.json").read_text())
+    assert results["student_arm"] == "smt8"

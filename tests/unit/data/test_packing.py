@@ -1,0 +1,114 @@
+"""Tokens, rows, windows and batches against naive twins."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from smt_hf.data import CarriedWindows, EpochSampler, IndexedExamples, byte_tokenizer, collate, heldout_streams, pack
+
+
+def documents(*lengths):
+    start, rows = 0, []
+    for length in lengths:
+        rows.append({"input_ids": list(range(start, start + length))})
+        start += length
+    return Dataset.from_list(rows)
+
+
+def test_byte_tokenizer(tmp_path):
+    tokenizer = byte_tokenizer()
+    everything = bytes(range(256)).decode("latin-1") + "é 漢字\n\t  x"
+    encoded = tokenizer(everything)
+    assert set(encoded) == {"input_ids", "attention_mask"}
+    assert encoded["input_ids"] == list(everything.encode())
+    assert tokenizer.decode(encoded["input_ids"]) == everything
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer)) == (256, 257, 258)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded(everything)["input_ids"] == encoded["input_ids"] and set(loaded("a")) == set(encoded)
+    assert not any(path.suffix == ".py" for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("lengths", [(50,), (7, 1, 30), (3, 3, 3, 3, 3, 3)])
+@pytest.mark.parametrize("context_length", [1, 4, 10])
+def test_pack(lengths, context_length):
+    rows = pack(documents(*lengths), context_length)
+    stream = np.arange(sum(lengths))
+    expected = [
+        stream[begin : begin + context_length + 1] for begin in range(0, len(stream) - context_length, context_length)
+    ]
+    assert len(rows) == len(expected)
+    for row, window in zip(rows, expected):
+        assert row["input_ids"].tolist() == window.tolist()
+
+
+def test_pack_adds_document_starts():
+    plain, mixed = pack(documents(*[20] * 50), 6), pack(documents(*[20] * 50), 6, document_start_fraction=0.3, seed=1)
+    starts = [row["input_ids"][0] % 20 == 0 for row in mixed]
+    assert np.mean([row["input_ids"][0] % 20 == 0 for row in plain]) < 0.15
+    assert 0.25 < np.mean(starts) < 0.5
+    assert {row["input_ids"][0] for row in plain} <= {row["input_ids"][0] for row in mixed}
+
+
+def test_pack_refuses_short_text():
+    with pytest.raises(ValueError, match="shorter than one training row"):
+        pack(documents(5), 5)
+
+
+def test_heldout_streams():
+    streams = heldout_streams(documents(40, 60), 4, 10)
+    assert streams.tolist() == [list(range(begin, begin + 11)) for begin in (0, 29, 59, 89)]
+    assert heldout_streams(documents(6), 4, 10).tolist() == [list(range(6))]
+    with pytest.raises(ValueError, match="two tokens"):
+        heldout_streams(documents(1), 4, 10)
+
+
+def test_epochs():
+    rows = IndexedExamples([{"input_ids": [i]} for i in range(5)])
+    sampler = EpochSampler(5, seed=3)
+    first, again = list(sampler), list(sampler)
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert first == again and sorted(first) == list(range(5)) and sorted(second) == list(range(5, 10))
+    assert [index % 5 for index in second] != first
+    assert rows[7] == {"input_ids": [2], "example_ids": 7}
+
+
+def test_carried_windows():
+    """Every stream reads rows from first to last token, windows in order, each token predicted once."""
+    rows = [{"input_ids": np.arange(13) + 100 * row} for row in range(6)]
+    windows = CarriedWindows(rows, num_streams=3, window=4, num_steps=12, seed=0)
+    assert len(windows) == 36
+    for stream in range(3):
+        previous = None
+        for step in range(12):
+            example = windows[step * 3 + stream]
+            ids, first = example["input_ids"].tolist(), int(example["input_ids"][0])
+            assert ids == list(range(first, first + 5)) and example["stream_ids"] == stream
+            assert example["is_fresh"] == (first % 100 == 0 or step == 0)
+            if not example["is_fresh"]:
+                assert first == previous[-1] and example["labels"][0] == -100
+            assert example["labels"][1:].tolist() == ids[1:]
+            previous = ids
+    fresh = [sum(windows[step * 3 + stream]["is_fresh"] for stream in range(3)) for step in range(1, 12)]
+    assert max(fresh) == 1  # staggered
+    again = CarriedWindows(rows, num_streams=3, window=4, num_steps=12, seed=0)
+    assert again[20]["input_ids"].tolist() == windows[20]["input_ids"].tolist()  # from any place on
+    with pytest.raises(ValueError, match="multiple of 5"):
+        CarriedWindows(rows, 3, 5, 12, 0)
+
+
+def test_collate():
+    batch = collate([{"input_ids": [1, 2, 3], "example_ids": 9}, {"input_ids": [4, 5], "example_ids": 3}])
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 5, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["labels"].tolist() == [[1, 2, 3], [4, 5, -100]]
+    assert batch["example_ids"].tolist() == [9, 3]
+    equal = collate([{"input_ids": [1, 2]}, {"input_ids": [3, 4]}, {"input_ids": [1, 2]}])
+    assert "attention_mask" not in equal and torch.equal(equal["labels"], equal["input_ids"])
+    numbers = equal["example_ids"].tolist()
+    assert numbers[0] == numbers[2] != numbers[1]
+    with pytest.raises(ValueError, match="two tokens"):
+        collate([{"input_ids": [1]}])

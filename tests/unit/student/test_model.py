@@ -1,0 +1,265 @@
+"""The recurrent model against a naive twin, and the behaviours that generation and training rely on."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
+
+from smt_hf import SMTRecurrentCache, SMTRecurrentConfig, SMTRecurrentForCausalLM, SMTRecurrentModel
+from smt_hf.student.modeling_smt_recurrent import CACHE_NAME
+from tests.conftest import UPDATERS, VOCAB, make_student, student_config
+
+
+def state_of(outputs):
+    return getattr(outputs, CACHE_NAME)
+
+
+def naive_block(block, states, causal, rotary_theta=None):
+    """One Transformer block, a head and a position at a time."""
+    heads, width = block.attention.num_heads, block.attention.head_dim
+    _, length, size = states.shape
+    normed = block.attention_norm(states)
+    keys, values = block.attention.kv_proj(normed).split(size, dim=-1)
+    queries = block.attention.q_proj(normed)
+
+    def turned(vector, position):
+        if rotary_theta is None:
+            return vector
+        half = width // 2
+        angles = torch.tensor([position * rotary_theta ** (-2 * i / width) for i in range(half)])
+        first, second = vector[..., :half], vector[..., half:]
+        return torch.cat(
+            [first * angles.cos() - second * angles.sin(), first * angles.sin() + second * angles.cos()], -1
+        )
+
+    mixed = torch.zeros_like(states)
+    for head in range(heads):
+        part = slice(head * width, (head + 1) * width)
+        for i in range(length):
+            seen = range(i + 1) if causal else range(length)
+            query = turned(queries[:, i, part], i)
+            scores = torch.stack([(query * turned(keys[:, j, part], j)).sum(-1) for j in seen], -1) / width**0.5
+            weights = scores.softmax(-1)
+            mixed[:, i, part] = sum(weights[:, n, None] * values[:, j, part] for n, j in enumerate(seen))
+    states = states + block.attention.o_proj(mixed)
+    return states + block.mlp(block.mlp_norm(states))
+
+
+def naive_step(model, memory, token):
+    """One transition, written from the definition."""
+    updater, embeds = model.updater, model.embed_tokens(token)
+    if model.config.updater_type == "transformer":
+        states = torch.cat([embeds[:, None], memory], 1) + updater.slot_embeddings
+        for layer in updater.layers:
+            states = naive_block(layer, states, causal=False)
+        stream = states[:, 1:]
+    elif model.config.updater_type == "mlp":
+        stream = memory.flatten(1) + updater.token_proj(embeds)
+        for norm, layer in zip(updater.norms, updater.layers):
+            stream = stream + layer.down_proj(F.gelu(layer.up_proj(norm(stream))))
+    else:
+        stream = memory.flatten(1)
+        for input_proj, state_proj in zip(updater.input_projs, updater.state_projs):
+            cell = torch.nn.GRUCell(embeds.shape[1], stream.shape[1])
+            cell.weight_ih, cell.bias_ih = input_proj.weight, input_proj.bias
+            cell.weight_hh, cell.bias_hh = state_proj.weight, state_proj.bias
+            stream = cell(embeds, stream)
+    moved = memory + updater.out_proj(updater.out_norm(stream)).view(memory.shape)
+    return moved / (moved.square().mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt()
+
+
+def naive_logits(student, input_ids):
+    model = student.model
+    memory = model.initial_memory
+    memory = memory / (memory.square().mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt()
+    memory = memory.expand(len(input_ids), -1, -1)
+    logits = []
+    for token in input_ids.unbind(1):
+        memory = naive_step(model, memory, token)
+        states = memory + model.readout.slot_embeddings
+        for layer in model.readout.layers:
+            states = naive_block(layer, states, causal=True, rotary_theta=model.config.rope_theta)
+        logits.append(student.lm_head(model.readout.norm(states[:, -1])))
+    return torch.stack(logits, 1)
+
+
+@pytest.mark.parametrize("num_readout_layers", [1, 2])
+def test_equals_naive_twin(student, tokens, num_readout_layers):
+    student = make_student(updater_type=student.config.updater_type, num_readout_layers=num_readout_layers)
+    twin = copy.deepcopy(student)
+    logits, expected = student(tokens).logits, naive_logits(twin, tokens)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
+    weights = torch.randn_like(logits)
+    (logits * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for (name, own), (_, theirs) in zip(student.named_parameters(), twin.named_parameters()):
+        torch.testing.assert_close(own.grad, theirs.grad, atol=2e-4, rtol=1e-3, msg=name)
+
+
+def test_identity_at_birth(tokens):
+    for updater_type in UPDATERS:
+        model = SMTRecurrentForCausalLM(student_config(updater_type=updater_type)).model
+        memories = model.unroll(model.start_memory().expand(3, -1, -1), model.embed_tokens(tokens))
+        torch.testing.assert_close(memories, model.start_memory().expand_as(memories), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cuts", [[1], [5], [1, 2, 11], list(range(1, 12))])
+def test_split_anywhere(student, tokens, cuts):
+    """Same logits, memory and gradients, whole or in pieces; pieces of one token are step-by-step."""
+    whole = student(tokens, use_cache=True)
+    loss = (whole.logits * torch.linspace(-1, 1, VOCAB)).sum()
+    gradients = torch.autograd.grad(loss, list(student.parameters()))
+    cache, pieces = None, []
+    for begin, end in zip([0, *cuts], [*cuts, 12]):
+        outputs = student(tokens[:, begin:end], past_key_values=cache, use_cache=True)
+        cache = state_of(outputs)
+        pieces.append(outputs.logits)
+    logits = torch.cat(pieces, 1)
+    torch.testing.assert_close(logits, whole.logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(cache.layers[0].memory, state_of(whole).layers[0].memory, atol=1e-6, rtol=1e-5)
+    assert cache.get_seq_length() == 12
+    again = torch.autograd.grad((logits * torch.linspace(-1, 1, VOCAB)).sum(), list(student.parameters()))
+    for own, theirs in zip(again, gradients):
+        torch.testing.assert_close(own, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_masked_tokens_leave_the_memory(student, tokens):
+    mask = torch.ones_like(tokens)
+    mask[0, :4] = 0  # left
+    mask[1, 5:7] = 0  # middle
+    mask[2, 9:] = 0  # right
+    outputs = student(tokens, attention_mask=mask, use_cache=True)
+    for row, keep in enumerate(mask.bool()):
+        alone = student(tokens[row : row + 1, keep], use_cache=True)
+        torch.testing.assert_close(outputs.logits[row, keep], alone.logits[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(state_of(outputs).layers[0].memory[row], state_of(alone).layers[0].memory[0])
+    # Masked again on a continued forward, with a mask as long as all tokens so far.
+    first = student(tokens[:, :6], attention_mask=mask[:, :6], use_cache=True)
+    second = student(tokens[:, 6:], attention_mask=mask, past_key_values=state_of(first))
+    torch.testing.assert_close(second.logits, outputs.logits[:, 6:], atol=1e-5, rtol=1e-5)
+
+
+def test_generate(student, tokens):
+    prompt = tokens[:, :5]
+    settings = {"max_new_tokens": 7, "pad_token_id": 0}
+    greedy = student.generate(prompt, do_sample=False, **settings)
+    assert torch.equal(greedy, student.generate(prompt, do_sample=False, use_cache=False, **settings))
+    longhand = prompt
+    for _ in range(7):
+        longhand = torch.cat([longhand, student(longhand).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(greedy, longhand)
+    beams = [
+        student.generate(prompt, do_sample=False, num_beams=3, use_cache=use_cache, **settings)
+        for use_cache in (True, False)
+    ]
+    assert torch.equal(*beams)
+    samples = []
+    for use_cache in (True, False):
+        torch.manual_seed(3)
+        samples.append(
+            student.generate(prompt, do_sample=True, num_return_sequences=2, use_cache=use_cache, **settings)
+        )
+    assert torch.equal(*samples)
+    lookup = student.generate(prompt[:1], do_sample=False, prompt_lookup_num_tokens=3, **settings)
+    assert torch.equal(lookup, greedy[:1])
+    assert torch.equal(student.generate(prompt, do_sample=False, prefill_chunk_size=2, **settings), greedy)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_generate_left_padded(student, tokens, num_beams):
+    settings = {"max_new_tokens": 6, "do_sample": False, "num_beams": num_beams, "pad_token_id": 0}
+    padded = torch.zeros(2, 8, dtype=torch.long)
+    mask = torch.zeros_like(padded)
+    for row, length in enumerate((8, 3)):
+        padded[row, 8 - length :], mask[row, 8 - length :] = tokens[row, :length], 1
+    together = student.generate(padded, attention_mask=mask, **settings)
+    for row, length in enumerate((8, 3)):
+        alone = student.generate(tokens[row : row + 1, :length], **settings)
+        assert torch.equal(together[row, 8:], alone[0, length:])
+
+
+def test_generate_goes_on_from_a_returned_cache(student, tokens):
+    settings = {"do_sample": False, "pad_token_id": 0}
+    whole = student.generate(tokens, max_new_tokens=8, **settings)
+    first = student.generate(tokens, max_new_tokens=4, return_dict_in_generate=True, **settings)
+    cache = getattr(first, CACHE_NAME)
+    assert isinstance(cache, SMTRecurrentCache)
+    rest = student.generate(first.sequences, **{CACHE_NAME: cache}, max_new_tokens=4, **settings)
+    assert torch.equal(rest, whole)
+
+
+def test_inputs_embeds_labels_and_kept_logits(student, tokens):
+    outputs = student(tokens, labels=tokens, output_hidden_states=True)
+    expected = F.cross_entropy(outputs.logits[:, :-1].reshape(-1, VOCAB), tokens[:, 1:].reshape(-1))
+    torch.testing.assert_close(outputs.loss, expected)
+    assert [tuple(states.shape) for states in outputs.hidden_states] == [(3, 12, 16)] * 3
+    embeds = student.get_input_embeddings()(tokens)
+    torch.testing.assert_close(student(inputs_embeds=embeds).logits, outputs.logits)
+    torch.testing.assert_close(student(tokens, logits_to_keep=4).logits, outputs.logits[:, -4:])
+    torch.testing.assert_close(student(tokens, logits_to_keep=torch.tensor([2, 7])).logits, outputs.logits[:, [2, 7]])
+    assert state_of(student(tokens, use_cache=False)) is None
+    torch.testing.assert_close(student(tokens, return_dict=False)[0], outputs.logits)
+
+
+def test_refusals(student, tokens):
+    with pytest.raises(ValueError, match="exactly one"):
+        student()
+    with pytest.raises(ValueError, match="attentions"):
+        student(tokens, output_attentions=True)
+    with pytest.raises(ValueError, match="mask"):
+        student(tokens, attention_mask=torch.ones(3, 1, 12, 12))
+    with pytest.raises(ValueError, match="batch_repeat_interleave"):
+        student(tokens, past_key_values=state_of(student(tokens[:1], use_cache=True)))
+    with pytest.raises(ValueError, match="cache_implementation"):
+        student.generate(tokens, max_new_tokens=2, cache_implementation="static")
+    assert student(tokens, past_key_values=DynamicCache()).logits.shape == (3, 12, VOCAB)
+    filled = DynamicCache()
+    filled.update(torch.zeros(3, 1, 2, 4), torch.zeros(3, 1, 2, 4), 0)
+    with pytest.raises(ValueError, match="SMTRecurrentCache"):
+        student(tokens, past_key_values=filled)
+
+
+def test_save_and_load(student, tokens, tmp_path):
+    student.save_pretrained(tmp_path)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors", ".py"}
+    for loaded in (AutoModelForCausalLM.from_pretrained(tmp_path), SMTRecurrentForCausalLM.from_pretrained(tmp_path)):
+        assert type(loaded) is SMTRecurrentForCausalLM
+        assert torch.equal(loaded(tokens).logits, student(tokens).logits)
+    base = AutoModel.from_pretrained(tmp_path)
+    assert type(base) is SMTRecurrentModel
+    assert torch.equal(base(tokens).last_hidden_state, student.model(tokens).last_hidden_state)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is SMTRecurrentConfig
+
+
+def test_tied_embeddings(tokens, tmp_path):
+    tied = make_student(tie_word_embeddings=True)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    tied.save_pretrained(tmp_path)
+    assert torch.equal(SMTRecurrentForCausalLM.from_pretrained(tmp_path)(tokens).logits, tied(tokens).logits)
+
+
+def test_lora(tokens):
+    from peft import LoraConfig, get_peft_model
+
+    student = make_student()
+    targets = ["q_proj", "kv_proj", "o_proj", "up_proj", "down_proj"]
+    adapted = get_peft_model(student, LoraConfig(target_modules=targets, task_type="CAUSAL_LM"))
+    adapted(input_ids=tokens, labels=tokens).loss.backward()
+    assert all(p.grad is not None for n, p in adapted.named_parameters() if "lora_" in n)
+
+
+@pytest.mark.parametrize(
+    "fields, word",
+    [
+        ({"num_memory_tokens": 0}, "num_memory_tokens"),
+        ({"hidden_size": 20, "num_attention_heads": 3}, "num_attention_heads"),
+        ({"updater_type": "lstm"}, "updater_type"),
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"hidden_act": "nope"}, "hidden_act"),
+    ],
+)
+def test_config_refuses(fields, word):
+    with pytest.raises(ValueError, match=word):
+        SMTRecurrentConfig(**fields)

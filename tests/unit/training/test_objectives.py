@@ -1,0 +1,48 @@
+"""The losses on tensors small enough to work out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from smt_hf.training.objectives import dynamics_loss, next_token_loss, predictive_loss, uniformity_loss, warmed_up
+
+
+def test_next_token_loss():
+    logits = torch.zeros(3, 2, 4)
+    logits[0, 0, 1] = math.log(5)  # 5 : 1 : 1 : 1
+    targets = torch.tensor([[1, 0], [2, -100], [-100, -100]])
+    expected = [(-math.log(5 / 8) + math.log(4)) / 2, math.log(4), 0.0]
+    torch.testing.assert_close(next_token_loss(logits, targets), torch.tensor(expected))
+
+
+def test_dynamics_loss():
+    memories = torch.tensor([[[[1.0, 2.0]], [[0.0, 0.0]]]])
+    labels = torch.tensor([[[[0.0, 0.0]], [[1.0, 3.0]]]])
+    torch.testing.assert_close(dynamics_loss(memories, labels), torch.tensor([(2.5 + 5.0) / 2]))
+    torch.testing.assert_close(dynamics_loss(memories, labels, torch.tensor([[0, 1]])), torch.tensor([5.0]))
+    torch.testing.assert_close(dynamics_loss(memories, labels, torch.tensor([[0, 0]])), torch.tensor([0.0]))
+
+
+def test_predictive_loss():
+    logits = torch.zeros(1, 2, 2, 4)
+    logits[0, 1, 1, 3] = math.log(3)
+    future = torch.tensor([[[0, 1], [2, 3]]])
+    expected = (3 * math.log(4) - math.log(3 / 6)) / 4
+    torch.testing.assert_close(predictive_loss(logits, future), torch.tensor([expected]))
+
+
+def test_uniformity_loss():
+    memories = torch.tensor([[[[2.0, 0.0], [0.0, 5.0]]], [[[1.0, 0.0], [-3.0, 0.0]]], [[[1.0, 1.0], [2.0, 2.0]]]])
+    # squared distances of the directions: 2, 4, 0
+    torch.testing.assert_close(uniformity_loss(memories), torch.tensor([-4.0, -8.0, 0.0]), atol=1e-5, rtol=1e-5)
+    one, three = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    mixed = torch.stack([one, one, three])[None, :, None]
+    expected = math.log((1 + 2 * math.exp(-4)) / 3)
+    torch.testing.assert_close(uniformity_loss(mixed), torch.tensor([expected]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("progress, expected", [(0.0, 0.0), (0.1, 1.0), (0.2, 2.0), (0.9, 2.0)])
+def test_warmed_up(progress, expected):
+    assert warmed_up(2.0, progress, 0.2) == pytest.approx(expected)
+    assert warmed_up(2.0, progress, 0.0) == 2.0
