@@ -20,7 +20,7 @@ from smt_hf.data import byte_tokenizer, heldout_streams, load_corpus, pack, toke
 from smt_hf.evaluation import NGramModel, StreamScores, score_student, score_teacher
 from smt_hf.evaluation.ngram import document_symbols, stream_symbols, uniform_bits
 from smt_hf.evaluation.streams import count_bytes
-from smt_hf.publishing.export import export_student, export_teacher, write_json
+from smt_hf.publishing.export import append_evidence, export_student, export_teacher, write_json
 from smt_hf.publishing.figures import plot_curves, plot_loss_by_position
 from smt_hf.publishing.provenance import run_facts
 from smt_hf.student import SMTRecurrentConfig
@@ -55,6 +55,7 @@ class PretrainArguments:
     text_column: str = _argument("text", "Column of the dataset that holds the text.")
     tokenizer_name: str | None = _argument(None, "Any Hugging Face tokenizer; default: one token a byte.")
     document_start_fraction: float = _argument(0.05, "Share of rows that start where a document starts. Ours.")
+    evidence_file: str | None = _argument(None, "JSON lines file to which the run appends a line an arm.")
     compare_bptt: bool = _argument(False, "Also train the same student by BPTT for the same measured seconds.")
     seed: int = _argument(0, "Of everything random.")
     overwrite_output_dir: bool = _argument(False, "Remove what an earlier run left in `output_dir`.")
@@ -159,6 +160,8 @@ def pretrain(
     export_teacher(model.teacher, text.tokenizer, output_dir / "teacher")
     export_student(model.student, text.tokenizer, output_dir / "student", results)
     write_json(results, output_dir / _RESULTS)
+    if run.evidence_file:
+        append_evidence(results, Path(run.evidence_file))
     print(f"\nwritten to {output_dir}: student/, teacher/, {_RESULTS}, curves.png, loss_by_position.png")
     return results
 
@@ -292,8 +295,7 @@ def _train_rival(run, rival: BPTTTrainingArguments, config: SMTPreTrainingConfig
     _evaluate_ten_times(rival)
     resume = True if run.resume_from_checkpoint else None
     (result,) = run_phases(model, [rival], text.rows, text.eval_rows, text.tokenizer, text.evaluate, resume)
-    name = "bptt_truncated" if rival.transition_steps < rival.context_length else "bptt"
-    return name, {**result.scores.get("student", {}), **_cost(result)}
+    return result.arm, {**result.scores.get("student", {}), **_cost(result)}
 
 
 def _cost(result: PhaseResult) -> dict:

@@ -15,6 +15,19 @@ def write_json(content: dict, path: Path) -> None:
     aside.replace(path)
 
 
+def append_evidence(results: dict, path: Path) -> None:
+    """Append one JSON line an arm of `eval_results.json`: what a table of several runs is made from."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    task = results["task"]
+    shared = {name: results[name] for name in ("commit", "hardware", "num_threads")}
+    shared["updater_type"] = results["config"]["student"]["updater_type"]
+    with path.open("a") as file:
+        for arm, scores in results["arms"].items():
+            line = {"task": task["name"], "difficulty": task["difficulty"], "arm": arm, "seed": results["seed"]}
+            line |= {"n": results["data"]["heldout_tokens"], "data_hash": results["data"]["hash"]}
+            file.write(json.dumps({**line, **scores, **shared}) + "\n")
+
+
 def _whole(folder: Path, fill: Callable[[Path], None]) -> None:
     aside = folder.with_name(folder.name + ".new")
     if aside.exists():

@@ -56,7 +56,12 @@ class PhaseResult:
 
 
 def arm_name(phases: list[PhaseArguments]) -> str:
-    """Phases joined by underscores; a gradient that crosses more than one transition is named: `smt8_dmt`, `bptt`."""
+    """Phases joined by underscores; a gradient that crosses more than one transition is named: `smt8_dmt`.
+
+    BPTT alone is `bptt` if its window is the whole row, else `bptt_truncated`.
+    """
+    if [arguments.phase for arguments in phases] == ["bptt"]:
+        return "bptt" if phases[0].transition_steps == phases[0].context_length else "bptt_truncated"
     parts = []
     for arguments in phases:
         steps = arguments.transition_steps

@@ -208,3 +208,56 @@ def test_overwriting_spares_what_is_not_ours(tmp_path, text_file):
     assert (out / "notes.txt").read_text() == "dear" and not (out / "smt" / "old").exists()
     results = json.loads((out / "eval_results.json").read_text())
     assert results["student_arm"] == "smt8"
+
+
+def test_any_tokenizer_and_a_dataset(tmp_path):
+    """A BPE tokenizer of words, a dataset by name, another column, evidence lines; bits are still per byte."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    texts = [f"sentence number {number} says that {number * 3} is three times {number}" for number in range(300)]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=120, special_tokens=["<unk>", "<eos>"]))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(
+        tmp_path / "tokenizer"
+    )
+    (tmp_path / "corpus").mkdir()
+    rows = "".join(json.dumps({"body": text}) + "\n" for text in texts)
+    (tmp_path / "corpus" / "train.jsonl").write_text(rows)
+    words = ["--dataset_name", "corpus", "--text_column", "body", "--tokenizer_name", "tokenizer"]
+    words += ["--output_dir", "out", "--phases", "bptt", "--evidence_file", "evidence.jsonl", *SMALL]
+    run(*words, cwd=tmp_path)
+    results = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    assert results["student_arm"] == "bptt_truncated"
+    assert set(results["arms"]) == {"bptt_truncated", "ngram1", "ngram2", "ngram3"}
+    losses = results["arms"]["bptt_truncated"]["bits_per_byte"]
+    assert 1.0 < losses < 7.0  # a token is several bytes here: bits a token would be near log2(120) = 6.9
+    lines = [json.loads(line) for line in (tmp_path / "evidence.jsonl").read_text().splitlines()]
+    assert [line["arm"] for line in lines] == list(results["arms"])
+    assert {"task", "difficulty", "seed", "bits_per_byte", "n", "commit", "hardware"} <= set(lines[0])
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "out" / "student")
+    assert (
+        loaded("sentence")["input_ids"] == AutoTokenizer.from_pretrained(tmp_path / "tokenizer")("sentence").input_ids
+    )
+
+
+def test_readme_commands_are_what_ci_runs():
+    """`.ci/run` takes the two commands from the README; they are there, word for word, once."""
+    readme, script = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
+    first = "pip install -e . torch==2.13.0 && accelerate launch recipes/pretrain.py"
+    second = 'pip install -e ".[test]" torch==2.13.0 && pytest'
+    top = "\n".join(readme.splitlines()[:40])
+    for command, found_by in ((first, "pip install -e . torch"), (second, 'pip install -e ".[test]" torch')):
+        assert top.count(command + "\n") == 1 and readme.count(found_by) == 1
+        assert f"readme_command '{found_by}'" in script
+
+
+def test_recipes_parse():
+    """Every YAML in recipes/ is accepted, and the table lists it."""
+    from smt_hf.command_line import parse_run
+
+    table = (ROOT / "recipes" / "README.md").read_text()
+    for path in sorted((ROOT / "recipes").glob("*.yaml")):
+        assert parse_run(["--config", str(path)]).phases
+        assert path.name in table

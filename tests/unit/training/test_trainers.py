@@ -14,6 +14,7 @@ from smt_hf import (
     SMTTrainer,
     SMTTrainingArguments,
 )
+from smt_hf.training.phases import arm_name, lay_out
 from tests.conftest import VOCAB, make_composite, make_student
 
 KINDS = {
@@ -199,3 +200,32 @@ def test_refusals(tmp_path):
         DMTTrainer(make_composite(), SMTTrainingArguments(output_dir=str(tmp_path), use_cpu=True))
     with pytest.raises(ValueError, match="multiple of 5"):
         make_trainer("bptt", tmp_path, transition_steps=5, context_length=10)
+
+
+def test_arm_names(tmp_path):
+    def arguments(phase, **settings):
+        kind = {"smt": SMTTrainingArguments, "dmt": DMTTrainingArguments, "bptt": BPTTTrainingArguments}[phase]
+        return kind(output_dir=str(tmp_path), use_cpu=True, **settings)
+
+    smt8, dmt4, bptt = arguments("smt"), arguments("dmt", transition_steps=4), arguments("bptt")
+    pure = [arguments("smt", transition_steps=1), arguments("dmt", transition_steps=1)]
+    assert arm_name(pure) == "smt_dmt" and arm_name(pure[:1]) == "smt"
+    assert arm_name([smt8, dmt4, bptt]) == "smt8_dmt4_bptt"
+    assert arm_name([bptt]) == "bptt_truncated"
+    assert arm_name([arguments("bptt", context_length=16, transition_steps=16)]) == "bptt"
+
+
+def test_phases_share_what_they_continue(tmp_path):
+    def arguments(steps, continued):
+        return SMTTrainingArguments(output_dir="x", use_cpu=True, max_steps=steps, continue_previous_phase=continued)
+
+    phases = [arguments(10, False), arguments(5, True), arguments(7, False), arguments(3, True), arguments(2, True)]
+    lay_out(phases, str(tmp_path))
+    assert [(phase.schedule_offset, phase.schedule_steps) for phase in phases] == [
+        (0, 15), (10, 15), (0, 12), (7, 12), (10, 12),
+    ]  # fmt: skip
+    names = [phase.output_dir.removeprefix(str(tmp_path) + "/") for phase in phases]
+    assert names == ["smt", "smt_2", "smt_3", "smt_4", "smt_5"]
+    alone = [arguments(10, True)]
+    lay_out(alone, str(tmp_path))
+    assert (alone[0].schedule_offset, alone[0].schedule_steps) == (0, 0)

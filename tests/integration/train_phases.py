@@ -1,0 +1,41 @@
+"""Run under torchrun by test_distributed.py: trains the phases named on the command line, rank 0 writes what came out."""
+
+import json
+import sys
+
+from safetensors.torch import save_file
+
+from tests.unit.training.test_trainers import make_trainer
+
+
+def main(folder: str, batch: str, *kinds: str) -> None:
+    report = {}
+    for kind in kinds:
+        trainer = make_trainer(
+            kind,
+            f"{folder}/{kind}",
+            per_device_train_batch_size=int(batch),
+            max_grad_norm=0.0,
+            optim="sgd",
+            learning_rate=0.05,
+            save_strategy="steps",
+            save_steps=4,
+        )
+        trainer.train()
+        report[kind] = {
+            "distributed_type": trainer.accelerator.distributed_type.value,
+            "world_size": trainer.args.world_size,
+            "tokens": trainer.cost.tokens,
+            "log": [line for line in trainer.state.log_history if "loss" in line],
+        }
+        if trainer.is_world_process_zero():
+            save_file(
+                {name: value.clone() for name, value in trainer.model.state_dict().items()}, f"{folder}/{kind}.st"
+            )
+    if trainer.is_world_process_zero():
+        with open(f"{folder}/report.json", "w") as file:
+            json.dump(report, file)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
