@@ -1,4 +1,4 @@
-"""Run under torchrun by test_distributed.py: trains the phases named on the command line, rank 0 writes what came out."""
+"""Run under torchrun by test_distributed.py: trains the phases that it is told, rank 0 writes what came out."""
 
 import json
 import sys

@@ -155,6 +155,10 @@ def test_what_each_phase_trains():
         assert "student.model.initial_memory" in has_gradient, phase
         assert ("teacher.memory_proj.weight" in has_gradient) == (phase == "smt")
         assert "student.model.readout.norm.weight" in has_gradient
+        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        assert frozen == (
+            set() if phase == "smt" else {n for n, _ in model.named_parameters() if n.startswith("teacher.")}
+        )
 
 
 def test_dmt_readout_stops_at_the_memory():

@@ -229,3 +229,28 @@ def test_phases_share_what_they_continue(tmp_path):
     alone = [arguments(10, True)]
     lay_out(alone, str(tmp_path))
     assert (alone[0].schedule_offset, alone[0].schedule_steps) == (0, 0)
+
+
+def test_bptt_hands_the_memory_on(tmp_path):
+    """The next window of a stream starts where the last one ended; a new row starts from m_0."""
+    trainer = make_trainer("bptt", tmp_path, max_steps=7)
+    seen, ends = [], []
+    before, after = trainer._before_forward, trainer._after_forward
+
+    def spy_before(inputs):
+        fresh = inputs["is_fresh"]
+        carried = before(inputs)
+        seen.append((fresh, inputs.get("memory")))
+        return carried
+
+    def spy_after(inputs, outputs, carried):
+        ends.append(outputs.memory.clone())
+        after(inputs, outputs, carried)
+
+    trainer._before_forward, trainer._after_forward = spy_before, spy_after
+    trainer.train()
+    assert seen[0][0].all() and seen[0][1] is None
+    for step in range(1, 7):
+        fresh, memory = seen[step]
+        assert 0 < fresh.sum() < len(fresh)
+        assert torch.equal(memory[~fresh], ends[step - 1][~fresh]) and memory[fresh].isnan().all()
