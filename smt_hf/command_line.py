@@ -27,14 +27,21 @@ class ParsedRun:
     run: of the whole run.
     student, teacher: fields of the configurations that were given.
     phases: arguments of each phase, in order.
-    rival: arguments of `compare_bptt`: the bptt phase's, whether or not that phase runs.
+    rival: arguments of `compare_bptt`, those of the bptt phase; `None` without it.
     """
 
     run: PretrainArguments
     student: dict[str, Any]
     teacher: dict[str, Any]
     phases: list[PhaseArguments]
-    rival: BPTTTrainingArguments
+    rival: BPTTTrainingArguments | None
+
+
+_NEED_A_VALUE = {
+    entry.name
+    for entry in dataclasses.fields(PretrainArguments)
+    if entry.type != "bool" and entry.type is not bool and entry.name != "resume_from_checkpoint"
+}
 
 
 class _Parser(HfArgumentParser):
@@ -207,6 +214,8 @@ def parse_run(argv: list[str]) -> ParsedRun:
             place, name = _route(key)
             if place in parts:
                 parts[place][name] = value
+            if value is True and name in _NEED_A_VALUE:
+                raise ValueError(f"`--{key}` needs a value.")
         routed = [(*_route(key), value) for key, value in layer.items() if key != "phases"]
         per_phase += [entry for entry in routed if entry[0] == "phases"]
         if layer is layers[0]:
@@ -229,7 +238,11 @@ def parse_run(argv: list[str]) -> ParsedRun:
     for part, dataclass in (("student", _STUDENT), ("teacher", _TEACHER)):
         values = _built(dataclass, parts[part])
         given[part] = {name: getattr(values, name) for name in parts[part]}
-    return ParsedRun(run, given["student"], given["teacher"], built_phases, built_phase("bptt", {}))
+    rival = None
+    if run.compare_bptt:
+        inside: dict[str, Any] = next((settings for phase, settings in reversed(phases) if phase == "bptt"), {})
+        rival = built_phase("bptt", inside)
+    return ParsedRun(run, given["student"], given["teacher"], built_phases, rival)
 
 
 def help_text() -> str:

@@ -50,7 +50,7 @@ class CarriedWindows(Dataset):
     at different steps.
 
     Args:
-        rows: of equal length `n * window + 1` tokens.
+        rows: `input_ids` of equal length `n * window + 1` and, if wanted, `labels`; no padding.
         num_streams: examples of one optimiser step, all ranks together.
         window: transitions a window.
         num_steps: optimiser steps of the run.
@@ -61,6 +61,12 @@ class CarriedWindows(Dataset):
     """
 
     def __init__(self, rows: Sequence[dict], num_streams: int, window: int, num_steps: int, seed: int):
+        unread = sorted({"attention_mask", "document_ids"} & set(rows[0]))
+        if unread:
+            raise ValueError(
+                f"rows read with a carried memory are packed, without padding; these have {', '.join(unread)}: leave "
+                "that out, or set `transition_steps` to `context_length`."
+            )
         length = len(rows[0]["input_ids"]) - 1
         if length < window or length % window:
             raise ValueError(
@@ -70,7 +76,7 @@ class CarriedWindows(Dataset):
         self.rows, self.num_streams, self.window, self.num_steps = rows, num_streams, window, num_steps
         self.windows_a_row = length // window
         self.seed = seed
-        self._open: dict[int, tuple[int, np.ndarray]] = {}
+        self._open: dict[int, tuple[int, np.ndarray, np.ndarray]] = {}
 
     def __len__(self) -> int:
         return self.num_streams * self.num_steps
@@ -91,10 +97,11 @@ class CarriedWindows(Dataset):
             row = self.rows[self._row_of(number)]
             if len(row["input_ids"]) != self.windows_a_row * self.window + 1:
                 raise ValueError("rows to be read with a carried memory must all have the same number of tokens.")
-            self._open[stream] = (number, np.asarray(row["input_ids"]))
-        tokens = self._open[stream][1][window * self.window : (window + 1) * self.window + 1]
+            tokens = np.asarray(row["input_ids"])
+            self._open[stream] = (number, tokens, np.asarray(row.get("labels", tokens)))
+        part = slice(window * self.window, (window + 1) * self.window + 1)
+        tokens, labels = self._open[stream][1][part], self._open[stream][2][part].copy()
         fresh = window == 0 or step == 0
-        labels = tokens.copy()
         if not fresh:
             labels[0] = -100  # the window before has predicted it
         return {

@@ -48,7 +48,13 @@ def tokenize(documents: Dataset, tokenizer) -> Dataset:
 
 
 def _tokenize_batch(batch, tokenizer):
-    encoded = tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)
+    encoded = tokenizer(
+        batch["text"],
+        add_special_tokens=False,
+        return_attention_mask=False,
+        verbose=False,
+        split_special_tokens=True,  # a text that spells a special token is text
+    )
     return {"input_ids": [ids + [tokenizer.eos_token_id] for ids in encoded["input_ids"]]}
 
 

@@ -71,7 +71,11 @@ def load_corpus(
         heldout = _from_files(validation_file, text_column) if validation_file else None
         return _corpus(os.path.basename(os.path.normpath(train_file)), train, heldout)
     files = standard_library_files()
-    return _corpus(f"python {sysconfig.get_python_version()} standard library", _documents(files), None)
+    return _corpus(
+        f"python {sysconfig.get_python_version()} standard library",
+        _documents([_read_text(path) for path in files]),
+        None,
+    )
 
 
 def standard_library_files() -> list[Path]:
@@ -108,35 +112,48 @@ def _read_text(path: Path) -> str:
     return text
 
 
-def _documents(paths: list[Path]) -> Dataset:
-    texts = [_read_text(path) for path in paths]
+def _documents(texts: list[str]) -> Dataset:
+    """Texts as a dataset on disk, memory-mapped; `datasets` caches it by its content."""
+    return Dataset.from_generator(_rows, gen_kwargs={"texts": texts})
 
-    def rows(digest):  # the digest names the cached copy
-        for text in texts:
-            yield {"text": text}
 
-    return Dataset.from_generator(rows, gen_kwargs={"digest": _digest(texts)}, fingerprint=_digest(texts))
+def _rows(texts: list[str]):
+    for text in texts:
+        yield {"text": text}
 
 
 def _from_files(pattern: str, text_column: str) -> Dataset:
     path = Path(pattern).expanduser()
     if path.is_dir():
-        paths = sorted(entry for entry in path.rglob("*") if entry.is_file() and not entry.name.startswith("."))
+        hidden = lambda entry: any(part.startswith(".") for part in entry.relative_to(path).parts)  # noqa: E731
+        found = sorted(entry for entry in path.rglob("*") if entry.is_file() and not hidden(entry))
+        paths = [entry for entry in found if entry.read_bytes().strip()]  # an empty file of a folder says nothing
     else:
-        paths = sorted(Path(entry) for entry in glob.glob(str(path), recursive=True) if Path(entry).is_file())
-    if not paths:
+        found = paths = sorted(Path(entry) for entry in glob.glob(str(path), recursive=True) if Path(entry).is_file())
+    if not found:
         raise ValueError(f"no file found at {pattern!r}: pass a file, a folder or a glob that matches some.")
+    if not paths:
+        raise ValueError(f"all files in {pattern!r} are empty: there is nothing to train on.")
     formats = {_FORMATS.get(entry.suffix.lower()) for entry in paths}
     if formats == {None}:
-        return _documents(paths)
+        return _documents([_read_text(entry) for entry in paths])
     if len(formats) > 1:
         raise ValueError(f"{pattern!r} mixes formats: {', '.join(sorted({entry.suffix for entry in paths}))}.")
-    loaded = load_dataset(formats.pop(), data_files=[str(entry) for entry in paths], split="train")
+    loaded = _loaded(pattern, formats.pop(), data_files=[str(entry) for entry in paths], split="train")
     return _text_only(loaded, text_column, pattern)
 
 
+def _loaded(what: str, *args, **kwargs):
+    """`datasets.load_dataset`, whose many errors become one that names what was asked for."""
+    try:
+        return load_dataset(*args, **kwargs)
+    except Exception as error:  # it raises whatever its readers and the network raise
+        reason = str(error.__cause__ or error).strip() or type(error).__name__
+        raise ValueError(f"{what!r} could not be read: {reason}") from error
+
+
 def _from_hub(name: str, config_name: str | None, text_column: str) -> Corpus:
-    splits = load_dataset(name, config_name)
+    splits = _loaded(name, name, config_name)
     if "train" not in splits:
         raise ValueError(f"dataset {name!r} has no split `train`, only {', '.join(splits)}.")
     heldout = next((splits[split] for split in ("validation", "test") if split in splits), None)
@@ -149,6 +166,8 @@ def _text_only(dataset: Dataset, text_column: str, name: str) -> Dataset:
         raise ValueError(
             f"{name} has no column {text_column!r}: pass `--text_column` with one of {', '.join(dataset.column_names)}."
         )
+    if dataset.features[text_column].dtype not in ("string", "large_string") or None in dataset[text_column][:]:
+        raise ValueError(f"column {text_column!r} of {name} holds something that is not text.")
     dataset = dataset.select_columns([text_column])
     return dataset if text_column == "text" else dataset.rename_column(text_column, "text")
 
@@ -161,18 +180,9 @@ def _corpus(name: str, train: Dataset, heldout: Dataset | None) -> Corpus:
     elif heldout is None:
         texts = train["text"][:]
         cuts = [len(text) - max(len(text) // 10, 1) for text in texts]
-        fingerprint = _digest(texts)
-        heldout = _documents_of([text[cut:] for text, cut in zip(texts, cuts)], fingerprint + "-heldout")
-        train = _documents_of([text[:cut] for text, cut in zip(texts, cuts)], fingerprint + "-train")
+        heldout = _documents([text[cut:] for text, cut in zip(texts, cuts)])
+        train = _documents([text[:cut] for text, cut in zip(texts, cuts)])
     return Corpus(name, train, heldout, _digest([text for part in (train, heldout) for text in part["text"]]))
-
-
-def _documents_of(texts: list[str], name: str) -> Dataset:
-    def rows(name):
-        for text in texts:
-            yield {"text": text}
-
-    return Dataset.from_generator(rows, gen_kwargs={"name": name}, fingerprint=name)
 
 
 def _digest(texts) -> str:

@@ -8,6 +8,8 @@ import math
 
 import numpy as np
 
+from .streams import is_byte_tokenizer
+
 NUM_SYMBOLS = 257  # bytes and the end of a document
 END_OF_DOCUMENT = 256
 
@@ -23,7 +25,7 @@ def document_symbols(texts: list[str]) -> np.ndarray:
 
 def stream_symbols(tokenizer, streams: np.ndarray) -> list[np.ndarray]:
     """Held-out token streams `(B, L)` as symbols, a sequence a stream."""
-    if len(tokenizer) - len(tokenizer.all_special_ids) == 256:
+    if is_byte_tokenizer(tokenizer):
         return [np.minimum(row, END_OF_DOCUMENT) for row in streams]
     texts = tokenizer.batch_decode(streams, skip_special_tokens=True)
     return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) for text in texts]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,19 @@ class StreamScores:
     num_tokens: int
 
 
+def is_byte_tokenizer(tokenizer) -> bool:
+    """Whether token `i` is byte `i`, for all 256 bytes."""
+    characters = bytes_to_unicode()
+    return len(tokenizer) >= 256 and tokenizer.convert_ids_to_tokens(list(range(256))) == [
+        characters[byte] for byte in range(256)
+    ]
+
+
 def count_bytes(tokenizer, tokens: np.ndarray) -> int:
     """UTF-8 bytes of the text that the tokens `(B, L)` stand for; a special token counts as one byte."""
-    special = set(tokenizer.all_special_ids)
-    if len(tokenizer) - len(special) == 256:  # a byte tokenizer: pieces of a character have no text of their own
+    if is_byte_tokenizer(tokenizer):  # pieces of a character have no text of their own
         return tokens.size
+    special = set(tokenizer.all_special_ids)
     num_special = int(np.isin(tokens, list(special)).sum())
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return max(sum(len(text.encode()) for text in texts) + num_special, 1)
@@ -70,15 +79,21 @@ def score_student(student, streams: np.ndarray, num_bytes: int, window: int = 12
 
 
 @torch.inference_mode()
-def score_teacher(model, streams: np.ndarray, num_bytes: int, batch_size: int = 8) -> StreamScores:
+def score_teacher(model, streams: np.ndarray, num_bytes: int, batch_size: int = 4) -> StreamScores:
     """The shared readout on the teacher's memories: what the student could reach by imitation alone."""
     tokens = torch.from_numpy(streams).to(model.device)
     positions = torch.arange(1, tokens.shape[1], device=tokens.device)
     losses: list[torch.Tensor] = []
     hits: list[torch.Tensor] = []
     for rows in tokens.split(batch_size):
-        memories = model.teacher(rows[:, :-1], positions, model.student.model.start_memory())
-        _collect(model.student.read_logits(memories), rows[:, 1:], losses, hits)
+        parts: list[list[torch.Tensor]] = [[], []]
+        # Registers cost memory by positions x tokens; a projection makes all memories in one pass.
+        span = 256 if model.teacher.config.memory_readout == "registers" else len(positions)
+        for some in positions.split(span):
+            memories = model.teacher(rows[:, :-1], some, model.student.model.start_memory())
+            _collect(model.student.read_logits(memories), rows[:, some], *parts)
+        losses.append(torch.cat(parts[0], dim=1))
+        hits.append(torch.cat(parts[1], dim=1))
     return _scores(torch.cat(losses), torch.cat(hits), num_bytes)
 
 

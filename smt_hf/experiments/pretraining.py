@@ -3,18 +3,20 @@
 import copy
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import AutoTokenizer, TextStreamer, set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
-from transformers.utils import logging
 
 from smt_hf.data import byte_tokenizer, heldout_streams, load_corpus, pack, tokenize
 from smt_hf.evaluation import NGramModel, StreamScores, score_student, score_teacher
@@ -26,15 +28,19 @@ from smt_hf.publishing.provenance import run_facts
 from smt_hf.student import SMTRecurrentConfig
 from smt_hf.teachers import SMTTeacherConfig
 from smt_hf.training.arguments import BPTTTrainingArguments, PhaseArguments
-from smt_hf.training.phases import PhaseResult, arm_name, lay_out, run_phases
+from smt_hf.training.phases import PhaseResult, arm_name, check_named_checkpoint, lay_out, run_phases
 from smt_hf.training.pretraining import SMTForPreTraining, SMTPreTrainingConfig
 from smt_hf.training.trainers import BPTTTrainer
 
 _RESULTS = "eval_results.json"
 _RUN = "run.json"
 _WRITTEN = ("student", "teacher", "compare_bptt", _RESULTS, _RUN, "curves.png", "loss_by_position.png")
+# Settings that a resumed run may change: they say what is written down, not what is trained.
+_MAY_CHANGE = {"logging_steps", "save_total_limit", "per_device_eval_batch_size", "logging_nan_inf_filter"}
 _EVAL_ROW, _EVAL_ROWS = 128, 32
-_STREAMS, _STREAM_LENGTH = 64, 1024
+# Held-out streams are as long as 8 training rows, so that memories older than any row are scored; the upper bound keeps
+# evaluation within seconds.
+_STREAMS, _SHORTEST_STREAM, _LONGEST_STREAM = 64, 1024, 8192
 
 
 def _argument(default, help: str):
@@ -87,34 +93,38 @@ def pretrain(
     """
     output_dir = Path(run.output_dir)
     _check_output_dir(run, output_dir)
-    if (output_dir / _RESULTS).exists() and run.resume_from_checkpoint:
+    resume = True if run.resume_from_checkpoint in ("True", "true") else run.resume_from_checkpoint or None
+    lay_out(phases, str(output_dir))
+    if isinstance(resume, str):
+        check_named_checkpoint(phases, resume)
+    elif resume and (output_dir / _RESULTS).exists():
         results = json.loads((output_dir / _RESULTS).read_text())
         print(f"{output_dir} is finished already:\n{results_table(results)}")
         return results
-    logging.disable_progress_bar()  # of saving; the phases have their own
     num_threads = _set_threads(run.num_threads)
-    lay_out(phases, str(output_dir))
     is_main = phases[0].process_index == 0
+    if rival is not None and arm_name(phases) == arm_name([rival]):
+        print("the pipeline is BPTT itself: there is nothing to compare it with.")
+        rival = None
     with phases[0].main_process_first(desc="preparing the data"):
-        text = _Text(run, phases + ([rival] if run.compare_bptt and rival else []))
-    config = _model_config(text.tokenizer, student_fields, teacher_fields)
-    _remember(run, output_dir, config, is_main)
+        text = _Text(run, phases, rival)
+    config = _model_config(text.tokenizer, phases, student_fields, teacher_fields)
+    _remember(run, output_dir, config, phases, text.corpus.digest, is_main)
     set_seed(run.seed)
     model = SMTForPreTraining(config)
     for arguments in phases:
         _evaluate_ten_times(arguments)
     if is_main:
-        sizes = [sum(p.numel() for p in part.parameters()) for part in (model.student, model.teacher) if part]
+        parts = {"student": model.student, "teacher": model.teacher}
+        sizes = [f"{part} {sum(p.numel() for p in module.parameters()):,}" for part, module in parts.items() if module]
         print(
             f"{text.corpus.name}: {text.num_train_tokens:,} training tokens, {len(text.corpus.train)} documents, hash "
-            f"{text.corpus.digest}\nstudent {sizes[0]:,} parameters, teacher {sizes[1]:,}; {num_threads} threads; "
-            f"pipeline {arm_name(phases)}"
+            f"{text.corpus.digest}\nparameters: {', '.join(sizes)}; {num_threads} threads; pipeline {arm_name(phases)}"
         )
     arms: dict[str, dict] = {}
     histories: list[tuple[str, list[dict]]] = []
     curves: dict[str, np.ndarray] = {}
     spent = {"wall_clock_s": 0.0, "sequential_steps": 0, "tokens": 0}
-    resume = True if run.resume_from_checkpoint in ("True", "true") else run.resume_from_checkpoint or None
     for result in run_phases(model, phases, text.rows, text.eval_rows, text.tokenizer, text.evaluate, resume):
         spent = {
             "wall_clock_s": spent["wall_clock_s"] + result.seconds,
@@ -126,16 +136,21 @@ def pretrain(
             name = result.arm if arm == "student" else arm
             curves[name] = np.array(scores["losses"])
             arms[name] = {**{key: value for key, value in scores.items() if key != "losses"}, **spent}
+            if not math.isfinite(scores["bits_per_byte"]):
+                raise RuntimeError(
+                    f"{name} has diverged (loss {scores['bits_per_byte']}): lower "
+                    f"`{result.arguments.phase}_learning_rate`. Its log is in {result.arguments.output_dir}."
+                )
     student_arm = arm_name(phases)
-    if run.compare_bptt and rival is not None:
-        name, scores = _train_rival(run, rival, config, text, arms[student_arm]["wall_clock_s"])
+    if rival is not None:
+        name, scores = _train_rival(run, rival, config, text, spent["wall_clock_s"])
         if is_main:
             curves[name] = np.array(scores.pop("losses"))
             arms[name] = scores
     if not is_main:
         return {}
     ngram_bits = text.ngram_bits()
-    arms |= {name: {"bits_per_byte": bits, "accuracy": None} for name, bits in ngram_bits.items()}
+    arms |= {name: {"bits_per_byte": bits} for name, bits in ngram_bits.items()}
     facts = run_facts(num_threads, phases[0])
     results = {
         "arms": arms,
@@ -157,19 +172,20 @@ def pretrain(
     results["sample"] = _sample(model.student, text)
     plot_curves(histories, output_dir / "curves.png")
     plot_loss_by_position(curves, ngram_bits, output_dir / "loss_by_position.png")
-    export_teacher(model.teacher, text.tokenizer, output_dir / "teacher")
+    if model.teacher is not None:
+        export_teacher(model.teacher, text.tokenizer, output_dir / "teacher")
     export_student(model.student, text.tokenizer, output_dir / "student", results)
     write_json(results, output_dir / _RESULTS)
     if run.evidence_file:
         append_evidence(results, Path(run.evidence_file))
-    print(f"\nwritten to {output_dir}: student/, teacher/, {_RESULTS}, curves.png, loss_by_position.png")
+    print(f"\nwritten to {output_dir}: {', '.join(sorted(path.name for path in output_dir.iterdir()))}")
     return results
 
 
 class _Text:
     """The corpus as rows for training and streams for evaluation."""
 
-    def __init__(self, run: PretrainArguments, phases: list[PhaseArguments]):
+    def __init__(self, run: PretrainArguments, phases: list[PhaseArguments], rival: BPTTTrainingArguments | None):
         self.tokenizer = AutoTokenizer.from_pretrained(run.tokenizer_name) if run.tokenizer_name else byte_tokenizer()
         self.corpus = load_corpus(
             run.train_file, run.validation_file, run.dataset_name, run.dataset_config_name, run.text_column
@@ -177,10 +193,11 @@ class _Text:
         train, heldout = (tokenize(part, self.tokenizer) for part in (self.corpus.train, self.corpus.heldout))
         self.num_train_tokens = int(sum(len(row) for row in train.with_format("numpy")["input_ids"]))
         self._rows = {}
-        for arguments in phases:
-            length = arguments.context_length
+        lengths = {arguments.context_length for arguments in (*phases, *([rival] if rival else []))}
+        for length in lengths:
             self._rows[length] = pack(train, length, run.document_start_fraction, run.seed)
-        self.streams = heldout_streams(heldout, _STREAMS, _STREAM_LENGTH)
+        stream_length = min(max(_SHORTEST_STREAM, 8 * max(lengths)), _LONGEST_STREAM)
+        self.streams = heldout_streams(heldout, _STREAMS, stream_length)
         self.num_bytes = count_bytes(self.tokenizer, self.streams[:, 1:])
         rows = heldout_streams(heldout, _EVAL_ROWS, _EVAL_ROW)
         self.eval_rows = [{"input_ids": row} for row in rows]
@@ -223,7 +240,9 @@ def _check_output_dir(run: PretrainArguments, output_dir: Path) -> None:
         raise ValueError(f"there is no run to resume in {output_dir}.")
 
 
-def _model_config(tokenizer, student_fields: dict, teacher_fields: dict) -> SMTPreTrainingConfig:
+def _model_config(
+    tokenizer, phases: list[PhaseArguments], student_fields: dict, teacher_fields: dict
+) -> SMTPreTrainingConfig:
     fields = {"vocab_size": len(tokenizer), **student_fields}
     if fields["vocab_size"] < len(tokenizer):
         raise ValueError(
@@ -232,6 +251,8 @@ def _model_config(tokenizer, student_fields: dict, teacher_fields: dict) -> SMTP
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         fields.setdefault(name, getattr(tokenizer, name))
     student = SMTRecurrentConfig(**fields)
+    if all(arguments.phase == "bptt" for arguments in phases):
+        return SMTPreTrainingConfig(student=student)
     teacher = SMTTeacherConfig(
         **teacher_fields,
         vocab_size=student.vocab_size,
@@ -241,16 +262,35 @@ def _model_config(tokenizer, student_fields: dict, teacher_fields: dict) -> SMTP
     return SMTPreTrainingConfig(student=student, teacher=teacher)
 
 
-def _remember(run: PretrainArguments, output_dir: Path, config: SMTPreTrainingConfig, is_main: bool) -> None:
+def _remember(
+    run: PretrainArguments,
+    output_dir: Path,
+    config: SMTPreTrainingConfig,
+    phases: list[PhaseArguments],
+    corpus_digest: str,
+    is_main: bool,
+) -> None:
     """Clear the folder if asked to, note what the run trains, or check that a resumed run trains the same."""
-    fields = {part: getattr(config, part).to_diff_dict() for part in ("student", "teacher")}
+    settings = {
+        **{part: config.to_diff_dict().get(part) for part in ("student", "teacher")},
+        "phases": [
+            {name: value for name, value in _settings(arguments).items() if name not in _MAY_CHANGE}
+            for arguments in phases
+        ],
+        "data_hash": corpus_digest,
+        "document_start_fraction": run.document_start_fraction,
+        "seed": run.seed,
+    }
     path = output_dir / _RUN
     if run.resume_from_checkpoint:
-        earlier = json.loads(path.read_text()) if path.exists() else fields
-        if earlier != json.loads(json.dumps(fields)):
+        if not path.exists():
+            raise ValueError(f"{output_dir} holds no run that could be resumed ({_RUN} is missing).")
+        earlier, now = json.loads(path.read_text()), json.loads(json.dumps(settings))
+        changed = [name for name in now if earlier.get(name) != now[name]]
+        if changed:
+            differences = "; ".join(f"{name}: {earlier.get(name)} then, {now[name]} now" for name in changed)
             raise ValueError(
-                f"the run in {output_dir} trains another model ({earlier}) than asked for now ({fields}): resume with "
-                "the arguments that it was started with."
+                f"the run in {output_dir} was started with other arguments: resume it with the same. {differences}"
             )
         return
     if not is_main:
@@ -260,7 +300,7 @@ def _remember(run: PretrainArguments, output_dir: Path, config: SMTPreTrainingCo
             if entry.name in _WRITTEN or re.fullmatch(r"(smt|dmt|bptt)(_\d+)?", entry.name):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(fields, path)
+    write_json(settings, path)
 
 
 def _set_threads(num_threads: int | None) -> int:
@@ -286,9 +326,11 @@ def _train_rival(run, rival: BPTTTrainingArguments, config: SMTPreTrainingConfig
     set_seed(run.seed)
     model = SMTForPreTraining(SMTPreTrainingConfig(student=config.to_dict()["student"]))
     if steps_file.exists():
-        rival.max_steps = json.loads(steps_file.read_text())["max_steps"]
+        steps = json.loads(steps_file.read_text())["max_steps"]
     else:
-        rival.max_steps = _steps_for(seconds, rival, model, text)
+        steps = _steps_for(seconds, rival, model, text)
+    (rival.max_steps,) = broadcast_object_list([steps])  # every rank has measured its own
+    if rival.process_index == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_json({"max_steps": rival.max_steps}, steps_file)
     lay_out([rival], str(folder))
@@ -311,9 +353,12 @@ def _steps_for(seconds: float, rival: BPTTTrainingArguments, model: SMTForPreTra
     trial = copy.deepcopy(model).train()
     arguments = copy.copy(rival)
     arguments.max_steps, arguments.save_strategy = 40, SaveStrategy.NO
-    arguments.logging_strategy, arguments.disable_tqdm = IntervalStrategy.NO, True
-    trainer = BPTTTrainer(trial, arguments, train_dataset=text.rows(rival))
-    trainer.train()
+    arguments.logging_strategy, arguments.eval_strategy = IntervalStrategy.NO, IntervalStrategy.NO
+    arguments.disable_tqdm = True
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.output_dir = folder
+        trainer = BPTTTrainer(trial, arguments, train_dataset=text.rows(rival))
+        trainer.train()
     return max(int(seconds / float(np.median(trainer.cost.step_seconds[5:]))), 1)
 
 

@@ -403,7 +403,7 @@ class SMTRecurrentForCausalLM(SMTRecurrentPreTrainedModel, GenerationMixin):
         """Next-token logits of memories: `(..., K, D)` -> `(..., V)`."""
         return self.lm_head(self.model.read(memories))
 
-    def decode_logits(self, memories: torch.Tensor, future_ids: torch.LongTensor) -> torch.Tensor:
+    def decode_logits(self, memories: torch.Tensor, future_ids: torch.Tensor) -> torch.Tensor:
         """Logits of the next F tokens given all but the last of them [Eq. 2]: `(N, K, D)`, `(N, F)` -> `(N, F, V)`."""
         future = self.model.embed_tokens(future_ids[:, :-1]) if future_ids.shape[1] > 1 else None
         return self.lm_head(self.model.readout(memories, future))

@@ -6,11 +6,12 @@ Every default names its source: the paper (arXiv:2606.06479) or "ours" with what
 from dataclasses import dataclass, field, fields
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
 
 from .pretraining import Objective
 
 _CONTINUE = "continue_previous_phase"
+_LOSS_WEIGHTS = {"readout_weight", "dynamics_weight", "predictive_weight", "uniformity_weight", "teacher_weight"}
 ON_POLICY_MODES = ("sequential", "parallel", "aggregate")
 
 
@@ -32,8 +33,8 @@ class PhaseArguments(TrainingArguments):
     weight_decay: float = _argument(0.01, "Paper. Applied to the weights of linear layers only.")
     max_grad_norm: float = _argument(1.0, "Paper.")
     lr_scheduler_type: str = _argument("cosine_with_min_lr", "Ours: cosine to a tenth of the peak.")
-    lr_scheduler_kwargs: dict | str | None = field(
-        default_factory=lambda: {"min_lr_rate": 0.1}, metadata={"help": "Ours: a tenth of the peak at the end."}
+    lr_scheduler_kwargs: dict | str | None = _argument(
+        None, "Of the scheduler; default for cosine_with_min_lr: min_lr_rate 0.1. Ours: a tenth of the peak at the end."
     )
     warmup_steps: float = _argument(0.03, "Steps of learning-rate warm-up, or their share if below 1. Ours: 3 %.")
     logging_steps: float = _argument(10, "Steps between two lines of the log.")
@@ -53,7 +54,10 @@ class PhaseArguments(TrainingArguments):
     schedule_steps: int = _argument(0, "Steps of the whole schedule, 0: of this phase. Set by the pipeline.")
 
     def __post_init__(self):
+        if self.lr_scheduler_kwargs is None and str(self.lr_scheduler_type).endswith("cosine_with_min_lr"):
+            self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         super().__post_init__()
+        self._try_scheduler()
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False
         for name in ("context_length", "transition_steps", "max_steps"):
@@ -69,8 +73,21 @@ class PhaseArguments(TrainingArguments):
         for name in (own.name for own in fields(self)):
             if name.endswith("_weight") and getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+        if not any(getattr(self, own.name) for own in fields(self) if own.name in _LOSS_WEIGHTS):
+            raise ValueError(f"every loss of the {self.phase} phase has weight 0: there is nothing to train.")
+        for name in (own.name for own in fields(self)):
             if name.endswith(("_fraction", "_warmup_ratio")) and not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")
+
+    def _try_scheduler(self) -> None:
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        try:
+            get_scheduler(self.lr_scheduler_type, optimizer, 1, 10, self.lr_scheduler_kwargs)
+        except TypeError as error:
+            raise ValueError(
+                f"`lr_scheduler_kwargs` {self.lr_scheduler_kwargs} do not fit `lr_scheduler_type` "
+                f"{getattr(self.lr_scheduler_type, 'value', self.lr_scheduler_type)}: {error}."
+            ) from error
 
     def objective(self) -> Objective:
         """The settings that the composite's `forward` needs."""
@@ -114,6 +131,10 @@ class SMTTrainingArguments(PhaseArguments):
             )
         if self.phase == "smt" and self.on_policy_mode == "aggregate":
             raise ValueError("`on_policy_mode=aggregate` needs a frozen teacher: use it in the dmt phase.")
+        if self.on_policy_mode == "aggregate" and self.on_policy_fraction < 1:
+            raise ValueError(
+                "`on_policy_mode=aggregate` keeps own memories of every row: set `on_policy_fraction` to 1."
+            )
         if not 1 <= self.future_length < self.context_length:
             raise ValueError(
                 f"`future_length` ({self.future_length}) must be at least 1 and shorter than `context_length` "
@@ -164,6 +185,6 @@ class BPTTTrainingArguments(PhaseArguments):
     max_steps: int = _argument(
         2800, "Optimiser steps of the phase. Ours: three quarters of 4 minutes on two CPU cores."
     )
-    context_length: int = _argument(1024, "Transitions a row, over which the memory is carried. Ours.")
+    context_length: int = _argument(256, "Transitions a row, over which the memory is carried. Ours.")
     transition_steps: int = _argument(16, "Transitions a window. Ours: 16 beat 8, 32 and 64 at equal CPU time.")
     continue_previous_phase: bool = _argument(True, PhaseArguments.__dataclass_fields__[_CONTINUE].metadata["help"])

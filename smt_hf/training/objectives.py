@@ -43,18 +43,30 @@ def predictive_loss(logits: torch.Tensor, future: torch.Tensor) -> torch.Tensor:
     return next_token_loss(logits.flatten(1, 2), future.flatten(1))
 
 
-def uniformity_loss(memories: torch.Tensor) -> torch.Tensor:
+def uniformity_loss(memories: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """`log E exp(-2 |u_a - u_b|^2)` over pairs of normalised memory tokens of one example [Eq. 4], no unit.
 
-    `(B, S, K, D)` -> `(B,)`. Taken inside a sequence, so that it does not depend on what else is in the batch.
+    Taken inside a sequence, so that it does not depend on what else is in the batch.
+
+    Args:
+        memories: `(B, S, K, D)`.
+        mask: `(B, S)` bool, positions that count; `None`: all.
+
+    Returns:
+        `(B,)`; 0 where there is no pair.
     """
     directions = F.normalize(memories.flatten(1, 2), dim=-1)
-    num_tokens = directions.shape[1]
     cosines = directions @ directions.transpose(1, 2)
-    others = ~torch.eye(num_tokens, dtype=torch.bool, device=memories.device)
+    pairs = ~torch.eye(directions.shape[1], dtype=torch.bool, device=memories.device).expand_as(cosines)
+    if mask is not None:
+        counts = mask.repeat_interleave(memories.shape[2], dim=1)
+        pairs = pairs & counts[:, :, None] & counts[:, None]
     # |u_a - u_b|^2 = 2 - 2 cos
-    exponents = (-4 + 4 * cosines)[:, others]
-    return torch.logsumexp(exponents, dim=-1) - torch.log(torch.tensor(float(max(exponents.shape[-1], 1))))
+    exponents = (-4 + 4 * cosines).masked_fill(~pairs, -torch.inf).flatten(1)
+    num_pairs = pairs.flatten(1).sum(1)
+    exponents = exponents.masked_fill((num_pairs == 0)[:, None], 0.0)
+    losses = torch.logsumexp(exponents, dim=1) - num_pairs.clamp(min=1).log()
+    return losses.masked_fill(num_pairs == 0, 0.0)
 
 
 def warmed_up(weight: float, progress: float, warmup_ratio: float) -> float:

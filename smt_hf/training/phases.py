@@ -1,24 +1,25 @@
 """A pipeline of phases: one folder and one Trainer a phase, resumable at any checkpoint.
 
-`<output_dir>/<phase>/` holds the Trainer's `checkpoint-N/`, at its end `trainer_state.json` with the log history, and
-last `phase.json`, which says that the phase is complete.
+`<output_dir>/<phase>/` holds the Trainer's `checkpoint-N/`, and at its end `trainer_state.json` with the log history
+and `scores.json`, what the evaluation after the phase said.
 """
 
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
-from transformers.trainer_utils import get_last_checkpoint
+from safetensors.torch import load_file
 
 from .arguments import BPTTTrainingArguments, DMTTrainingArguments, PhaseArguments, SMTTrainingArguments
 from .pretraining import SMTForPreTraining
-from .trainers import BPTTTrainer, DMTTrainer, SMTTrainer
+from .trainers import BPTTTrainer, DMTTrainer, SMTTrainer, TrainingCost, load_student_optimizer
 
 TRAINERS: dict[str, type[SMTTrainer]] = {"smt": SMTTrainer, "dmt": DMTTrainer, "bptt": BPTTTrainer}
 ARGUMENTS: dict[str, type[PhaseArguments]] = {
@@ -26,8 +27,9 @@ ARGUMENTS: dict[str, type[PhaseArguments]] = {
     "dmt": DMTTrainingArguments,
     "bptt": BPTTTrainingArguments,
 }
-_OPTIMIZER_STATE = "student_optimizer.safetensors"
-_PHASE_FILE = "phase.json"
+_SCORES = "scores.json"
+# Optimisers whose state is tensors by parameter.
+_CARRIED_OPTIMIZERS = ("adamw_torch", "sgd", "rmsprop", "adagrad")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class PhaseResult:
         tokens: transitions supervised.
         log_history: the Trainer's.
         scores: what `evaluate` returned after the phase.
-        is_new: false if the phase was found complete on disk.
+        is_new: whether it was trained now, not found complete on disk.
     """
 
     arm: str
@@ -70,7 +72,26 @@ def arm_name(phases: list[PhaseArguments]) -> str:
 
 
 def lay_out(phases: list[PhaseArguments], output_dir: str) -> None:
-    """Give every phase its folder and its part of a learning-rate schedule that it shares with others. In place."""
+    """Give every phase its folder and its part of a learning-rate schedule that it shares with others. In place.
+
+    Raises:
+        ValueError: a phase without a number of steps, or with settings that a pipeline cannot resume from.
+    """
+    for arguments in phases:
+        if arguments.max_steps < 1:
+            raise ValueError(f"the {arguments.phase} phase of a pipeline needs `max_steps` of at least 1.")
+        if arguments.load_best_model_at_end:
+            raise ValueError(
+                "`load_best_model_at_end` does not fit a pipeline, which goes on from a phase's last step."
+            )
+    for arguments in phases[1:]:
+        if arguments.continue_previous_phase and not str(arguments.optim).lower().split(".")[-1].startswith(
+            _CARRIED_OPTIMIZERS
+        ):
+            raise ValueError(
+                f"the optimiser state of `optim={arguments.optim}` is not handed from phase to phase: set "
+                "`continue_previous_phase` to false."
+            )
     names: dict[str, int] = {}
     for arguments in phases:
         names[arguments.phase] = names.get(arguments.phase, 0) + 1
@@ -100,110 +121,125 @@ def run_phases(
 ) -> Iterator[PhaseResult]:
     """Train the phases one after the other, yielding as each ends. The model is trained in place.
 
+    A phase is complete when its checkpoint at `max_steps` is; what the checkpoint holds (weights, the student's
+    optimiser state, cost, log) is all that later phases and results need, so that a run can be cut off anywhere.
+
     Args:
         model: student and teacher.
         phases: as left by `lay_out`.
         rows_for: training rows for a phase.
         eval_rows: held-out rows.
         processing_class: tokenizer, saved with every checkpoint.
-        evaluate: scores of the model after a phase; a dict that JSON can hold.
+        evaluate: scores of the model after a phase; a dict that JSON can hold. Called on the main process.
         resume_from_checkpoint: true: skip complete phases and go on from the newest complete checkpoint of the next;
-            a path: go on from that checkpoint of a phase.
+            a path: go on from that checkpoint of a phase, and remove what came after it.
 
     Raises:
         ValueError: the path is not a complete checkpoint of one of the phases.
     """
-    named = _named_checkpoint(phases, resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
-    optimizer_state = None
+    resume: str | bool | None = resume_from_checkpoint
+    if isinstance(resume, str):
+        _forget_what_follows(phases, resume)
+    state: dict[str, dict[str, torch.Tensor]] | None = None
     for index, arguments in enumerate(phases):
-        folder = Path(arguments.output_dir)
-        arm = arm_name(phases[: index + 1])
-        checkpoint = None
-        if resume_from_checkpoint:
-            is_named = named is not None and Path(named).parent.resolve() == folder.resolve()
-            if (folder / _PHASE_FILE).exists() and not is_named:
-                summary = json.loads((folder / _PHASE_FILE).read_text())
-                model.load_state_dict(_weights(newest_checkpoint(folder)), strict=False)
-                optimizer_state = _load_optimizer_state(folder)
-                yield PhaseResult(arm, arguments, is_new=False, **summary)
-                continue
-            checkpoint = named if is_named else newest_checkpoint(folder)
-            if is_named:
-                resume_from_checkpoint = None  # what comes after the named checkpoint is done anew
-        model.train()
-        trainer = TRAINERS[arguments.phase](
-            model=model,
-            args=arguments,
-            train_dataset=rows_for(arguments),
-            eval_dataset=eval_rows,
-            processing_class=processing_class,
-            student_optimizer_state=optimizer_state if arguments.continue_previous_phase else None,
-        )
-        trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_state()
+        folder = Path(str(arguments.output_dir))
+        checkpoint = newest_checkpoint(folder) if resume else None
+        is_new = checkpoint is None or _steps_of(checkpoint) < arguments.max_steps
+        if is_new:
+            model.train()
+            trainer = TRAINERS[arguments.phase](
+                model=model,
+                args=arguments,
+                train_dataset=rows_for(arguments),
+                eval_dataset=eval_rows,
+                processing_class=processing_class,
+                student_optimizer_state=state if arguments.continue_previous_phase else None,
+            )
+            trainer.train(resume_from_checkpoint=checkpoint)
+            checkpoint = str(folder / f"checkpoint-{trainer.state.global_step}")
+            if not _is_complete(checkpoint):  # whatever the save strategy is
+                trainer._save_checkpoint(trainer.model, trial=None)
+            trainer.save_state()
+            trainer.accelerator.wait_for_everyone()
+            trainer.accelerator.free_memory()
+        else:
+            _load_weights(model, str(checkpoint))
+        state = load_student_optimizer(str(checkpoint))
         model.eval()
-        optimizer_state = trainer.student_optimizer_state()
-        scores = evaluate(model, arguments) if evaluate and trainer.is_world_process_zero() else {}
-        summary = {
-            "seconds": trainer.cost.seconds,
-            "sequential_steps": trainer.cost.sequential_steps,
-            "tokens": trainer.cost.tokens,
-            "log_history": trainer.state.log_history,
-            "scores": scores,
-        }
-        if trainer.is_world_process_zero():
-            _save_optimizer_state(folder, optimizer_state)
-            aside = folder / (_PHASE_FILE + ".new")
-            aside.write_text(json.dumps(summary))
-            aside.replace(folder / _PHASE_FILE)
-        trainer.accelerator.wait_for_everyone()
-        trainer.accelerator.free_memory()
-        yield PhaseResult(arm, arguments, is_new=True, **summary)
+        if evaluate is None or arguments.process_index != 0:
+            scores = {}
+        elif is_new or not (folder / _SCORES).exists():
+            scores = evaluate(model, arguments)
+            aside = folder / (_SCORES + ".new")
+            aside.write_text(json.dumps(scores))
+            aside.replace(folder / _SCORES)
+        else:
+            scores = json.loads((folder / _SCORES).read_text())
+        trainer_state = json.loads((Path(str(checkpoint)) / "trainer_state.json").read_text())
+        yield PhaseResult(
+            arm=arm_name(phases[: index + 1]),
+            arguments=arguments,
+            log_history=trainer_state["log_history"],
+            scores=scores,
+            is_new=is_new,
+            **trainer_state["stateful_callbacks"][TrainingCost.__name__]["attributes"],
+        )
 
 
 def newest_checkpoint(folder: str | Path) -> str | None:
     """The checkpoint of a phase with the highest step that is complete, or `None`."""
-    if not Path(folder).is_dir():
-        return None
-    while (checkpoint := get_last_checkpoint(folder)) is not None:
-        if _is_complete(checkpoint):
-            return checkpoint
-        # transformers writes trainer_state.json last: without it the save was cut off.
-        Path(checkpoint).rename(checkpoint.replace("checkpoint-", "incomplete-checkpoint-"))
-    return None
+    complete = [path for path in Path(folder).glob("checkpoint-*") if _is_complete(str(path))]
+    return str(max(complete, key=_step)) if complete else None
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))
 
 
 def _is_complete(checkpoint: str) -> bool:
-    return all((Path(checkpoint) / name).exists() for name in ("trainer_state.json", "model.safetensors"))
+    # transformers writes trainer_state.json last: without it the save was cut off.
+    path = Path(checkpoint)
+    named_right = re.fullmatch(r"checkpoint-\d+", path.name) is not None
+    return named_right and all((path / name).exists() for name in ("trainer_state.json", "model.safetensors"))
 
 
-def _named_checkpoint(phases: list[PhaseArguments], path: str) -> str:
-    folders = [Path(arguments.output_dir).resolve() for arguments in phases]
+def _steps_of(checkpoint: str) -> int:
+    return json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
+
+
+def check_named_checkpoint(phases: list[PhaseArguments], path: str) -> int:
+    """The index of the phase that the checkpoint is of.
+
+    Raises:
+        ValueError: it is not a complete checkpoint of one of the phases.
+    """
+    folders = [Path(str(arguments.output_dir)).resolve() for arguments in phases]
     given = Path(path).resolve()
-    if given.parent not in folders or not re.fullmatch(r"checkpoint-\d+", given.name) or not _is_complete(str(given)):
+    if given.parent not in folders or not _is_complete(str(given)):
         raise ValueError(
             f"{path!r} is not a complete checkpoint of this run: pass one of {', '.join(map(str, folders))} with "
             "/checkpoint-N, or no path for the newest."
         )
-    return str(given)
+    return folders.index(given.parent)
 
 
-def _weights(checkpoint: str | None) -> dict[str, torch.Tensor]:
-    if checkpoint is None:
-        raise ValueError(
-            "a phase is marked complete but its checkpoint is gone: start over with another output folder."
-        )
-    return load_file(os.path.join(checkpoint, "model.safetensors"))
+def _forget_what_follows(phases: list[PhaseArguments], checkpoint: str) -> None:
+    """Remove what was trained after a checkpoint, so that it is its phase's newest and later phases start anew."""
+    index = check_named_checkpoint(phases, checkpoint)
+    if phases[index].process_index == 0:
+        for later in phases[index + 1 :]:
+            shutil.rmtree(str(later.output_dir), ignore_errors=True)
+        folder = Path(str(phases[index].output_dir))
+        for path in folder.glob("checkpoint-*"):
+            if _step(path) > _step(Path(checkpoint)):
+                shutil.rmtree(path)
+        for name in (_SCORES, "trainer_state.json"):
+            (folder / name).unlink(missing_ok=True)
+    PartialState().wait_for_everyone()
 
 
-def _save_optimizer_state(folder: Path, state: dict[str, dict[str, torch.Tensor]]) -> None:
-    tensors = {f"{name}/{key}": value.cpu().contiguous() for name, own in state.items() for key, value in own.items()}
-    save_file(tensors, folder / _OPTIMIZER_STATE)
-
-
-def _load_optimizer_state(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    state: dict[str, dict[str, torch.Tensor]] = {}
-    for entry, value in load_file(folder / _OPTIMIZER_STATE).items():
-        name, key = entry.rsplit("/", 1)
-        state.setdefault(name, {})[key] = value
-    return state
+def _load_weights(model: SMTForPreTraining, checkpoint: str) -> None:
+    missing, unexpected = model.load_state_dict(load_file(os.path.join(checkpoint, "model.safetensors")), strict=False)
+    tied = set(model.all_tied_weights_keys)
+    if unexpected or set(missing) - tied:
+        raise ValueError(f"{checkpoint} does not fit the model: missing {missing}, unexpected {unexpected}.")

@@ -18,6 +18,8 @@ from .objectives import dynamics_loss, next_token_loss, predictive_loss, uniform
 from .rollout import example_uniforms, parallel_starts, rollout, sequential_starts
 
 PHASES = ("smt", "dmt", "bptt")
+# Terms with a weight; evaluation adds others that have none.
+_TERMS = ("readout", "dynamics", "predictive", "uniformity", "teacher")
 # What the random numbers of an example are for; see `example_uniforms`.
 _STREAM_POSITIONS, _STREAM_ON_POLICY, _STREAM_AGES = range(3)
 
@@ -137,9 +139,9 @@ class SMTForPreTraining(PreTrainedModel):
 
     @classmethod
     def from_student(cls, student: SMTRecurrentForCausalLM) -> "SMTForPreTraining":
-        """A composite around an existing student, without a teacher: for the `bptt` phase (fine-tuning)."""
+        """A composite around an existing student, trained in place, without a teacher: for the `bptt` phase."""
         model = cls(SMTPreTrainingConfig(student=student.config.to_dict()))
-        model.student.load_state_dict(student.state_dict())
+        model.student = student
         return model
 
     def freeze_for(self, phase: str) -> None:
@@ -196,16 +198,16 @@ class SMTForPreTraining(PreTrainedModel):
         if not self.training:
             terms |= self._drift_terms(tokens, with_teacher=objective.phase != "bptt")
         weights = {
-            "readout": warmed_up(objective.readout_weight, progress, objective.readout_warmup_ratio),
-            "dynamics": warmed_up(objective.dynamics_weight, progress, objective.dynamics_warmup_ratio),
-            "predictive": warmed_up(objective.predictive_weight, progress, objective.predictive_warmup_ratio),
-            "uniformity": warmed_up(objective.uniformity_weight, progress, objective.uniformity_warmup_ratio),
-            "teacher": objective.teacher_weight,
+            name: (getattr(objective, f"{name}_weight"), getattr(objective, f"{name}_warmup_ratio", 0.0))
+            for name in _TERMS
         }
         counts: torch.Tensor = targets.ne(-100).sum(1)
         num_items = counts.sum()
         sums = {name: (term * counts).sum() for name, term in terms.items()}
-        total = sum(weights[name] * value for name, value in sums.items() if weights.get(name))
+        # A term that is still at weight 0 in its warm-up stays in the sum: the loss then has a gradient, if a zero one.
+        total = sum(
+            warmed_up(weights[name][0], progress, weights[name][1]) * sums[name] for name in _TERMS if name in sums
+        )
         denominator = num_items.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return SMTForPreTrainingOutput(
             loss=total / denominator,
@@ -268,20 +270,24 @@ class SMTForPreTraining(PreTrainedModel):
         if objective.teacher_weight:
             terms["teacher"] = next_token_loss(teacher_logits[:, 1:], tokens.labels[:, 1:])
         if objective.predictive_weight or objective.uniformity_weight:
-            last_position = tokens.length + 1 - objective.future_length
-            noise = example_uniforms(example_ids, last_position + 1, objective.seed, _STREAM_POSITIONS)
-            count = min(objective.num_predictive_positions, last_position + 1)
-            chosen = noise.topk(count, dim=1).indices
+            # As many tokens ahead as the row has left; in a padded row, positions past its own last one do not count,
+            # so that nothing depends on the width of the batch.
+            last = (tokens.lengths - objective.future_length).clamp(min=0)[:, None]
+            noise = example_uniforms(example_ids, tokens.length + 1, objective.seed, _STREAM_POSITIONS)
+            noise = noise.masked_fill(torch.arange(tokens.length + 1, device=last.device) > last, -1.0)
+            count = min(objective.num_predictive_positions, int(last.max()) + 1)
+            highest, chosen = noise.topk(count, dim=1)
+            is_real = highest >= 0
             picked = labels.gather(1, chosen[..., None, None].expand(-1, -1, *labels.shape[2:]))
         if objective.predictive_weight:
             ahead = chosen[..., None] + torch.arange(objective.future_length, device=chosen.device)
-            future_ids, targets = (
-                row.gather(1, ahead.flatten(1)).view(ahead.shape) for row in (tokens.input_ids, tokens.labels)
-            )
-            logits = self.student.decode_logits(picked.flatten(0, 1), future_ids.flatten(0, 1))
+            future_ids = F.pad(tokens.input_ids, (0, objective.future_length)).gather(1, ahead.flatten(1))
+            targets = F.pad(tokens.labels, (0, objective.future_length), value=-100).gather(1, ahead.flatten(1))
+            targets = targets.view(ahead.shape).masked_fill(~is_real[..., None], -100)
+            logits = self.student.decode_logits(picked.flatten(0, 1), future_ids.view(-1, objective.future_length))
             terms["predictive"] = predictive_loss(logits.view(*ahead.shape, -1), targets)
         if objective.uniformity_weight:
-            terms["uniformity"] = uniformity_loss(picked)
+            terms["uniformity"] = uniformity_loss(picked, is_real)
         return terms, memories[:, -1], starts
 
     def _own_starts(self, tokens: "_Row", objective: Objective, example_ids, starts, stored_starts, progress: float):
@@ -343,6 +349,11 @@ class _Row:
         self.transition_mask = None if mask is None else mask & attention_mask[:, 1:].bool()
         if padding and mask is None:
             mask = torch.ones_like(input_ids[:, :-1], dtype=torch.bool)
+        # Tokens up to the last real one, (B,).
+        self.lengths = torch.full((self.batch,), self.length + 1, device=input_ids.device)
+        if attention_mask is not None:
+            places = torch.arange(1, self.length + 2, device=input_ids.device)
+            self.lengths = (attention_mask.bool() * places).amax(1)
         self.inputs = F.pad(input_ids[:, :-1], (0, padding))
         self.mask = None if mask is None else F.pad(mask, (0, padding))
         self.documents = None

@@ -23,6 +23,7 @@ from .pretraining import SMTForPreTraining
 from .rollout import example_uniforms
 
 _ROLLOUT_STATE = "rollout_state.safetensors"
+STUDENT_OPTIMIZER = "student_optimizer.safetensors"
 _STREAM_AGGREGATE = 8  # beside the streams of random numbers in pretraining.py
 
 
@@ -237,11 +238,14 @@ class SMTTrainer(Trainer):
 
     def create_optimizer(self, *args, **kwargs):
         optimizer = super().create_optimizer(*args, **kwargs)
+        # As torch's own load_state_dict: step counters live on the device only where the fused kernel wants them.
+        on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
         given, self._student_optimizer_state = self._student_optimizer_state, None
-        for name, parameter in self.model.student.named_parameters() if given else ():
-            if name in given:
+        for name, parameter in self.model.student.named_parameters():
+            if given and name in given:
                 optimizer.state[parameter] = {
-                    key: value.to(parameter.device) if value.dim() else value for key, value in given[name].items()
+                    key: value.to(parameter.device) if value.dim() or on_device else value
+                    for key, value in given[name].items()
                 }
         return optimizer
 
@@ -263,7 +267,7 @@ class SMTTrainer(Trainer):
             return super().create_scheduler(num_training_steps, optimizer)
         scheduler = super().create_scheduler(self.args.schedule_steps, optimizer)
         offset = self.args.schedule_offset
-        shifted: list = [_Shifted(function, offset) for function in scheduler.lr_lambdas]
+        shifted = [_shifted(function, offset) for function in scheduler.lr_lambdas]
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(scheduler.optimizer, shifted)
         return self.lr_scheduler
 
@@ -288,6 +292,13 @@ class SMTTrainer(Trainer):
         tensors = self._carried_tensors()
         if tensors and self.args.should_save:
             save_file(tensors, os.path.join(output_dir, _ROLLOUT_STATE))
+        if self.args.should_save:
+            state = {
+                f"{name}/{key}": value.cpu().contiguous()
+                for name, own in self.student_optimizer_state().items()
+                for key, value in own.items()
+            }
+            save_file(state, os.path.join(output_dir, STUDENT_OPTIMIZER))
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -303,14 +314,26 @@ class SMTTrainer(Trainer):
         """Inverse of `_carried_tensors`."""
 
 
-class _Shifted:
-    """A learning-rate schedule from a later step on. (A class, since the scheduler's state must not hold a lambda.)"""
+def load_student_optimizer(checkpoint: str) -> dict[str, dict[str, torch.Tensor]]:
+    """Optimiser state of the student by parameter name, from a checkpoint of any phase."""
+    state: dict[str, dict[str, torch.Tensor]] = {}
+    for entry, value in load_file(os.path.join(checkpoint, STUDENT_OPTIMIZER)).items():
+        name, key = entry.rsplit("/", 1)
+        state.setdefault(name, {})[key] = value
+    return state
 
-    def __init__(self, function, offset: int):
-        self.function, self.offset = function, offset
 
-    def __call__(self, step: int) -> float:
-        return self.function(step + self.offset)
+def _shifted(function, offset: int):
+    """A learning-rate schedule from a later step on.
+
+    A plain function: the scheduler's saved state holds the attributes of any other callable, and a checkpoint is read
+    back with `weights_only=True`.
+    """
+
+    def rate(step: int) -> float:
+        return function(step + offset)
+
+    return rate
 
 
 class DMTTrainer(SMTTrainer):
@@ -325,6 +348,8 @@ class DMTTrainer(SMTTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.objective.on_policy_mode == "aggregate" and self.args.world_size > 1:
+            raise ValueError("`on_policy_mode=aggregate` keeps its memories in one process: use `sequential`.")
         self._kept: dict[str, torch.Tensor] = {}
         self._pending: list[tuple[torch.Tensor, ...]] = []
         self._pending_step = 0
@@ -412,7 +437,7 @@ class BPTTTrainer(SMTTrainer):
         num_steps = args.max_steps
         if num_steps < 1:
             windows = len(rows) * (len(rows[0]["input_ids"]) - 1) // args.transition_steps
-            num_steps = max(int(args.num_train_epochs * windows) // streams, 1)
+            num_steps = max(windows // streams, 1)  # of one epoch
         seed = args.seed if args.data_seed is None else args.data_seed
         return CarriedWindows(rows, streams, args.transition_steps, num_steps, seed)
 

@@ -54,6 +54,7 @@ def test_what_it_leaves(finished):
     assert arms["smt8"]["tokens"] == 6 * 4 * 32 and arms["smt8_dmt_bptt"]["tokens"] > arms["smt8_dmt"]["tokens"]
     for key in ("task", "config", "seed", "commit", "hardware", "versions", "num_threads", "world_size"):
         assert key in results
+    assert {path.name for path in folder.iterdir()} == {"out", "text.txt"}  # nothing beside the output folder
     assert results["distributed_type"] == "NO" and results["task"]["name"] == "text"
     student_files = {path.name for path in (out / "student").iterdir()}
     assert {
@@ -101,7 +102,7 @@ def test_resumed_run_equals_the_first(finished):
     whole = load_file(out / "student" / "model.safetensors")
     again = folder / "again"
     subprocess.run(["cp", "-r", str(out), str(again)], check=True)
-    for name in ("eval_results.json", "curves.png", "dmt/phase.json", "dmt/trainer_state.json"):
+    for name in ("eval_results.json", "curves.png", "dmt/scores.json", "dmt/trainer_state.json"):
         (again / name).unlink()
     for name in ("dmt/checkpoint-6", "bptt", "student", "compare_bptt"):
         subprocess.run(["rm", "-r", str(again / name)], check=True)
@@ -111,6 +112,47 @@ def test_resumed_run_equals_the_first(finished):
     resumed = load_file(again / "student" / "model.safetensors")
     for name in whole:
         torch.testing.assert_close(resumed[name], whole[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_cut_off_after_the_last_step(finished):
+    """A complete last checkpoint is the end of its phase: nothing is trained again, the scores are made anew."""
+    folder, words, _ = finished
+    late = folder / "late"
+    subprocess.run(["cp", "-r", str(folder / "out"), str(late)], check=True)
+    for name in ("eval_results.json", "bptt/scores.json", "bptt/trainer_state.json"):
+        (late / name).unlink()
+    for name in ("student", "compare_bptt"):
+        subprocess.run(["rm", "-r", str(late / name)], check=True)
+    words = [word if word != "out" else "late" for word in words if word != "--compare_bptt"]
+    run(*words, "--resume_from_checkpoint", cwd=folder)
+    assert {path.name for path in (late / "bptt").glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
+    results, first = (json.loads((folder / name / "eval_results.json").read_text()) for name in ("late", "out"))
+    for arm in ("smt8", "smt8_dmt", "smt8_dmt_bptt"):
+        assert results["arms"][arm]["bits_per_byte"] == pytest.approx(first["arms"][arm]["bits_per_byte"], rel=1e-5)
+        for cost in ("wall_clock_s", "tokens", "sequential_steps"):
+            assert results["arms"][arm][cost] == first["arms"][arm][cost]
+
+
+def test_resume_from_a_named_checkpoint_and_refusals(finished):
+    folder, words, _ = finished
+    named = folder / "named"
+    subprocess.run(["cp", "-r", str(folder / "out"), str(named)], check=True)
+    words = [word if word != "out" else "named" for word in words if word != "--compare_bptt"]
+    for more, message in (
+        (["--resume_from_checkpoint", "named/smt/checkpoint-5"], "is not a complete checkpoint"),
+        (["--resume_from_checkpoint", "named/dmt/checkpoint-3", "--seed", "3"], "started with other arguments"),
+        (
+            ["--resume_from_checkpoint", "named/dmt/checkpoint-3", "--dmt_learning_rate", "1"],
+            "started with other arguments",
+        ),
+    ):
+        refused = run(*words, *more, cwd=folder, check=False)
+        assert refused.returncode != 0 and message in refused.stderr
+    before = load_file(named / "student" / "model.safetensors")
+    run(*words, "--resume_from_checkpoint", "named/dmt/checkpoint-3", cwd=folder)
+    after = load_file(named / "student" / "model.safetensors")
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 CLEAN = """

@@ -31,7 +31,11 @@ def test_flags_for_all_phases_and_for_one():
 def test_flags_of_an_absent_phase_are_accepted():
     (smt,) = parse_run(["--phases", "smt", "--bptt_max_steps", "3", "--dmt_max_steps", "4"]).phases
     assert smt.phase == "smt"
-    assert parse_run(["--phases", "smt", "--bptt_learning_rate", "1e-2"]).rival.learning_rate == 1e-2
+    words = ["--phases", "smt", "--bptt_learning_rate", "1e-2"]
+    assert parse_run(words).rival is None
+    assert parse_run([*words, "--compare_bptt"]).rival.learning_rate == 1e-2
+    (smt,) = parse_run(["--phases", "smt", "--context_length", "24"]).phases  # 16, of bptt, does not divide it
+    assert smt.context_length == 24
 
 
 def test_configurations():

@@ -6,7 +6,16 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from smt_hf.data import CarriedWindows, EpochSampler, IndexedExamples, byte_tokenizer, collate, heldout_streams, pack
+from smt_hf.data import (
+    CarriedWindows,
+    EpochSampler,
+    IndexedExamples,
+    byte_tokenizer,
+    collate,
+    heldout_streams,
+    pack,
+    tokenize,
+)
 
 
 def documents(*lengths):
@@ -98,6 +107,11 @@ def test_carried_windows():
     assert again[20]["input_ids"].tolist() == windows[20]["input_ids"].tolist()  # from any place on
     with pytest.raises(ValueError, match="multiple of 5"):
         CarriedWindows(rows, 3, 5, 12, 0)
+    with pytest.raises(ValueError, match="attention_mask"):
+        CarriedWindows([{**row, "attention_mask": np.ones(13)} for row in rows], 3, 4, 12, 0)
+    labelled = CarriedWindows([{**row, "labels": -row["input_ids"]} for row in rows], 3, 4, 12, 0)
+    example = labelled[20]
+    assert example["labels"][1:].tolist() == [-token for token in example["input_ids"][1:].tolist()]
 
 
 def test_collate():
@@ -112,3 +126,8 @@ def test_collate():
     assert numbers[0] == numbers[2] != numbers[1]
     with pytest.raises(ValueError, match="two tokens"):
         collate([{"input_ids": [1]}])
+
+
+def test_a_text_that_spells_a_special_token_is_text():
+    rows = tokenize(Dataset.from_dict({"text": ["a<|endoftext|>"]}), byte_tokenizer())
+    assert rows[0]["input_ids"] == [*b"a<|endoftext|>", 256]

@@ -30,6 +30,10 @@ def test_folder_glob_and_validation_file(tmp_path):
         (tmp_path / f"{number:02}.txt").write_text(f"text {number}")
     folder, pattern = load_corpus(str(tmp_path)), load_corpus(str(tmp_path / "*.txt"))
     assert folder.heldout["text"][:] == ["text 3"] and folder.digest == pattern.digest
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "index").write_bytes(bytes([128, 0]))
+    (tmp_path / "__init__.py").write_text("")
+    assert load_corpus(str(tmp_path)).digest == folder.digest  # hidden and empty files do not count
     both = load_corpus(str(tmp_path / "0*.txt"), str(tmp_path / "1*.txt"))
     assert both.heldout["text"][:] == ["text 10", "text 11"]
 
@@ -55,5 +59,15 @@ def test_refusals(tmp_path):
     ):
         with pytest.raises(ValueError, match=word):
             load_corpus(str(tmp_path / name))
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "broken.jsonl").write_text('{"text": ')
+    (tmp_path / "numbers.csv").write_text("text\n1\n2\n")
+    for name in ("empty.jsonl", "broken.jsonl"):
+        with pytest.raises(ValueError, match=name):
+            load_corpus(str(tmp_path / name))
+    with pytest.raises(ValueError, match="not text"):
+        load_corpus(str(tmp_path / "numbers.csv"))
+    with pytest.raises(ValueError, match="nobody/nothing"):
+        load_corpus(dataset_name="nobody/nothing")
     with pytest.raises(ValueError, match="not both"):
         load_corpus("a", dataset_name="b")

@@ -36,6 +36,10 @@ def test_uniformity_loss():
     memories = torch.tensor([[[[2.0, 0.0], [0.0, 5.0]]], [[[1.0, 0.0], [-3.0, 0.0]]], [[[1.0, 1.0], [2.0, 2.0]]]])
     # squared distances of the directions: 2, 4, 0
     torch.testing.assert_close(uniformity_loss(memories), torch.tensor([-4.0, -8.0, 0.0]), atol=1e-5, rtol=1e-5)
+    mask = torch.tensor([[True, False]] * 3)
+    doubled = torch.cat([memories, torch.randn(3, 1, 2, 2)], 1)
+    torch.testing.assert_close(uniformity_loss(doubled, mask), uniformity_loss(memories))
+    assert uniformity_loss(doubled[:, :, :1], mask).tolist() == [0.0, 0.0, 0.0]  # no pair
     one, three = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
     mixed = torch.stack([one, one, three])[None, :, None]
     expected = math.log((1 + 2 * math.exp(-4)) / 3)

@@ -12,6 +12,7 @@ from smt_hf import (
     SMTForPreTraining,
     SMTTrainingArguments,
 )
+from smt_hf.data import collate
 from smt_hf.training import SMTPreTrainingConfig
 from smt_hf.training.rollout import rollout
 from tests.conftest import VOCAB, make_composite, make_student, student_config, teacher_config
@@ -81,6 +82,32 @@ def test_accumulation_invariance(phase, settings, ragged):
         torch.testing.assert_close(sums[name], other_sums[name], rtol=1e-4, atol=1e-4, msg=name)
     for name in gradients:
         torch.testing.assert_close(gradients[name], other_gradients[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_nothing_depends_on_the_width_of_the_batch():
+    """Rows of 13, 9, 5 and 3 tokens: in one padded batch or each alone, the terms add up to the same."""
+    examples = [{"input_ids": list(range(2, 2 + length)), "example_ids": 50 + length} for length in (13, 9, 5, 3)]
+    setting = objective("smt", on_policy_warmup_ratio=0.0, future_length=4, num_predictive_positions=6)
+    together = make_composite().train()(**collate(examples), objective=setting)
+    alone = [make_composite().train()(**collate([example]), objective=setting) for example in examples]
+    assert together.num_items == sum(outputs.num_items for outputs in alone) == 30
+    for name, value in together.term_sums.items():
+        expected = sum(outputs.term_sums[name] for outputs in alone)
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_future_longer_than_the_row():
+    outputs = make_composite().train()(
+        input_ids=torch.randint(VOCAB, (2, 4)), objective=objective("smt", future_length=9)
+    )
+    assert torch.isfinite(outputs.loss) and outputs.term_sums["predictive"] > 0
+
+
+def test_a_lone_term_in_its_warm_up_has_a_gradient():
+    model = make_composite().train()
+    outputs = model(**rows(), objective=objective("bptt", readout_warmup_ratio=0.5), progress=0.0)
+    outputs.loss.backward()
+    assert outputs.loss == 0.0 and not model.student.lm_head.weight.grad.any()
 
 
 def test_padding_counts_nowhere():
@@ -205,7 +232,7 @@ def test_evaluation_scores_the_rollout_from_m_0():
 def test_from_student_and_refusals(tokens):
     student = make_student()
     model = SMTForPreTraining.from_student(student)
-    assert torch.equal(model.student(tokens).logits, student(tokens).logits)
+    assert model.student is student and model(input_ids=tokens, objective=objective("bptt")).loss.requires_grad
     with pytest.raises(ValueError, match="teacher"):
         model.freeze_for("smt")
     with pytest.raises(ValueError, match="unknown phase"):
@@ -223,6 +250,9 @@ def test_from_student_and_refusals(tokens):
         ("smt", {"on_policy_mode": "sideways"}, "on_policy_mode"),
         ("smt", {"on_policy_mode": "aggregate"}, "frozen teacher"),
         ("smt", {"dynamics_weight": -1.0}, "dynamics_weight"),
+        ("bptt", {"readout_weight": 0.0}, "nothing to train"),
+        ("dmt", {"on_policy_mode": "aggregate", "on_policy_fraction": 0.5}, "on_policy_fraction"),
+        ("bptt", {"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}, "do not fit"),
         ("dmt", {"label_smoothing_factor": 0.1}, "label_smoothing"),
         ("bptt", {"transition_steps": 0}, "transition_steps"),
     ],
@@ -230,6 +260,13 @@ def test_from_student_and_refusals(tokens):
 def test_arguments_refuse(phase, settings, word):
     with pytest.raises(ValueError, match=word):
         objective(phase, **settings)
+
+
+def test_other_schedules():
+    for name in ("linear", "cosine", "constant"):
+        arguments = SMTTrainingArguments(output_dir="unused", use_cpu=True, lr_scheduler_type=name)
+        assert not arguments.lr_scheduler_kwargs
+    assert SMTTrainingArguments(output_dir="unused", use_cpu=True).lr_scheduler_kwargs == {"min_lr_rate": 0.1}
 
 
 def test_every_default_has_a_help_text():
