@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 
 def plot_curves(histories: list[tuple[str, list[dict]]], path: Path) -> None:
@@ -42,6 +43,8 @@ def plot_curves(histories: list[tuple[str, list[dict]]], path: Path) -> None:
         if unique:
             axis.legend(unique.values(), unique.keys(), fontsize=8)
             axis.set_yscale("log")
+            for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                which(FuncFormatter(lambda value, _: f"{value:g}"))
         else:
             axis.annotate("no phase with a teacher", (0.5, 0.5), xycoords="axes fraction", ha="center")
     figure.savefig(path, dpi=120)

@@ -303,3 +303,17 @@ def test_recipes_parse():
     for path in sorted((ROOT / "recipes").glob("*.yaml")):
         assert parse_run(["--config", str(path)]).phases
         assert path.name in table
+
+
+def test_readme_library_example(tmp_path, monkeypatch, text_file):
+    """The README's example of the library runs as it stands, with fewer steps; then its way to load a checkpoint."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    load, library = blocks
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.txt").write_text(text_file.read_text())
+    exec(library.replace("max_steps=600", "max_steps=2, use_cpu=True"), {})
+    assert (tmp_path / "runs" / "library" / "student" / "model.safetensors").exists()
+    from smt_hf.data import byte_tokenizer
+
+    byte_tokenizer().save_pretrained(tmp_path / "runs" / "library" / "student")
+    exec(load.replace("runs/pretrain/student", "runs/library/student").replace("max_new_tokens=200", "max_new_tokens=5"), {})
