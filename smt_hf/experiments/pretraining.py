@@ -17,6 +17,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import AutoTokenizer, TextStreamer, set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.utils import logging
 
 from smt_hf.data import byte_tokenizer, heldout_streams, load_corpus, pack, tokenize
 from smt_hf.evaluation import NGramModel, StreamScores, score_student, score_teacher
@@ -101,6 +102,7 @@ def pretrain(
         results = json.loads((output_dir / _RESULTS).read_text())
         print(f"{output_dir} is finished already:\n{results_table(results)}")
         return results
+    logging.disable_progress_bar()  # of saving; the phases have their own
     num_threads = _set_threads(run.num_threads)
     is_main = phases[0].process_index == 0
     if rival is not None and arm_name(phases) == arm_name([rival]):

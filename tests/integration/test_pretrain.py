@@ -316,4 +316,7 @@ def test_readme_library_example(tmp_path, monkeypatch, text_file):
     from smt_hf.data import byte_tokenizer
 
     byte_tokenizer().save_pretrained(tmp_path / "runs" / "library" / "student")
-    exec(load.replace("runs/pretrain/student", "runs/library/student").replace("max_new_tokens=200", "max_new_tokens=5"), {})
+    exec(
+        load.replace("runs/pretrain/student", "runs/library/student").replace("max_new_tokens=200", "max_new_tokens=5"),
+        {},
+    )
