@@ -2,7 +2,9 @@
 
 import dataclasses
 import difflib
+import inspect
 import json
+import re
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
@@ -85,6 +87,8 @@ _PHASE_NAMES = {phase: _names(arguments) - _HIDDEN for phase, arguments in ARGUM
 
 def _route(key: str) -> tuple[str, str]:
     """Where a key belongs: ("run" | "student" | "teacher" | "phases" | a phase, name there)."""
+    if key.endswith("num_train_epochs"):
+        raise ValueError("a pipeline counts steps, not epochs: set `max_steps`.")
     if key in _names(PretrainArguments):
         return "run", key
     if key in _names(_STUDENT):
@@ -201,6 +205,8 @@ def parse_run(argv: list[str]) -> ParsedRun:
         print(help_text())
         raise SystemExit(0)
     flags = _read_flags(argv)
+    if flags.get("resume_from_checkpoint") in ("False", "false"):
+        del flags["resume_from_checkpoint"]
     layers = [_read_yaml(str(flags["config"])) if "config" in flags else {}, flags]
     parts: dict[str, dict[str, Any]] = {"run": {}, "student": {}, "teacher": {}}
     phases = _read_phases(PretrainArguments.phases)
@@ -248,41 +254,39 @@ def parse_run(argv: list[str]) -> ParsedRun:
 def help_text() -> str:
     """What `--help` prints."""
     lines = ["usage: accelerate launch recipes/pretrain.py [--config FILE.yaml] [--flag value ...]", ""]
-    sections = [
-        ("the run", PretrainArguments, ""),
-        ("the student", _STUDENT, ""),
-        ("the teacher", _TEACHER, "teacher_"),
-    ]
-    for title, dataclass, prefix in sections:
-        lines += [f"{title}:", *_described(dataclasses.fields(dataclass), prefix), ""]
-    seen: set[str] = set()
-    inherited = {entry.name for entry in dataclasses.fields(PhaseArguments.__mro__[1])}
+    lines += ["the run:", *_described(PretrainArguments, "", {}), ""]
+    lines += ["the student:", *_described(_STUDENT, "", _documented(SMTRecurrentConfig)), ""]
+    lines += ["the teacher:", *_described(_TEACHER, "teacher_", _documented(SMTTeacherConfig)), ""]
+    own = [entry for entry in vars(PhaseArguments)["__annotations__"] if entry not in _HIDDEN]
+    lines += ["all phases (`--NAME`), or one (`--smt_NAME`, `--dmt_NAME`, `--bptt_NAME`):"]
+    lines += [*_described(PhaseArguments, "", {}, own), ""]
     for phase, dataclass in ARGUMENTS.items():
-        own = [entry for entry in dataclasses.fields(dataclass) if entry.name in _PHASE_NAMES[phase]]
-        own = [entry for entry in own if entry.name in _defined(dataclass) or entry.name not in inherited | seen]
-        seen |= {entry.name for entry in own}
+        own = [entry for entry in vars(dataclass)["__annotations__"] if entry not in _HIDDEN]
         lines += [
-            f"the {phase} phase (`--{phase}_NAME` for it alone, `--NAME` for all phases):",
-            *_described(own, ""),
+            f"the {phase} phase, what is its own or has another default:",
+            *_described(dataclass, "", {}, own),
             "",
         ]
     lines.append("Every other field of transformers' TrainingArguments is a flag of the phases too.")
     return "\n".join(lines)
 
 
-def _defined(dataclass) -> set[str]:
-    return {
-        name
-        for kind in dataclass.__mro__
-        if kind.__module__.startswith("smt_hf")
-        for name in vars(kind).get("__annotations__", {})
-    }
+def _documented(config_class) -> dict[str, str]:
+    """Texts of the `Args:` section of a configuration's docstring."""
+    section = inspect.cleandoc(config_class.__doc__).partition("Args:\n")[2].partition("\nRaises:")[0]
+    texts: dict[str, str] = {}
+    for entry in re.split(r"\n    (?=\w)", "\n" + section):
+        names, _, text = entry.partition(": ")
+        for name in names.split(","):
+            texts[name.strip()] = " ".join(text.split())
+    return texts
 
 
-def _described(entries, prefix: str) -> list[str]:
+def _described(dataclass, prefix: str, texts: dict[str, str], names: list[str] | None = None) -> list[str]:
     lines = []
-    for entry in entries:
-        default = entry.default if entry.default is not dataclasses.MISSING else "see help"
-        text = entry.metadata.get("help", "")
-        lines.append(f"  --{prefix}{entry.name} (default: {default})" + (f"\n      {text}" if text else ""))
+    for entry in dataclasses.fields(dataclass):
+        if names is not None and entry.name not in names:
+            continue
+        text = entry.metadata.get("help", "") or texts.get(entry.name, "")
+        lines.append(f"  --{prefix}{entry.name} (default: {entry.default})" + (f"\n      {text}" if text else ""))
     return lines

@@ -122,6 +122,10 @@ def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: a row with fewer than two tokens, which holds no transition.
     """
+    if "input_ids" not in examples[0]:
+        raise ValueError(
+            f"training rows need `input_ids`, these have {', '.join(examples[0])}: tokenize the text first."
+        )
     lengths = [len(example["input_ids"]) for example in examples]
     if min(lengths) < 2:
         raise ValueError("a training row needs at least two tokens: one to read and one to predict.")

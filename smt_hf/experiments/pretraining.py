@@ -100,8 +100,9 @@ def pretrain(
         check_named_checkpoint(phases, resume)
     elif resume and (output_dir / _RESULTS).exists():
         results = json.loads((output_dir / _RESULTS).read_text())
-        print(f"{output_dir} is finished already:\n{results_table(results)}")
-        return results
+        if rival is None or arm_name([rival]) in results["arms"]:
+            print(f"{output_dir} is finished already, with the arguments in {_RUN}:\n{results_table(results)}")
+            return results
     logging.disable_progress_bar()  # of saving; the phases have their own
     num_threads = _set_threads(run.num_threads)
     is_main = phases[0].process_index == 0
@@ -116,6 +117,10 @@ def pretrain(
     model = SMTForPreTraining(config)
     for arguments in phases:
         _evaluate_ten_times(arguments)
+    if is_main and phases[0].phase == "dmt":
+        print(
+            "warning: the first phase is dmt, whose teacher is not trained: the student will imitate random memories."
+        )
     if is_main:
         parts = {"student": model.student, "teacher": model.teacher}
         sizes = [f"{part} {sum(p.numel() for p in module.parameters()):,}" for part, module in parts.items() if module]
@@ -136,7 +141,7 @@ def pretrain(
         histories.append((result.arguments.phase, result.log_history))
         for arm, scores in result.scores.items():
             name = result.arm if arm == "student" else arm
-            curves[name] = np.array(scores["losses"])
+            curves[name] = np.array(scores["losses"]) / text.bytes_per_token
             arms[name] = {**{key: value for key, value in scores.items() if key != "losses"}, **spent}
             if not math.isfinite(scores["bits_per_byte"]):
                 raise RuntimeError(
@@ -147,7 +152,7 @@ def pretrain(
     if rival is not None:
         name, scores = _train_rival(run, rival, config, text, spent["wall_clock_s"])
         if is_main:
-            curves[name] = np.array(scores.pop("losses"))
+            curves[name] = np.array(scores.pop("losses")) / text.bytes_per_token
             arms[name] = scores
     if not is_main:
         return {}
@@ -188,7 +193,7 @@ class _Text:
     """The corpus as rows for training and streams for evaluation."""
 
     def __init__(self, run: PretrainArguments, phases: list[PhaseArguments], rival: BPTTTrainingArguments | None):
-        self.tokenizer = AutoTokenizer.from_pretrained(run.tokenizer_name) if run.tokenizer_name else byte_tokenizer()
+        self.tokenizer = byte_tokenizer() if run.tokenizer_name is None else _tokenizer(run.tokenizer_name)
         self.corpus = load_corpus(
             run.train_file, run.validation_file, run.dataset_name, run.dataset_config_name, run.text_column
         )
@@ -201,6 +206,7 @@ class _Text:
         stream_length = min(max(_SHORTEST_STREAM, 8 * max(lengths)), _LONGEST_STREAM)
         self.streams = heldout_streams(heldout, _STREAMS, stream_length)
         self.num_bytes = count_bytes(self.tokenizer, self.streams[:, 1:])
+        self.bytes_per_token = self.num_bytes / self.streams[:, 1:].size
         rows = heldout_streams(heldout, _EVAL_ROWS, _EVAL_ROW)
         self.eval_rows = [{"input_ids": row} for row in rows]
 
@@ -217,6 +223,13 @@ class _Text:
         model = NGramModel(document_symbols(self.corpus.train["text"][:]))
         sequences = stream_symbols(self.tokenizer, self.streams)
         return {f"ngram{context}": model.bits_per_byte(sequences, context) for context in (1, 2, 3)}
+
+
+def _tokenizer(name: str):
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer could be loaded from {name!r}: {error}") from error
 
 
 def _as_dict(scores: StreamScores) -> dict:
@@ -288,11 +301,12 @@ def _remember(
         if not path.exists():
             raise ValueError(f"{output_dir} holds no run that could be resumed ({_RUN} is missing).")
         earlier, now = json.loads(path.read_text()), json.loads(json.dumps(settings))
-        changed = [name for name in now if earlier.get(name) != now[name]]
+        earlier, now = _flat(earlier), _flat(now)
+        changed = [name for name in sorted(earlier.keys() | now) if earlier.get(name) != now.get(name)]
         if changed:
-            differences = "; ".join(f"{name}: {earlier.get(name)} then, {now[name]} now" for name in changed)
+            differences = ", ".join(f"{name}: {earlier.get(name)} then, {now.get(name)} now" for name in changed)
             raise ValueError(
-                f"the run in {output_dir} was started with other arguments: resume it with the same. {differences}"
+                f"the run in {output_dir} was started with other arguments ({differences}): resume it with the same."
             )
         return
     if not is_main:
@@ -305,8 +319,19 @@ def _remember(
     write_json(settings, path)
 
 
+def _flat(settings, prefix: str = "") -> dict:
+    """Nested settings under dotted names."""
+    items = enumerate(settings) if isinstance(settings, list) else settings.items()
+    flat: dict = {}
+    for name, value in items:
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict | list) else {f"{prefix}{name}": value}
+    return flat
+
+
 def _set_threads(num_threads: int | None) -> int:
     """`accelerate launch` without a configuration exports OMP_NUM_THREADS=1, which would leave cores idle."""
+    if num_threads is not None and num_threads < 1:
+        raise ValueError(f"`num_threads` must be at least 1, got {num_threads}.")
     if num_threads is None:
         given = int(os.environ.get("OMP_NUM_THREADS", "1"))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -20,7 +20,9 @@ def append_evidence(results: dict, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     task = results["task"]
     shared = {name: results[name] for name in ("commit", "hardware", "num_threads")}
-    shared["updater_type"] = results["config"]["student"]["updater_type"]
+    names = ("updater_type", "hidden_size", "num_hidden_layers", "num_memory_tokens", "intermediate_size")
+    shared["student"] = {name: results["config"]["student"][name] for name in names}
+    shared |= {"phases": results["phases"], "versions": results["versions"]}
     with path.open("a") as file:
         for arm, scores in results["arms"].items():
             line = {"task": task["name"], "difficulty": task["difficulty"], "arm": arm, "seed": results["seed"]}

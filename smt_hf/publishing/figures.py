@@ -51,10 +51,10 @@ def plot_curves(histories: list[tuple[str, list[dict]]], path: Path) -> None:
 
 
 def plot_loss_by_position(curves: dict[str, np.ndarray], ngram_bits: dict[str, float], path: Path) -> None:
-    """Bits a token over the position in a held-out stream.
+    """Bits a byte over the position in a held-out stream.
 
     Args:
-        curves: arm -> mean loss at each position, nats a token.
+        curves: arm -> mean loss at each position, nats a byte.
         ngram_bits: yardstick -> bits a byte, drawn as level lines.
     """
     figure = Figure(figsize=(8, 4.2), layout="constrained")
@@ -66,7 +66,7 @@ def plot_loss_by_position(curves: dict[str, np.ndarray], ngram_bits: dict[str, f
         axis.plot(edges[1:], means, marker="o", ms=3, lw=1.2, color=f"C{index}", label=arm)
     for index, (name, bits) in enumerate(ngram_bits.items()):
         axis.axhline(bits, color="0.5", lw=1, ls=(":", "-.", "--")[index % 3], label=name)
-    axis.set(xscale="log", xlabel="tokens read since m_0", ylabel="bits a token", title="held-out loss by position")
+    axis.set(xscale="log", xlabel="tokens read since m_0", ylabel="bits a byte", title="held-out loss by position")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.2)
     figure.savefig(path, dpi=120)

@@ -20,7 +20,7 @@ def student_card(student, results: dict) -> ModelCard:
         library_name="transformers",
         pipeline_tag="text-generation",
         license="apache-2.0",
-        tags=["smt", "recurrent", "custom_code", results["student_arm"]],
+        tags=[*(["smt"] if results["config"]["teacher"] else []), "recurrent", "custom_code", results["student_arm"]],
         model_name=f"smt_recurrent {results['student_arm']}",
         eval_results=[
             EvalResult(

@@ -358,6 +358,10 @@ class SMTRecurrentModel(SMTRecurrentPreTrainedModel):
             state = SMTRecurrentCache()
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, length = embeds.shape[:2]
+        if not length:
+            raise ValueError(
+                "The input has no tokens: give at least one, the beginning-of-text token for an empty prompt."
+            )
         if attention_mask is not None:
             if attention_mask.dim() != 2:
                 raise ValueError(f"`attention_mask` must be (batch, tokens), got {tuple(attention_mask.shape)}.")

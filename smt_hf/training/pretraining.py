@@ -55,7 +55,8 @@ class SMTPreTrainingConfig(PreTrainedConfig):
 
     Args:
         student: an `SMTRecurrentConfig` or its fields.
-        teacher: an `SMTTeacherConfig` or its fields; `None` for a composite without a teacher (BPTT alone).
+        teacher: an `SMTTeacherConfig` or its fields (vocabulary and shape of a memory default to the student's); `None`
+            for a composite without a teacher (BPTT alone).
 
     Raises:
         ValueError: the teacher's memories do not have the student's shape or vocabulary.
@@ -71,7 +72,12 @@ class SMTPreTrainingConfig(PreTrainedConfig):
         if not isinstance(self.student, SMTRecurrentConfig):
             self.student = SMTRecurrentConfig(**(self.student or {}))
         if isinstance(self.teacher, dict):
-            self.teacher = SMTTeacherConfig(**self.teacher)
+            shape = {
+                "vocab_size": self.student.vocab_size,
+                "num_memory_tokens": self.student.num_memory_tokens,
+                "memory_size": self.student.hidden_size,
+            }
+            self.teacher = SMTTeacherConfig(**{**shape, **self.teacher})
         if self.teacher is not None:
             shapes = {
                 "vocab_size": (self.teacher.vocab_size, self.student.vocab_size),

@@ -125,7 +125,11 @@ class SMTTrainer(Trainer):
         **kwargs,
     ):
         args = self.arguments_class() if args is None else args
-        if args.phase != self.arguments_class.phase:
+        if not isinstance(model, SMTForPreTraining):
+            raise ValueError(
+                f"{type(self).__name__} trains an SMTForPreTraining (student and teacher), got {type(model).__name__}."
+            )
+        if getattr(args, "phase", None) != self.arguments_class.phase:
             raise ValueError(f"{type(self).__name__} takes {self.arguments_class.__name__}, got {type(args).__name__}.")
         model.freeze_for(args.phase)
         super().__init__(
@@ -139,6 +143,8 @@ class SMTTrainer(Trainer):
         if train_dataset is not None:
             self.train_dataset = self._numbered(train_dataset)
         self.objective = args.objective()
+        if self.processing_class is not None:
+            _take_special_tokens(model.student, self.processing_class)
         self.cost = TrainingCost()
         self.add_callback(self.cost)
         self.remove_callback(ProgressCallback)
@@ -312,6 +318,14 @@ class SMTTrainer(Trainer):
 
     def _restore_carried(self, tensors: dict[str, torch.Tensor]) -> None:
         """Inverse of `_carried_tensors`."""
+
+
+def _take_special_tokens(student: SMTRecurrentForCausalLM, tokenizer) -> None:
+    """The tokenizer's special tokens, where the student has none: `generate()` then ends where a text ends."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(student.config, name) is None:
+            setattr(student.config, name, getattr(tokenizer, name, None))
+            setattr(student.generation_config, name, getattr(tokenizer, name, None))
 
 
 def load_student_optimizer(checkpoint: str) -> dict[str, dict[str, torch.Tensor]]:

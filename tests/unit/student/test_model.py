@@ -206,6 +206,8 @@ def test_inputs_embeds_labels_and_kept_logits(student, tokens):
 def test_refusals(student, tokens):
     with pytest.raises(ValueError, match="exactly one"):
         student()
+    with pytest.raises(ValueError, match="no tokens"):
+        student(tokens[:, :0])
     with pytest.raises(ValueError, match="attentions"):
         student(tokens, output_attentions=True)
     with pytest.raises(ValueError, match="mask"):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from smt_hf import (
     BPTTTrainer,
@@ -202,6 +203,10 @@ def test_bptt_takes_a_bare_student(tmp_path):
 
 
 def test_refusals(tmp_path):
+    with pytest.raises(ValueError, match="SMTForPreTraining"):
+        SMTTrainer(make_student(), SMTTrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+    with pytest.raises(ValueError, match="SMTTrainingArguments"):
+        SMTTrainer(make_composite(), TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
     with pytest.raises(ValueError, match="DMTTrainingArguments"):
         DMTTrainer(make_composite(), SMTTrainingArguments(output_dir=str(tmp_path), use_cpu=True))
     with pytest.raises(ValueError, match="multiple of 5"):

@@ -1,0 +1,63 @@
+"""Committed cards and tables against the JSON that they are made from."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from smt_hf import SMTRecurrentConfig, SMTRecurrentForCausalLM
+from smt_hf.publishing.export import write_json
+from smt_hf.publishing.model_card import student_card
+
+ROOT = Path(__file__).parents[3]
+CARDS = sorted(path.parent for path in (ROOT / "model_cards").glob("*/eval_results.json"))
+
+
+def test_there_is_a_card():
+    assert CARDS
+
+
+@pytest.mark.parametrize("folder", CARDS, ids=lambda folder: folder.name)
+def test_card_is_rendered_from_its_results(folder):
+    results = json.loads((folder / "eval_results.json").read_text())
+    known = {
+        name: value
+        for name, value in results["config"]["student"].items()
+        if name in SMTRecurrentConfig.__annotations__ and name != "model_type"
+    }
+    student = SMTRecurrentForCausalLM(SMTRecurrentConfig(**known))
+    card = ModelCard.load(folder / "README.md")
+    assert card.text.strip() == student_card(student, results).text.strip()
+    for metric in card.data.eval_results:
+        assert metric.metric_value == round(results["arms"][results["student_arm"]][metric.metric_type], 4)
+
+
+def test_readme_numbers_are_those_of_the_default_run():
+    results = json.loads((ROOT / "model_cards" / "text_cpu" / "eval_results.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| .*? \| ([\d.]+) \| ([\d.]*)(?: %)? \| (\d*) \|$", readme, flags=re.MULTILINE)
+    assert len(rows) == 5
+    for arm, bits, accuracy, seconds in rows:
+        scores = results["arms"][arm]
+        assert bits == f"{scores['bits_per_byte']:.3f}"
+        assert accuracy == (f"{100 * scores['accuracy']:.1f}" if "accuracy" in scores else "")
+        assert seconds == (f"{scores['wall_clock_s']:.0f}" if "wall_clock_s" in scores else "")
+    assert f"**{results['arms'][results['student_arm']]['bits_per_byte']:.2f} bits per byte**" in readme
+
+
+def test_evidence_lines():
+    for path in (ROOT / "model_cards" / "evidence").glob("*.jsonl"):
+        for line in path.read_text().splitlines():
+            entry = json.loads(line)
+            promised = {"task", "difficulty", "arm", "seed", "bits_per_byte", "n", "commit", "hardware"}
+            assert promised <= set(entry), path.name
+
+
+def test_json_is_complete_or_absent(tmp_path):
+    path = tmp_path / "results.json"
+    write_json({"a": 1}, path)
+    with pytest.raises(ValueError):
+        write_json({"a": float("nan")}, path)
+    assert json.loads(path.read_text()) == {"a": 1}
