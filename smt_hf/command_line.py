@@ -42,7 +42,7 @@ class ParsedRun:
 _NEED_A_VALUE = {
     entry.name
     for entry in dataclasses.fields(PretrainArguments)
-    if entry.type != "bool" and entry.type is not bool and entry.name != "resume_from_checkpoint"
+    if entry.type is not bool and entry.name != "resume_from_checkpoint"
 }
 
 

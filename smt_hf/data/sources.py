@@ -166,7 +166,10 @@ def _text_only(dataset: Dataset, text_column: str, name: str) -> Dataset:
         raise ValueError(
             f"{name} has no column {text_column!r}: pass `--text_column` with one of {', '.join(dataset.column_names)}."
         )
-    if dataset.features[text_column].dtype not in ("string", "large_string") or None in dataset[text_column][:]:
+    if (
+        dataset.features[text_column].dtype not in ("string", "large_string")
+        or dataset.data.column(text_column).null_count
+    ):
         raise ValueError(f"column {text_column!r} of {name} holds something that is not text.")
     dataset = dataset.select_columns([text_column])
     return dataset if text_column == "text" else dataset.rename_column(text_column, "text")
@@ -182,7 +185,7 @@ def _corpus(name: str, train: Dataset, heldout: Dataset | None) -> Corpus:
         cuts = [len(text) - max(len(text) // 10, 1) for text in texts]
         heldout = _documents([text[cut:] for text, cut in zip(texts, cuts)])
         train = _documents([text[:cut] for text, cut in zip(texts, cuts)])
-    return Corpus(name, train, heldout, _digest([text for part in (train, heldout) for text in part["text"]]))
+    return Corpus(name, train, heldout, _digest(text for part in (train, heldout) for text in part["text"]))
 
 
 def _digest(texts) -> str:

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,19 +108,23 @@ def pretrain(
     num_threads = _set_threads(run.num_threads)
     is_main = phases[0].process_index == 0
     if rival is not None and arm_name(phases) == arm_name([rival]):
-        print("the pipeline is BPTT itself: there is nothing to compare it with.")
+        warnings.warn("the pipeline is BPTT itself: there is nothing to compare it with.", stacklevel=2)
         rival = None
     with phases[0].main_process_first(desc="preparing the data"):
         text = _Text(run, phases, rival)
     config = _model_config(text.tokenizer, phases, student_fields, teacher_fields)
     _remember(run, output_dir, config, phases, text.corpus.digest, is_main)
+    if isinstance(resume, str) and is_main:
+        # What is trained anew must not look finished if it is cut off again.
+        (output_dir / _RESULTS).unlink(missing_ok=True)
+        shutil.rmtree(output_dir / "compare_bptt", ignore_errors=True)
     set_seed(run.seed)
     model = SMTForPreTraining(config)
     for arguments in phases:
         _evaluate_ten_times(arguments)
     if is_main and phases[0].phase == "dmt":
-        print(
-            "warning: the first phase is dmt, whose teacher is not trained: the student will imitate random memories."
+        warnings.warn(
+            "the first phase is dmt: the student will imitate a teacher that was never trained.", stacklevel=2
         )
     if is_main:
         parts = {"student": model.student, "teacher": model.teacher}

@@ -4,6 +4,9 @@ Shapes: B sequences, T tokens, N = B or B x chunks (whatever is rolled out side 
 F future tokens, H heads, V vocabulary. Symbols and equations: arXiv:2606.06479.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -101,7 +104,7 @@ class SMTRecurrentOutProjection(nn.Linear):
     """`W_out` of the updater: a class of its own because it is zero at birth."""
 
 
-class SMTRecurrentUpdater(nn.Module):
+class SMTRecurrentUpdater(nn.Module, ABC):
     """`f(m, x) = RMSNorm(m + W_out h(m, x))` [Eq. 1]; subclasses compute `h`.
 
     `W_out` is zero at birth, so that the first update keeps all information over any number of steps: without it,
@@ -114,9 +117,9 @@ class SMTRecurrentUpdater(nn.Module):
         self.out_norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
         self.out_proj = SMTRecurrentOutProjection(width, width, bias=False)
 
+    @abstractmethod
     def layers_of(self, memory, embeds):
         """Yield the stream after every layer, `(N, K, D)` or `(N, K * D)`."""
-        raise NotImplementedError
 
     def forward(self, memory, embeds, layer_outputs: list | None = None):
         """One transition: `(N, K, D)`, `(N, D)` -> `(N, K, D)`.
@@ -188,7 +191,7 @@ class SMTRecurrentGRUUpdater(SMTRecurrentUpdater):
             yield stream
 
 
-UPDATERS = {
+UPDATERS: dict[str, Callable[[SMTRecurrentConfig], SMTRecurrentUpdater]] = {
     "transformer": SMTRecurrentTransformerUpdater,
     "mlp": SMTRecurrentMLPUpdater,
     "gru": SMTRecurrentGRUUpdater,

@@ -133,7 +133,7 @@ def test_cut_off_after_the_last_step(finished):
             assert results["arms"][arm][cost] == first["arms"][arm][cost]
 
 
-def test_resume_from_a_named_checkpoint_and_refusals(finished):
+def test_resume_from_a_named_checkpoint_and_refusals(finished, monkeypatch):
     folder, words, _ = finished
     named = folder / "named"
     subprocess.run(["cp", "-r", str(folder / "out"), str(named)], check=True)
@@ -148,7 +148,23 @@ def test_resume_from_a_named_checkpoint_and_refusals(finished):
     ):
         refused = run(*words, *more, cwd=folder, check=False)
         assert refused.returncode != 0 and message in refused.stderr
+    assert (named / "eval_results.json").exists() and (
+        named / "dmt" / "checkpoint-6"
+    ).exists()  # refusals touch nothing
     before = load_file(named / "student" / "model.safetensors")
+    # Cut off while it trains what comes after the checkpoint: the run must not look finished.
+    from smt_hf.command_line import parse_run
+    from smt_hf.experiments import pretrain, pretraining
+
+    def cut_off(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(pretraining, "run_phases", cut_off)
+    parsed = parse_run([str(word) for word in (*words, "--resume_from_checkpoint", "named/dmt/checkpoint-3")])
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(parsed.run, parsed.phases, parsed.student, parsed.teacher, parsed.rival)
+    assert not (named / "eval_results.json").exists() and not (named / "compare_bptt").exists()
     run(*words, "--resume_from_checkpoint", "named/dmt/checkpoint-3", cwd=folder)
     after = load_file(named / "student" / "model.safetensors")
     for name in before:
