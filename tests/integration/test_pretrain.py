@@ -152,6 +152,9 @@ def test_resume_from_a_named_checkpoint_and_refusals(finished, monkeypatch):
         named / "dmt" / "checkpoint-6"
     ).exists()  # refusals touch nothing
     before = load_file(named / "student" / "model.safetensors")
+    # Weights that would show if the later checkpoint were not removed but taken for the end of its phase.
+    weights = "checkpoint-6/model.safetensors"
+    (named / "dmt" / weights).write_bytes((named / "smt" / weights).read_bytes())
     # Cut off while it trains what comes after the checkpoint: the run must not look finished.
     from smt_hf.command_line import parse_run
     from smt_hf.experiments import pretrain, pretraining

@@ -84,10 +84,18 @@ def test_accumulation_invariance(phase, settings, ragged):
         torch.testing.assert_close(gradients[name], other_gradients[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_nothing_depends_on_the_width_of_the_batch():
+@pytest.mark.parametrize("future_length", [2, 4, 8, 12])
+@pytest.mark.parametrize("num_predictive_positions", [6, 9])
+def test_nothing_depends_on_the_width_of_the_batch(future_length, num_predictive_positions):
     """Rows of 13, 9, 5 and 3 tokens: in one padded batch or each alone, the terms add up to the same."""
     examples = [{"input_ids": list(range(2, 2 + length)), "example_ids": 50 + length} for length in (13, 9, 5, 3)]
-    setting = objective("smt", on_policy_warmup_ratio=0.0, future_length=4, num_predictive_positions=6)
+    setting = objective(
+        "smt",
+        on_policy_warmup_ratio=0.0,
+        context_length=16,
+        future_length=future_length,
+        num_predictive_positions=num_predictive_positions,
+    )
     together = make_composite().train()(**collate(examples), objective=setting)
     alone = [make_composite().train()(**collate([example]), objective=setting) for example in examples]
     assert together.num_items == sum(outputs.num_items for outputs in alone) == 30
