@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import inspect
+import itertools
 import json
 import re
 from collections.abc import Iterable
@@ -11,9 +12,10 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from smt_hf.experiments.grid import Run
 from smt_hf.experiments.pretraining import PretrainArguments
 from smt_hf.student import SMTRecurrentConfig
-from smt_hf.teachers import SMTTeacherConfig
+from smt_hf.teachers import SMTTeacherConfig, SMTWindowedTeacherConfig
 from smt_hf.training.arguments import BPTTTrainingArguments, PhaseArguments
 from smt_hf.training.phases import ARGUMENTS
 
@@ -71,11 +73,14 @@ def _plain_dataclass(config_class, left_out: Iterable[str] = ()):
             str,
         )
         plain.append((name, kind | None, dataclasses.field(default=entry.default)))
+    if config_class in (SMTTeacherConfig, SMTWindowedTeacherConfig):  # tells the two kinds of teacher apart
+        plain.append(("model_type", str, dataclasses.field(default=SMTTeacherConfig.model_type)))
     return dataclasses.make_dataclass(config_class.__name__ + "Fields", plain)
 
 
 _STUDENT = _plain_dataclass(SMTRecurrentConfig)
 _TEACHER = _plain_dataclass(SMTTeacherConfig, _TEACHER_SHAPE)
+_WINDOWED = _plain_dataclass(SMTWindowedTeacherConfig, _TEACHER_SHAPE)
 
 
 def _names(dataclass) -> set[str]:
@@ -290,3 +295,185 @@ def _described(dataclass, prefix: str, texts: dict[str, str], names: list[str] |
         text = entry.metadata.get("help", "") or texts.get(entry.name, "")
         lines.append(f"  --{prefix}{entry.name} (default: {entry.default})" + (f"\n      {text}" if text else ""))
     return lines
+
+
+@dataclasses.dataclass
+class ParsedGrid:
+    """Args:
+    runs: what the grid holds, or what `--only` leaves of it.
+    output: file of JSON lines.
+    jobs: runs side by side.
+    report: render what is in `output` instead of training.
+    """
+
+    runs: list[Run]
+    output: str
+    jobs: int
+    report: bool
+
+
+_GRID_KEYS = {"output", "jobs", "num_threads", "seeds", "num_heldout", "student", "teacher", "tasks", "arms"}
+_TASK_KEYS = {"difficulties", "seconds", "curriculum", "arms"}
+_ARM_KEYS = {"phases", "student", "teacher", "only", "sweep", "variants", "group"}
+_ONLY_KEYS = {"task", "difficulty", "arm", "seed", "variant"}
+_GRID_FLAGS = {"config", "output", "only", "jobs", "report", "train_file", "mnist_dir"}
+
+
+def parse_grid(argv: list[str]) -> ParsedGrid:
+    """A grid of runs from its command line.
+
+    `--config GRID.yaml [--only task=... difficulty=... arm=... seed=... variant=...] [--output FILE.jsonl] [--jobs N]
+    [--report] [--train_file FILE] [--mnist_dir DIR]`. A seed or difficulty that the grid does not list is run all the
+    same when `--only` names it.
+
+    Raises:
+        ValueError: unknown keys (the closest valid one is named), values of the wrong type, malformed YAML.
+    """
+    if "--help" in argv or "-h" in argv:
+        print("usage: python recipes/experiment.py " + " ".join(str(parse_grid.__doc__).split("\n\n")[1].split()))
+        raise SystemExit(0)
+    flags = _read_flags(argv)
+    _check_keys(flags, _GRID_FLAGS, "flag")
+    if not isinstance(flags.get("config"), str):
+        raise ValueError("name the grid: `--config recipes/probes.yaml`.")
+    grid = _read_yaml(flags["config"])
+    _check_keys(grid, _GRID_KEYS, f"key of {flags['config']}")
+    only = _read_only(flags.get("only", []))
+    for name in ("tasks", "arms", "output"):
+        if not grid.get(name):
+            raise ValueError(f"{flags['config']} needs `{name}`.")
+    runs = [
+        run
+        for task, settings in grid["tasks"].items()
+        if only.get("task", task) == task
+        for run in _runs_of_task(grid, str(task), settings or {}, only, flags)
+    ]
+    if not runs:
+        raise ValueError(f"nothing of {flags['config']} is left by `--only` {only}.")
+    jobs = int(flags.get("jobs", grid.get("jobs", 1)))
+    return ParsedGrid(runs, str(flags.get("output", grid["output"])), jobs, bool(flags.get("report", False)))
+
+
+def _check_keys(given: Any, valid: set[str], what: str) -> None:
+    if not isinstance(given, dict):
+        raise ValueError(f"expected `name: value` pairs, got {given!r} ({what}).")
+    for key in given:
+        if key not in valid:
+            raise ValueError(f"unknown {what}: {key!r}{_closest(str(key), valid)}")
+
+
+def _read_only(words: Any) -> dict[str, Any]:
+    only: dict[str, Any] = {}
+    for word in [words] if isinstance(words, str) else words:
+        name, equals, value = str(word).partition("=")
+        if not equals or name not in _ONLY_KEYS:
+            raise ValueError(f"`--only` takes {', '.join(sorted(_ONLY_KEYS))} as name=value, got {word!r}.")
+        only[name] = int(value) if name in ("seed", "difficulty") else value
+    return only
+
+
+def _runs_of_task(grid: dict, task: str, settings: dict, only: dict, flags: dict) -> Iterable[Run]:
+    _check_keys(settings, _TASK_KEYS, f"key of task {task}")
+    difficulties = [only["difficulty"]] if "difficulty" in only else settings.get("difficulties", [None])
+    seeds = [only["seed"]] if "seed" in only else grid.get("seeds", [0])
+    sources = {name: flags[name] for name in ("train_file", "mnist_dir") if name in flags}
+    for seed in seeds:
+        for difficulty in difficulties:
+            for arm, spec in grid["arms"].items():
+                if only.get("arm", arm) != arm:
+                    continue
+                _check_keys(spec, _ARM_KEYS, f"key of arm {arm}")
+                where = spec.get("only")
+                is_named = "arm" in only and "difficulty" in only
+                if where is not None and not is_named and difficulty not in (where.get(task) or []):
+                    continue
+                for variant, changes in _variants(spec):
+                    if only.get("variant", variant) != variant:
+                        continue
+                    of_task = (settings.get("arms") or {}).get(arm) or {}
+                    yield Run(
+                        task=task,
+                        difficulty=difficulty,
+                        arm=str(arm),
+                        seed=int(seed),
+                        phases=_phases_of_arm(spec, of_task, changes, _seconds(settings, task, difficulty)),
+                        student=_typed(
+                            _STUDENT,
+                            {**grid.get("student", {}), **spec.get("student", {}), **changes.get("student", {})},
+                        ),
+                        teacher=_typed_teacher(
+                            grid.get("teacher", {}), spec.get("teacher", {}), changes.get("teacher", {})
+                        ),
+                        curriculum=tuple(settings.get("curriculum", ())),
+                        group=spec.get("group"),
+                        variant=variant,
+                        num_threads=int(grid.get("num_threads", 1)),
+                        num_heldout=int(grid.get("num_heldout", 4096)),
+                        sources=sources,
+                    )
+
+
+def _seconds(settings: dict, task: str, difficulty: int | None) -> float | None:
+    seconds = settings.get("seconds")
+    if isinstance(seconds, dict):
+        seconds = seconds.get(difficulty, max(seconds.values()))  # one that the grid does not list: the longest
+    return None if seconds is None else float(seconds)
+
+
+def _variants(spec: dict) -> Iterable[tuple[str | None, dict]]:
+    """Names and changes (`student`, `teacher` or a phase -> settings) of an arm's variants; one without a name else."""
+    if "sweep" in spec:
+        (phase, axes), *rest = spec["sweep"].items()
+        if rest or not isinstance(axes, dict):
+            raise ValueError("`sweep` takes one phase with lists of values: `bptt: {learning_rate: [...], ...}`.")
+        for values in itertools.product(*axes.values()):
+            named = dict(zip(axes, values))
+            yield ", ".join(f"{name}={value}" for name, value in named.items()), {phase: named}
+    elif "variants" in spec:
+        for name, changes in spec["variants"].items():
+            yield str(name), changes or {}
+    else:
+        yield None, {}
+
+
+def _phases_of_arm(spec: dict, of_task: dict, changes: dict, seconds: float | None) -> tuple[tuple[str, dict], ...]:
+    """Arguments of the phases: what the arm says, then what the task says for it, then what the variant changes.
+
+    A phase gets its `share` of the seconds (default: what the others leave, evenly).
+    """
+    phases = []
+    for entry in spec.get("phases", []):
+        name, settings = next(iter(entry.items())) if isinstance(entry, dict) else (entry, {})
+        if name not in ARGUMENTS:
+            raise ValueError(
+                f"unknown phase {name!r}: choose from {', '.join(ARGUMENTS)}{_closest(str(name), ARGUMENTS)}"
+            )
+        merged = {**(settings or {}), **(of_task.get(name) or {}), **(changes.get(name) or {})}
+        phases.append((name, merged.pop("share", None), merged))
+    if not phases:
+        raise ValueError("every arm needs `phases`.")
+    left = 1 - sum(share or 0 for _, share, _ in phases)
+    num_open = sum(share is None for _, share, _ in phases)
+    typed = []
+    for name, share, settings in phases:
+        if seconds is not None and "max_steps" not in settings:
+            settings["max_seconds"] = seconds * (share if share is not None else left / num_open)
+        _check_keys(settings, _PHASE_NAMES[name], f"argument of phase {name}")
+        built = _built(ARGUMENTS[name], {**settings, "output_dir": "unused"})
+        typed.append((name, {key: getattr(built, key) for key in settings}))
+    return tuple(typed)
+
+
+def _typed(dataclass, settings: dict) -> dict:
+    _check_keys(settings, _names(dataclass), "field")
+    values = _built(dataclass, settings)
+    return {name: getattr(values, name) for name in settings}
+
+
+def _typed_teacher(of_grid: dict, of_arm: dict, of_variant: dict) -> dict:
+    changes = {**of_arm, **of_variant}
+    # The grid's fields are those of its own kind of teacher.
+    is_other_kind = changes.get("model_type", of_grid.get("model_type")) != of_grid.get("model_type")
+    settings = changes if is_other_kind else {**of_grid, **changes}
+    is_windowed = settings.get("model_type") == SMTWindowedTeacherConfig.model_type
+    return _typed(_WINDOWED if is_windowed else _TEACHER, settings)

@@ -1,18 +1,28 @@
-"""Text to rows of tokens to batches."""
+"""Text, synthetic tasks and pixels to rows of tokens to batches."""
 
-from .batching import CarriedWindows, EpochSampler, IndexedExamples, collate
-from .packing import byte_tokenizer, heldout_streams, pack, tokenize
+from .batching import CarriedWindows, EpochSampler, IndexedExamples, Levels, collate
+from .packing import byte_tokenizer, heldout_streams, number_tokenizer, pack, tokenize
+from .pixels import PixelFacts, load_pixels
 from .sources import Corpus, load_corpus
+from .tasks import TASKS, Task, load_task, task_facts
 
 __all__ = [
+    "TASKS",
     "CarriedWindows",
     "Corpus",
     "EpochSampler",
     "IndexedExamples",
+    "Levels",
+    "PixelFacts",
+    "Task",
     "byte_tokenizer",
     "collate",
     "heldout_streams",
     "load_corpus",
+    "load_pixels",
+    "load_task",
+    "number_tokenizer",
     "pack",
+    "task_facts",
     "tokenize",
 ]

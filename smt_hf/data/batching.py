@@ -6,6 +6,7 @@ an example depends on nothing but that number and the seed.
 
 import zlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,31 @@ class IndexedExamples(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         return {**self.rows[index % len(self.rows)], "example_ids": index}
+
+
+class Levels(Dataset):
+    """Datasets of rising difficulty and equal size: a curriculum. An example is its row at every level.
+
+    The level is chosen when a step begins, not when its batch is fetched, so that a resumed run trains on the same
+    rows as an uninterrupted one.
+
+    Args:
+        levels: datasets of rows, easiest first.
+
+    Raises:
+        ValueError: no level, or levels of different sizes.
+    """
+
+    def __init__(self, levels: Sequence[Sequence[dict]]):
+        if not levels or len({len(level) for level in levels}) > 1:
+            raise ValueError(f"levels must be of one size, got {[len(level) for level in levels]} rows.")
+        self.levels = list(levels)
+
+    def __len__(self) -> int:
+        return len(self.levels[0])
+
+    def __getitem__(self, index: int) -> dict:
+        return {"levels": [level[index] for level in self.levels]}
 
 
 class EpochSampler(Sampler):
@@ -113,15 +139,19 @@ class CarriedWindows(Dataset):
         }
 
 
-def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
+def collate(examples: list[dict]) -> dict[str, Any]:
     """Batch rows of `input_ids`, and `attention_mask`, `labels`, `document_ids` where they have them.
 
-    Rows of different lengths are padded at the end (token 0, mask 0, label -100). Rows without `example_ids` get them
-    from their content.
+    Examples of [`Levels`] become one batch a level, under `levels`. Rows of different lengths are padded at the end
+    (token 0, mask 0, label -100). Rows without `example_ids` get them from their content.
 
     Raises:
         ValueError: a row with fewer than two tokens, which holds no transition.
     """
+    if "levels" in examples[0]:
+        numbers = [{"example_ids": example["example_ids"]} if "example_ids" in example else {} for example in examples]
+        by_level = zip(*(example["levels"] for example in examples))
+        return {"levels": [collate([row | number for row, number in zip(rows, numbers)]) for rows in by_level]}
     if "input_ids" not in examples[0]:
         raise ValueError(
             f"training rows need `input_ids`, these have {', '.join(examples[0])}: tokenize the text first."

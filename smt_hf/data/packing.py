@@ -28,6 +28,18 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def number_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """Token `i` is written as the number i, with spaces between: for tasks and pixels, whose tokens are no text."""
+    vocabulary = {str(number): number for number in range(vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
 def tokenize(documents: Dataset, tokenizer) -> Dataset:
     """`text` -> `input_ids`, a row a document, with the end-of-text token at its end. Cached on disk by `datasets`.
 

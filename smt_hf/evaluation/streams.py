@@ -87,9 +87,9 @@ def score_teacher(model, streams: np.ndarray, num_bytes: int, batch_size: int = 
     hits: list[torch.Tensor] = []
     for rows in tokens.split(batch_size):
         parts: list[list[torch.Tensor]] = [[], []]
-        # Registers cost memory by positions x tokens; a projection makes all memories in one pass.
-        span = 256 if model.teacher.config.memory_readout == "registers" else len(positions)
-        for some in positions.split(span):
+        # Some teachers pay for each position with tokens of their own; a projection makes all memories in one pass.
+        makes_all = getattr(model.teacher.config, "memory_readout", None) == "projection"
+        for some in positions.split(len(positions) if makes_all else 256):
             memories = model.teacher(rows[:, :-1], some, model.student.model.start_memory())
             _collect(model.student.read_logits(memories), rows[:, some], *parts)
         losses.append(torch.cat(parts[0], dim=1))

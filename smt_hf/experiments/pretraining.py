@@ -1,13 +1,11 @@
-"""Pretraining on text from end to end: what `recipes/pretrain.py` runs."""
+"""Pretraining from end to end, on text, a task or pixels: what `recipes/pretrain.py` runs."""
 
-import copy
 import dataclasses
 import json
 import math
 import os
 import re
 import shutil
-import tempfile
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,34 +13,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
-from transformers import AutoTokenizer, TextStreamer, set_seed
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers import TextStreamer, set_seed
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
-from smt_hf.data import byte_tokenizer, heldout_streams, load_corpus, pack, tokenize
-from smt_hf.evaluation import NGramModel, StreamScores, score_student, score_teacher
-from smt_hf.evaluation.ngram import document_symbols, stream_symbols, uniform_bits
-from smt_hf.evaluation.streams import count_bytes
 from smt_hf.publishing.export import append_evidence, export_student, export_teacher, write_json
 from smt_hf.publishing.figures import plot_curves, plot_loss_by_position
 from smt_hf.publishing.provenance import run_facts
 from smt_hf.student import SMTRecurrentConfig
-from smt_hf.teachers import SMTTeacherConfig
-from smt_hf.training.arguments import BPTTTrainingArguments, PhaseArguments
+from smt_hf.training.arguments import UNBOUNDED, BPTTTrainingArguments, PhaseArguments
 from smt_hf.training.phases import PhaseResult, arm_name, check_named_checkpoint, lay_out, run_phases
 from smt_hf.training.pretraining import SMTForPreTraining, SMTPreTrainingConfig
-from smt_hf.training.trainers import BPTTTrainer
+
+from .subjects import PixelSubject, Subject, TaskSubject, TextSubject
 
 _RESULTS = "eval_results.json"
 _RUN = "run.json"
 _WRITTEN = ("student", "teacher", "compare_bptt", _RESULTS, _RUN, "curves.png", "loss_by_position.png")
 # Settings that a resumed run may change: they say what is written down, not what is trained.
 _MAY_CHANGE = {"logging_steps", "save_total_limit", "per_device_eval_batch_size", "logging_nan_inf_filter"}
-_EVAL_ROW, _EVAL_ROWS = 128, 32
-# Held-out streams are as long as 8 training rows, so that memories older than any row are scored; the upper bound keeps
-# evaluation within seconds.
-_STREAMS, _SHORTEST_STREAM, _LONGEST_STREAM = 64, 1024, 8192
 
 
 def _argument(default, help: str):
@@ -56,6 +45,16 @@ class PretrainArguments:
     config: str | None = _argument(None, "YAML file with any of these arguments; flags beat it.")
     output_dir: str = _argument("runs/pretrain", "Folder for everything that the run writes.")
     phases: str = _argument("smt,bptt", "Any sequence of smt, dmt and bptt, joined by commas.")
+    task: str = _argument(
+        "text",
+        "What is learned: text, pixels, or retrieval, string_copy, stack, keys_values, modular_arithmetic, parity.",
+    )
+    difficulty: int | None = _argument(None, "Of a synthetic task: its length, depth, pairs or modulus.")
+    curriculum: str | None = _argument(
+        None, "Easier difficulties of the task to begin with, joined by commas; see `curriculum_threshold`."
+    )
+    num_heldout: int = _argument(4096, "Labels of a synthetic task, or images, that are scored.")
+    mnist_dir: str | None = _argument(None, "Folder with MNIST's idx files for `pixels`; default: the 8 x 8 digits.")
     train_file: str | None = _argument(None, "Text file, folder, glob, or json / jsonl / csv / parquet.")
     validation_file: str | None = _argument(None, "Held-out text; default: a tenth of the training text.")
     dataset_name: str | None = _argument(None, "Dataset of the Hub, or a local one that `datasets` knows.")
@@ -111,9 +110,9 @@ def pretrain(
         warnings.warn("the pipeline is BPTT itself: there is nothing to compare it with.", stacklevel=2)
         rival = None
     with phases[0].main_process_first(desc="preparing the data"):
-        text = _Text(run, phases, rival)
-    config = _model_config(text.tokenizer, phases, student_fields, teacher_fields)
-    _remember(run, output_dir, config, phases, text.corpus.digest, is_main)
+        subject = _subject(run, [*phases, *([rival] if rival else [])])
+    config = model_config(subject, phases, student_fields, teacher_fields)
+    _remember(run, output_dir, config, phases, subject.facts()["hash"], is_main)
     if isinstance(resume, str) and is_main:
         # What is trained anew must not look finished if it is cut off again.
         (output_dir / _RESULTS).unlink(missing_ok=True)
@@ -127,17 +126,21 @@ def pretrain(
             "the first phase is dmt: the student will imitate a teacher that was never trained.", stacklevel=2
         )
     if is_main:
-        parts = {"student": model.student, "teacher": model.teacher}
-        sizes = [f"{part} {sum(p.numel() for p in module.parameters()):,}" for part, module in parts.items() if module]
+        sizes = [
+            f"{part} {sum(p.numel() for p in module.parameters()):,}"
+            for part, module in model.named_children()
+            if part in ("student", "teacher")
+        ]
         print(
-            f"{text.corpus.name}: {text.num_train_tokens:,} training tokens, {len(text.corpus.train)} documents, hash "
-            f"{text.corpus.digest}\nparameters: {', '.join(sizes)}; {num_threads} threads; pipeline {arm_name(phases)}"
+            f"{subject.describe()}\nparameters: {', '.join(sizes)}; {num_threads} threads; pipeline {arm_name(phases)}"
         )
     arms: dict[str, dict] = {}
     histories: list[tuple[str, list[dict]]] = []
     curves: dict[str, np.ndarray] = {}
     spent = {"wall_clock_s": 0.0, "sequential_steps": 0, "tokens": 0}
-    for result in run_phases(model, phases, text.rows, text.eval_rows, text.tokenizer, text.evaluate, resume):
+    for result in run_phases(
+        model, phases, subject.rows, subject.eval_rows, subject.tokenizer, subject.evaluate, resume
+    ):
         spent = {
             "wall_clock_s": spent["wall_clock_s"] + result.seconds,
             "sequential_steps": spent["sequential_steps"] + result.sequential_steps,
@@ -146,103 +149,51 @@ def pretrain(
         histories.append((result.arguments.phase, result.log_history))
         for arm, scores in result.scores.items():
             name = result.arm if arm == "student" else arm
-            curves[name] = np.array(scores["losses"]) / text.bytes_per_token
+            if "losses" in scores:
+                curves[name] = np.array(scores["losses"])
             arms[name] = {**{key: value for key, value in scores.items() if key != "losses"}, **spent}
-            if not math.isfinite(scores["bits_per_byte"]):
+            if not all(math.isfinite(value) for value in arms[name].values()):
                 raise RuntimeError(
-                    f"{name} has diverged (loss {scores['bits_per_byte']}): lower "
+                    f"{name} has diverged ({subject.metric} {scores[subject.metric]}): lower "
                     f"`{result.arguments.phase}_learning_rate`. Its log is in {result.arguments.output_dir}."
                 )
     student_arm = arm_name(phases)
     if rival is not None:
-        name, scores = _train_rival(run, rival, config, text, spent["wall_clock_s"])
+        name, scores = _train_rival(run, rival, config, subject, spent["wall_clock_s"])
         if is_main:
-            curves[name] = np.array(scores.pop("losses")) / text.bytes_per_token
+            if "losses" in scores:
+                curves[name] = np.array(scores.pop("losses"))
             arms[name] = scores
     if not is_main:
         return {}
-    ngram_bits = text.ngram_bits()
+    ngram_bits = subject.ngram_bits() if isinstance(subject, TextSubject) else {}
     arms |= {name: {"bits_per_byte": bits} for name, bits in ngram_bits.items()}
     facts = run_facts(num_threads, phases[0])
     results = {
         "arms": arms,
         "student_arm": student_arm,
-        "task": {"name": "text", "difficulty": text.streams.shape[1] - 1, "chance": uniform_bits()},
-        "data": {
-            "name": text.corpus.name,
-            "hash": text.corpus.digest,
-            "training_tokens": text.num_train_tokens,
-            "heldout_tokens": int(text.streams[:, 1:].size),
-            "heldout_streams": len(text.streams),
-        },
+        "task": {"name": subject.name, "difficulty": subject.difficulty, "chance": subject.chance},
+        "metric": subject.metric,
+        "data": subject.facts(),
         "config": config.to_dict(),
-        "phases": [_settings(arguments) for arguments in phases],
+        "phases": [phase_settings(arguments) for arguments in phases],
         "seed": run.seed,
         **facts,
     }
     print(f"\n{results_table(results)}\n")
-    results["sample"] = _sample(model.student, text)
+    if isinstance(subject, TextSubject):
+        results["sample"] = _sample(model.student, subject)
+        curves = {arm: losses / subject.bytes_per_token for arm, losses in curves.items()}
+        plot_loss_by_position(curves, ngram_bits, output_dir / "loss_by_position.png")
     plot_curves(histories, output_dir / "curves.png")
-    plot_loss_by_position(curves, ngram_bits, output_dir / "loss_by_position.png")
     if model.teacher is not None:
-        export_teacher(model.teacher, text.tokenizer, output_dir / "teacher")
-    export_student(model.student, text.tokenizer, output_dir / "student", results)
+        export_teacher(model.teacher, subject.tokenizer, output_dir / "teacher")
+    export_student(model.student, subject.tokenizer, output_dir / "student", results)
     write_json(results, output_dir / _RESULTS)
     if run.evidence_file:
         append_evidence(results, Path(run.evidence_file))
     print(f"\nwritten to {output_dir}: {', '.join(sorted(path.name for path in output_dir.iterdir()))}")
     return results
-
-
-class _Text:
-    """The corpus as rows for training and streams for evaluation."""
-
-    def __init__(self, run: PretrainArguments, phases: list[PhaseArguments], rival: BPTTTrainingArguments | None):
-        self.tokenizer = byte_tokenizer() if run.tokenizer_name is None else _tokenizer(run.tokenizer_name)
-        self.corpus = load_corpus(
-            run.train_file, run.validation_file, run.dataset_name, run.dataset_config_name, run.text_column
-        )
-        train, heldout = (tokenize(part, self.tokenizer) for part in (self.corpus.train, self.corpus.heldout))
-        self.num_train_tokens = int(sum(len(row) for row in train.with_format("numpy")["input_ids"]))
-        self._rows = {}
-        lengths = {arguments.context_length for arguments in (*phases, *([rival] if rival else []))}
-        for length in lengths:
-            self._rows[length] = pack(train, length, run.document_start_fraction, run.seed)
-        stream_length = min(max(_SHORTEST_STREAM, 8 * max(lengths)), _LONGEST_STREAM)
-        self.streams = heldout_streams(heldout, _STREAMS, stream_length)
-        self.num_bytes = count_bytes(self.tokenizer, self.streams[:, 1:])
-        self.bytes_per_token = self.num_bytes / self.streams[:, 1:].size
-        rows = heldout_streams(heldout, _EVAL_ROWS, _EVAL_ROW)
-        self.eval_rows = [{"input_ids": row} for row in rows]
-
-    def rows(self, arguments: PhaseArguments):
-        return self._rows[arguments.context_length]
-
-    def evaluate(self, model: SMTForPreTraining, arguments: PhaseArguments) -> dict:
-        scores = {"student": _as_dict(score_student(model.student, self.streams, self.num_bytes))}
-        if arguments.phase == "smt":  # later phases change the readout, or the memories it reads
-            scores["teacher"] = _as_dict(score_teacher(model, self.streams, self.num_bytes))
-        return scores
-
-    def ngram_bits(self) -> dict[str, float]:
-        model = NGramModel(document_symbols(self.corpus.train["text"][:]))
-        sequences = stream_symbols(self.tokenizer, self.streams)
-        return {f"ngram{context}": model.bits_per_byte(sequences, context) for context in (1, 2, 3)}
-
-
-def _tokenizer(name: str):
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer could be loaded from {name!r}: {error}") from error
-
-
-def _as_dict(scores: StreamScores) -> dict:
-    return {
-        "bits_per_byte": scores.bits_per_byte,
-        "accuracy": scores.accuracy,
-        "losses": [round(float(loss), 5) for loss in scores.losses],
-    }
 
 
 def _check_output_dir(run: PretrainArguments, output_dir: Path) -> None:
@@ -260,26 +211,59 @@ def _check_output_dir(run: PretrainArguments, output_dir: Path) -> None:
         raise ValueError(f"there is no run to resume in {output_dir}.")
 
 
-def _model_config(
-    tokenizer, phases: list[PhaseArguments], student_fields: dict, teacher_fields: dict
+def _subject(run: PretrainArguments, phases: list[PhaseArguments]) -> Subject:
+    subject: Subject
+    if run.task == "text":
+        if run.difficulty is not None or run.curriculum is not None:
+            raise ValueError("`difficulty` and `curriculum` are of synthetic tasks: set `task`, or leave them out.")
+        subject = TextSubject(
+            phases,
+            run.seed,
+            run.train_file,
+            run.validation_file,
+            run.dataset_name,
+            run.dataset_config_name,
+            run.text_column,
+            run.tokenizer_name,
+            run.document_start_fraction,
+        )
+    elif run.train_file or run.dataset_name or run.tokenizer_name:
+        raise ValueError(f"`task` {run.task} brings its own data: leave `train_file` and the like out.")
+    elif run.task == "pixels":
+        subject = PixelSubject(run.mnist_dir, run.num_heldout)
+    else:
+        try:
+            levels = [int(level) for level in str(run.curriculum or "").split(",") if level]
+        except ValueError as error:
+            raise ValueError(f"`curriculum` must be numbers joined by commas, got {run.curriculum!r}.") from error
+        if run.difficulty is None:
+            raise ValueError(f"`task` {run.task} needs a `difficulty`.")
+        subject = TaskSubject(run.task, run.difficulty, levels, run.seed, run.num_heldout)
+    subject.fit(phases)
+    return subject
+
+
+def model_config(
+    subject: Subject, phases: list[PhaseArguments], student_fields: dict, teacher_fields: dict
 ) -> SMTPreTrainingConfig:
-    fields = {"vocab_size": len(tokenizer), **student_fields}
-    if fields["vocab_size"] < len(tokenizer):
+    """Sizes of student and teacher for a subject and a pipeline; no teacher if no phase needs one.
+
+    Raises:
+        ValueError: a vocabulary smaller than the subject's.
+    """
+    tokenizer = subject.tokenizer
+    fields = {"vocab_size": subject.vocab_size, **student_fields}
+    if fields["vocab_size"] < subject.vocab_size:
         raise ValueError(
-            f"`vocab_size` ({fields['vocab_size']}) is smaller than the tokenizer's ({len(tokenizer)}): leave it out."
+            f"`vocab_size` ({fields['vocab_size']}) is smaller than the tokenizer's ({subject.vocab_size}): leave it "
+            "out."
         )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         fields.setdefault(name, getattr(tokenizer, name))
     student = SMTRecurrentConfig(**fields)
     if all(arguments.phase == "bptt" for arguments in phases):
         return SMTPreTrainingConfig(student=student)
-    teacher = SMTTeacherConfig(
-        **teacher_fields,
-        vocab_size=student.vocab_size,
-        num_memory_tokens=student.num_memory_tokens,
-        memory_size=student.hidden_size,
-    )
-    return SMTPreTrainingConfig(student=student, teacher=teacher)
+    return SMTPreTrainingConfig(student=student, teacher=teacher_fields)
 
 
 def _remember(
@@ -294,11 +278,12 @@ def _remember(
     settings = {
         **{part: config.to_diff_dict().get(part) for part in ("student", "teacher")},
         "phases": [
-            {name: value for name, value in _settings(arguments).items() if name not in _MAY_CHANGE}
+            {name: value for name, value in phase_settings(arguments).items() if name not in _MAY_CHANGE}
             for arguments in phases
         ],
         "data_hash": corpus_digest,
         "document_start_fraction": run.document_start_fraction,
+        **({"curriculum": run.curriculum} if run.curriculum else {}),
         "seed": run.seed,
     }
     path = output_dir / _RUN
@@ -351,24 +336,16 @@ def _evaluate_ten_times(arguments: PhaseArguments) -> None:
         arguments.eval_steps = max(arguments.max_steps // 10, 1)
 
 
-def _train_rival(run, rival: BPTTTrainingArguments, config: SMTPreTrainingConfig, text: _Text, seconds: float):
-    """The same student, from the same seed, by BPTT for the same seconds. Steps from a short measurement before."""
-    folder = Path(run.output_dir) / "compare_bptt"
-    steps_file = folder / "steps.json"
+def _train_rival(
+    run: PretrainArguments, rival: BPTTTrainingArguments, config: SMTPreTrainingConfig, subject: Subject, seconds: float
+):
+    """The same student, from the same seed, by BPTT for the same seconds."""
     set_seed(run.seed)
     model = SMTForPreTraining(SMTPreTrainingConfig(student=config.to_dict()["student"]))
-    if steps_file.exists():
-        steps = json.loads(steps_file.read_text())["max_steps"]
-    else:
-        steps = _steps_for(seconds, rival, model, text)
-    (rival.max_steps,) = broadcast_object_list([steps])  # every rank has measured its own
-    if rival.process_index == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json({"max_steps": rival.max_steps}, steps_file)
-    lay_out([rival], str(folder))
-    _evaluate_ten_times(rival)
+    rival.max_seconds, rival.max_steps = seconds, UNBOUNDED
+    lay_out([rival], str(Path(run.output_dir) / "compare_bptt"))
     resume = True if run.resume_from_checkpoint else None
-    (result,) = run_phases(model, [rival], text.rows, text.eval_rows, text.tokenizer, text.evaluate, resume)
+    (result,) = run_phases(model, [rival], subject.rows, subject.eval_rows, subject.tokenizer, subject.evaluate, resume)
     return result.arm, {**result.scores.get("student", {}), **_cost(result)}
 
 
@@ -380,21 +357,8 @@ def _cost(result: PhaseResult) -> dict:
     }
 
 
-def _steps_for(seconds: float, rival: BPTTTrainingArguments, model: SMTForPreTraining, text: _Text) -> int:
-    """Steps that take `seconds`, from the median of a few steps of a copy."""
-    trial = copy.deepcopy(model).train()
-    arguments = copy.copy(rival)
-    arguments.max_steps, arguments.save_strategy = 40, SaveStrategy.NO
-    arguments.logging_strategy, arguments.eval_strategy = IntervalStrategy.NO, IntervalStrategy.NO
-    arguments.disable_tqdm = True
-    with tempfile.TemporaryDirectory() as folder:
-        arguments.output_dir = folder
-        trainer = BPTTTrainer(trial, arguments, train_dataset=text.rows(rival))
-        trainer.train()
-    return max(int(seconds / float(np.median(trainer.cost.step_seconds[5:]))), 1)
-
-
-def _settings(arguments: PhaseArguments) -> dict:
+def phase_settings(arguments: PhaseArguments) -> dict:
+    """The arguments of a phase that concern its result, as JSON can hold them."""
     names = {
         entry.name
         for kind in type(arguments).__mro__
@@ -410,29 +374,41 @@ def _settings(arguments: PhaseArguments) -> dict:
 
 def results_table(results: dict) -> str:
     """The arms of `eval_results.json` as aligned lines, best last."""
-    lines = [f"{'arm':<18}{'bits/byte':>11}{'accuracy':>10}{'seconds':>9}{'tokens':>13}{'sequential steps':>18}"]
-    for arm, scores in sorted(results["arms"].items(), key=lambda entry: -entry[1]["bits_per_byte"]):
+    metric = results.get("metric", "bits_per_byte")
+    heads = [*([] if metric == "accuracy" else [metric.replace("_per_", "/")]), "accuracy"]
+    lines = [f"{'arm':<18}" + "".join(f"{head:>11}" for head in heads)]
+    lines[0] += f"{'seconds':>9}{'tokens':>13}{'sequential steps':>18}"
+    sign = 1 if metric == "accuracy" else -1
+    for arm, scores in sorted(results["arms"].items(), key=lambda entry: sign * entry[1][metric]):
         accuracy, seconds = scores.get("accuracy"), scores.get("wall_clock_s")
         mark = " *" if arm == results["student_arm"] else ""
         lines.append(
-            f"{arm + mark:<18}{scores['bits_per_byte']:>11.3f}"
-            + (f"{accuracy:>10.1%}" if accuracy is not None else f"{'':>10}")
+            f"{arm + mark:<18}"
+            + ("" if metric == "accuracy" else f"{scores[metric]:>11.3f}")
+            + (f"{accuracy:>11.1%}" if accuracy is not None else f"{'':>11}")
             + (
                 f"{seconds:>9.0f}{scores['tokens']:>13,}{scores['sequential_steps']:>18,}"
                 if seconds is not None
                 else ""
             )
         )
-    data = results["data"]
+    data, task = results["data"], results["task"]
+    what = f"{data['heldout_streams']} streams x {task['difficulty']} tokens"
+    if metric != "bits_per_byte":
+        what = f"{data['heldout_streams']:,} rows of {task['name']}, difficulty {task['difficulty']}, each"
+        lines.append(
+            f"{'chance':<18}{task['chance']:>11.1%}"
+            if metric == "accuracy"
+            else f"{'chance':<18}{task['chance']:>11.3f}"
+        )
     lines.append(
-        f"held out: {data['heldout_streams']} streams x {results['task']['difficulty']} tokens from m_0; "
-        "* the exported student; teacher: the shared readout on the teacher's memories"
+        f"held out: {what} from m_0; * the exported student; teacher: the shared readout on the teacher's memories"
     )
     return "\n".join(line.rstrip() for line in lines)
 
 
 @torch.inference_mode()
-def _sample(student, text: _Text, prompt_tokens: int = 160, new_tokens: int = 240) -> dict:
+def _sample(student, text: TextSubject, prompt_tokens: int = 160, new_tokens: int = 240) -> dict:
     """Print a held-out prompt and stream its continuation."""
     prompt = torch.from_numpy(text.streams[len(text.streams) // 3, :prompt_tokens])[None].to(student.device)
     shown = text.tokenizer.decode(prompt[0])

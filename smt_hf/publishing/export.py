@@ -27,6 +27,7 @@ def append_evidence(results: dict, path: Path) -> None:
         for arm, scores in results["arms"].items():
             line = {"task": task["name"], "difficulty": task["difficulty"], "arm": arm, "seed": results["seed"]}
             line |= {"n": results["data"]["heldout_tokens"], "data_hash": results["data"]["hash"]}
+            line |= {"chance": task["chance"]}
             file.write(json.dumps({**line, **scores, **shared}) + "\n")
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+_METRICS = {"bits_per_byte": "bits per byte", "bits_per_pixel": "bits per pixel", "accuracy": "next-token accuracy"}
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
 
@@ -15,6 +16,8 @@ def student_card(student, results: dict) -> ModelCard:
         results: the content of `eval_results.json`: every number of the card comes from it.
     """
     arm = results["arms"][results["student_arm"]]
+    metric = results.get("metric", "bits_per_byte")
+    labels = {name: label for name, label in _METRICS.items() if name == metric or name == "accuracy"}
     data = results["data"]
     card_data = ModelCardData(
         library_name="transformers",
@@ -31,16 +34,20 @@ def student_card(student, results: dict) -> ModelCard:
                 metric_name=label,
                 metric_value=round(arm[name], 4),
             )
-            for name, label in (("bits_per_byte", "bits per byte"), ("accuracy", "next-token accuracy"))
+            for name, label in labels.items()
         ],
     )
-    rows = sorted(results["arms"].items(), key=lambda entry: entry[1]["bits_per_byte"])
+    sign = -1 if metric == "accuracy" else 1
+    rows = sorted(results["arms"].items(), key=lambda entry: sign * entry[1][metric])
     return ModelCard.from_template(
         card_data,
         template_path=str(_TEMPLATE),
         results=results,
         arm=arm,
         rows=rows,
+        metric=metric,
+        unit=_METRICS[metric],
+        is_text=results["task"]["name"] == "text",
         config=student.config,
         num_parameters=sum(parameter.numel() for parameter in student.parameters()),
     )

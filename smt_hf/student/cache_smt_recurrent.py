@@ -48,7 +48,8 @@ class SMTRecurrentStateLayer(CacheLayerMixin):
             if not self._history:
                 self._history.append(self.memory)
             self._history.extend(memories.unbind(1))
-        self.memory = memories[:, -1]
+        # A copy: a view would keep the memories of the whole prompt alive.
+        self.memory = memories[:, -1].clone() if memories.shape[1] > 1 else memories[:, 0]
         self.cumulative_length += memories.shape[1]
         self.is_initialized = True
 

@@ -39,8 +39,13 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
+def positions_of(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """The states at `places`: `(N, S, D)`, `(N, M)` -> `(N, M, D)`."""
+    return states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
+
+
 class SMTRecurrentAttention(nn.Module):
-    """Multi-head attention in which only the last `num_queries` positions ask."""
+    """Multi-head attention in which only the last `num_queries` positions ask, or those at `places`."""
 
     def __init__(self, config: SMTRecurrentConfig):
         super().__init__()
@@ -50,20 +55,23 @@ class SMTRecurrentAttention(nn.Module):
         self.kv_proj = nn.Linear(config.hidden_size, 2 * config.hidden_size, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, states, num_queries: int, is_causal: bool, rotary=None):
-        """`(N, S, D)` -> `(N, num_queries, D)`."""
+    def forward(self, states, num_queries: int, is_causal: bool, rotary=None, places=None):
+        """`(N, S, D)` -> `(N, num_queries, D)`; with `places` `(N, num_queries)`, the positions that ask."""
         batch, length, width = states.shape
-        queries = self.q_proj(states[:, length - num_queries :])
+        queries = self.q_proj(states[:, length - num_queries :] if places is None else positions_of(states, places))
         queries = queries.view(batch, num_queries, self.num_heads, self.head_dim).transpose(1, 2)
         keys, values = (
             self.kv_proj(states).view(batch, length, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         )
         if rotary is not None:
             cos, sin = rotary
-            queries = rotate(queries, cos[length - num_queries :], sin[length - num_queries :])
+            asking = slice(length - num_queries, None) if places is None else places[:, None]
+            queries = rotate(queries, cos[asking], sin[asking])
             keys = rotate(keys, cos, sin)
         mask = None
-        if is_causal and num_queries > 1:
+        if is_causal and places is not None:
+            mask = (torch.arange(length, device=states.device) <= places[..., None])[:, None]
+        elif is_causal and num_queries > 1:
             mask = torch.ones(num_queries, length, dtype=torch.bool, device=states.device)
             mask = mask.tril(length - num_queries)
         mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
@@ -92,11 +100,13 @@ class SMTRecurrentBlock(nn.Module):
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SMTRecurrentMLP(config, config.hidden_size)
 
-    def forward(self, states, num_queries: int | None = None, is_causal: bool = False, rotary=None):
-        """`(N, S, D)` -> `(N, num_queries, D)`, the last positions; `None` keeps all."""
+    def forward(self, states, num_queries: int | None = None, is_causal: bool = False, rotary=None, places=None):
+        """`(N, S, D)` -> `(N, num_queries, D)`, the last positions (`None`: all), or those at `places` `(N, M)`."""
         num_queries = states.shape[1] if num_queries is None else num_queries
-        mixed = self.attention(self.attention_norm(states), num_queries, is_causal, rotary)
-        states = states[:, states.shape[1] - num_queries :] + mixed
+        num_queries = num_queries if places is None else places.shape[1]
+        mixed = self.attention(self.attention_norm(states), num_queries, is_causal, rotary, places)
+        states = positions_of(states, places) if places is not None else states[:, states.shape[1] - num_queries :]
+        states = states + mixed
         return states + self.mlp(self.mlp_norm(states))
 
 
@@ -145,10 +155,11 @@ class SMTRecurrentTransformerUpdater(SMTRecurrentUpdater):
 
     def layers_of(self, memory, embeds):
         stream = torch.cat([embeds[:, None], memory], dim=1) + self.slot_embeddings
-        for layer in self.layers[:-1]:
+        *inner, last = self.layers  # a slice would build a ModuleList at every token
+        for layer in inner:
             stream = layer(stream)
             yield stream
-        yield self.layers[-1](stream, num_queries=memory.shape[1])
+        yield last(stream, num_queries=memory.shape[1])
 
 
 class SMTRecurrentMLPUpdater(SMTRecurrentUpdater):
@@ -212,17 +223,23 @@ class SMTRecurrentReadout(nn.Module):
         self.layers = nn.ModuleList([SMTRecurrentBlock(config) for _ in range(config.num_readout_layers)])
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, memories, future_embeds=None):
-        """`(N, K, D)`, `(N, F, D)` -> `(N, 1 + F, D)`: the states that predict the next token and the F after it."""
+    def forward(self, memories, future_embeds=None, wanted=None):
+        """`(N, K, D)`, `(N, F, D)` -> `(N, 1 + F, D)`: the states that predict the next token and the F after it.
+
+        `wanted`, `(N, M)` in 0 .. F: only those of them, `(N, M, D)`; the last layer then does no more than that.
+        """
         states = memories + self.slot_embeddings
         if future_embeds is not None:
             states = torch.cat([states, future_embeds], dim=1)
         num_memory_tokens, length = memories.shape[1], states.shape[1]
         head_dim = self.config.hidden_size // self.config.num_attention_heads
         rotary = rotary_angles(length, head_dim, self.config.rope_theta, states.device)
-        for layer in self.layers[:-1]:
+        *inner, last = self.layers
+        for layer in inner:
             states = layer(states, is_causal=True, rotary=rotary)
-        return self.norm(self.layers[-1](states, length - num_memory_tokens + 1, is_causal=True, rotary=rotary))
+        places = None if wanted is None else wanted + num_memory_tokens - 1
+        states = last(states, length - num_memory_tokens + 1, is_causal=True, rotary=rotary, places=places)
+        return self.norm(states)
 
 
 class SMTRecurrentPreTrainedModel(PreTrainedModel):
@@ -299,10 +316,10 @@ class SMTRecurrentModel(SMTRecurrentPreTrainedModel):
         """
         keep = None if attention_mask is None else attention_mask.bool()[:, :, None, None].unbind(1)
         reset = None if starts_document is None else starts_document[:, :, None, None].unbind(1)
-        start = self.start_memory()
+        start = None if reset is None else self.start_memory()
         memories = []
         for index, token in enumerate(embeds.unbind(1)):
-            if reset is not None:
+            if reset is not None and start is not None:
                 memory = torch.where(reset[index], start, memory)
             collected: list | None = None if layer_outputs is None else []
             updated = self.updater(memory, token, collected)
@@ -410,10 +427,15 @@ class SMTRecurrentForCausalLM(SMTRecurrentPreTrainedModel, GenerationMixin):
         """Next-token logits of memories: `(..., K, D)` -> `(..., V)`."""
         return self.lm_head(self.model.read(memories))
 
-    def decode_logits(self, memories: torch.Tensor, future_ids: torch.Tensor) -> torch.Tensor:
-        """Logits of the next F tokens given all but the last of them [Eq. 2]: `(N, K, D)`, `(N, F)` -> `(N, F, V)`."""
+    def decode_logits(
+        self, memories: torch.Tensor, future_ids: torch.Tensor, wanted: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits of the next F tokens given all but the last of them [Eq. 2]: `(N, K, D)`, `(N, F)` -> `(N, F, V)`.
+
+        `wanted`, `(N, M)` in 0 .. F - 1: only those of them, `(N, M, V)`.
+        """
         future = self.model.embed_tokens(future_ids[:, :-1]) if future_ids.shape[1] > 1 else None
-        return self.lm_head(self.model.readout(memories, future))
+        return self.lm_head(self.model.readout(memories, future, wanted))
 
     @can_return_tuple
     def forward(

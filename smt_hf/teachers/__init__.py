@@ -4,5 +4,6 @@
 """
 
 from .causal import SMTTeacherConfig, SMTTeacherEncoder
+from .windowed import SMTWindowedTeacher, SMTWindowedTeacherConfig
 
-__all__ = ["SMTTeacherConfig", "SMTTeacherEncoder"]
+__all__ = ["SMTTeacherConfig", "SMTTeacherEncoder", "SMTWindowedTeacher", "SMTWindowedTeacherConfig"]

@@ -10,8 +10,18 @@ from transformers import TrainingArguments, get_scheduler
 
 from .pretraining import Objective
 
+UNBOUNDED = 10_000_000  # steps of a phase that ends by its seconds
 _CONTINUE = "continue_previous_phase"
-_LOSS_WEIGHTS = {"readout_weight", "dynamics_weight", "predictive_weight", "uniformity_weight", "teacher_weight"}
+_LOSS_WEIGHTS = {
+    "readout_weight",
+    "dynamics_weight",
+    "normalized_dynamics_weight",
+    "predictive_weight",
+    "consistency_weight",
+    "teacher_readout_weight",
+    "uniformity_weight",
+    "teacher_weight",
+}
 ON_POLICY_MODES = ("sequential", "parallel", "aggregate")
 
 
@@ -30,6 +40,17 @@ class PhaseArguments(TrainingArguments):
     )
     per_device_train_batch_size: int = _argument(16, "Rows a device. Ours, not searched.")
     per_device_eval_batch_size: int = _argument(32, "Rows a device in evaluation.")
+    max_seconds: float | None = _argument(
+        None,
+        "Seconds inside training steps after which the phase ends, instead of `max_steps`; schedule and warm-ups then "
+        "go by seconds. For comparisons at equal time; such a run cannot be repeated bit by bit.",
+    )
+    evaluates_by_seconds: bool = _argument(True, "With `max_seconds`: evaluate ten times on the way.")
+    curriculum_threshold: float | None = _argument(
+        None,
+        "Nats a label of the student's own rollout below which the next level of a curriculum begins; data of one "
+        "level has none. Ours: gated by the teacher instead, the student stays at chance.",
+    )
     max_steps: int = _argument(600, "Optimiser steps of the phase. Ours: a quarter of 4 minutes on two CPU cores.")
     adam_beta2: float = _argument(0.95, "Paper.")
     weight_decay: float = _argument(0.01, "Paper. Applied to the weights of linear layers only.")
@@ -59,13 +80,20 @@ class PhaseArguments(TrainingArguments):
         if self.lr_scheduler_kwargs is None and str(self.lr_scheduler_type).endswith("cosine_with_min_lr"):
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         super().__post_init__()
+        if self.max_seconds is not None:
+            if self.max_seconds <= 0:
+                raise ValueError(f"`max_seconds` of the {self.phase} phase must be positive, got {self.max_seconds}.")
+            if self.warmup_steps >= 1:
+                raise ValueError("with `max_seconds`, `warmup_steps` must be a share of the phase, below 1.")
+            self.max_steps = UNBOUNDED
         self._try_scheduler()
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False
         for name in ("context_length", "transition_steps", "max_steps"):
             if getattr(self, name) == 0 or getattr(self, name) < (-1 if name == "max_steps" else 1):
                 raise ValueError(f"`{name}` of the {self.phase} phase must be at least 1, got {getattr(self, name)}.")
-        if self.context_length % self.transition_steps:
+        # Other rows are padded to a multiple, which costs little.
+        if self.context_length % self.transition_steps and getattr(self, "carries_memory", False):
             raise ValueError(
                 f"`transition_steps` ({self.transition_steps}) of the {self.phase} phase must divide its "
                 f"`context_length` ({self.context_length})."
@@ -109,6 +137,35 @@ class SMTTrainingArguments(PhaseArguments):
 
     dynamics_weight: float = _argument(0.1, "Weight of Eq. 3, squared error to the teacher's memories. Paper.")
     dynamics_warmup_ratio: float = _argument(0.0, "Share of the phase over which `dynamics_weight` is reached. Ours.")
+    normalized_dynamics_weight: float = _argument(
+        0.0,
+        "Weight of the squared error divided by the labels' variance per coordinate. Ours: without it the teacher can "
+        "hide what matters in directions of little variance.",
+    )
+    dynamics_starts_below: float | None = _argument(
+        None,
+        "Nats a label: the dynamics terms stay at 5 % of their weight while the running loss of the readout on the "
+        "teacher's memories (else the predictive loss) is above; `None`: they do not wait. Ours.",
+    )
+    dynamics_full_below: float | None = _argument(
+        None, "Nats a label at which they reach their full weight, linearly from `dynamics_starts_below`. Ours."
+    )
+    consistency_weight: float = _argument(
+        0.0, "Weight of predictive consistency: the future decoded from the student's state at chunk ends. Ours."
+    )
+    num_consistency_chunks: int = _argument(2, "Chunk ends a row that are decoded. Ours.")
+    hard_chunk_fraction: float = _argument(
+        0.7, "Share of them at the row's chunk with the largest dynamics error, the rest anywhere. Ours."
+    )
+    teacher_readout_weight: float = _argument(
+        0.0, "Weight of the next-token loss of the student's readout on all the teacher's memories. Ours."
+    )
+    num_supervised_transitions: int = _argument(
+        0, "Random transitions a row that are supervised, each with labels of its own; 0: all. Paper: 1."
+    )
+    label_stride: int = _argument(
+        1, "dmt: tokens between two labels of the dynamics loss [the paper's k]. Paper: 16. Ours: 1, labels are cheap."
+    )
     readout_trains_updater: bool = _argument(True, "The readout loss on the student's memories reaches the updater.")
     predictive_weight: float = _argument(1.0, "Weight of Eq. 2, the future decoded from the teacher's memory. Paper.")
     predictive_warmup_ratio: float = _argument(0.0, "Share of the phase over which `predictive_weight` is reached.")
@@ -143,14 +200,40 @@ class SMTTrainingArguments(PhaseArguments):
             raise ValueError(
                 "`on_policy_mode=aggregate` keeps own memories of every row: set `on_policy_fraction` to 1."
             )
-        if not 1 <= self.future_length < self.context_length:
+        if (self.dynamics_starts_below is None) != (self.dynamics_full_below is None):
+            raise ValueError("set both `dynamics_starts_below` and `dynamics_full_below`, or neither.")
+        only_own = (
+            self.on_policy_fraction == 1 and not self.on_policy_warmup_ratio and self.on_policy_mode != "parallel"
+        )
+        if self.label_stride > 1 and (self.phase != "dmt" or not only_own):
             raise ValueError(
-                f"`future_length` ({self.future_length}) must be at least 1 and shorter than `context_length` "
-                f"({self.context_length})."
+                "`label_stride` above 1 is for the dmt phase with `on_policy_fraction` 1, `on_policy_warmup_ratio` 0 "
+                "and an `on_policy_mode` other than parallel: chunks start from own memories alone."
             )
-        for name in ("num_predictive_positions", "on_policy_sweeps"):
+        if self.num_supervised_transitions and self.phase != "smt":
+            raise ValueError("`num_supervised_transitions` is for the smt phase; in dmt, set `label_stride`.")
+        if self.curriculum_threshold is not None and not (
+            self.on_policy_mode == "sequential" and self.on_policy_fraction > 0 and self.readout_weight > 0
+        ):
+            raise ValueError(
+                "`curriculum_threshold` needs the student's own rollout: set `on_policy_mode` to sequential, and "
+                "`on_policy_fraction` and `readout_weight` above 0."
+            )
+        if self.curriculum_threshold is not None and self.num_supervised_transitions:
+            raise ValueError("`curriculum_threshold` needs whole rollouts: set `num_supervised_transitions` to 0.")
+        for name in (
+            "num_predictive_positions",
+            "on_policy_sweeps",
+            "future_length",
+            "num_consistency_chunks",
+            "label_stride",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.num_supervised_transitions < 0:
+            raise ValueError(
+                f"`num_supervised_transitions` must not be negative, got {self.num_supervised_transitions}."
+            )
 
 
 @dataclass
@@ -197,4 +280,9 @@ class BPTTTrainingArguments(PhaseArguments):
     )
     context_length: int = _argument(256, "Transitions a row, over which the memory is carried. Ours, not searched.")
     transition_steps: int = _argument(16, "Transitions a window. Ours, not searched yet.")
+    carries_memory: bool = _argument(
+        True,
+        "True: windows of a row are read in consecutive steps. False: a row a step, as many windows as it has, for "
+        "rows of different lengths.",
+    )
     continue_previous_phase: bool = _argument(True, PhaseArguments.__dataclass_fields__[_CONTINUE].metadata["help"])

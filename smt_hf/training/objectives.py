@@ -24,10 +24,34 @@ def dynamics_loss(memories: torch.Tensor, labels: torch.Tensor, mask: torch.Tens
     Returns:
         `(B,)`, mean over positions, memory tokens and width.
     """
-    errors = (memories - labels).square().mean((-2, -1))
+    return masked_mean((memories - labels).square().mean((-2, -1)), mask)
+
+
+def masked_mean(errors: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean over the positions that count: `(B, S)`, mask `(B, S)` -> `(B,)`; 0 where none does."""
     if mask is None:
-        return errors.mean(1)
+        return errors.sum(1) / max(errors.shape[1], 1)
     return (errors * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def normalized_errors(
+    memories: torch.Tensor, labels: torch.Tensor, variance: torch.Tensor, largest: float = 20.0
+) -> torch.Tensor:
+    """Squared errors in units of the labels' variance; ours.
+
+    A plain squared error lets the teacher hide what matters in directions of little variance, where the student loses
+    it at no cost. The labels carry no gradient here: they would grow their variance instead.
+
+    Args:
+        memories, labels: `(B, S, K, D)`.
+        variance: `(K, D)`, of the labels.
+        largest: bound of a position's error, so that a few cannot drown the rest.
+
+    Returns:
+        `(B, S)`, mean over memory tokens and width, no unit.
+    """
+    errors = ((memories - labels.detach()).square() / (variance + 1e-3)).mean((-2, -1))
+    return errors.clamp(max=largest)
 
 
 def predictive_loss(logits: torch.Tensor, future: torch.Tensor) -> torch.Tensor:
@@ -65,7 +89,7 @@ def uniformity_loss(memories: torch.Tensor, mask: torch.Tensor | None = None) ->
     exponents = (-4 + 4 * cosines).masked_fill(~pairs, -torch.inf).flatten(1)
     num_pairs = pairs.flatten(1).sum(1)
     exponents = exponents.masked_fill((num_pairs == 0)[:, None], 0.0)
-    losses = torch.logsumexp(exponents, dim=1) - num_pairs.clamp(min=1).log()
+    losses = torch.logsumexp(exponents, dim=1) - num_pairs.clamp(min=1).to(exponents.dtype).log()
     return losses.masked_fill(num_pairs == 0, 0.0)
 
 

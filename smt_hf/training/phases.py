@@ -18,8 +18,9 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from .arguments import BPTTTrainingArguments, DMTTrainingArguments, PhaseArguments, SMTTrainingArguments
+from .pacing import VIRTUAL_STEPS_A_SECOND, TrainingCost
 from .pretraining import SMTForPreTraining
-from .trainers import BPTTTrainer, DMTTrainer, SMTTrainer, TrainingCost, load_student_optimizer
+from .trainers import BPTTTrainer, DMTTrainer, SMTTrainer, load_student_optimizer
 
 TRAINERS: dict[str, type[SMTTrainer]] = {"smt": SMTTrainer, "dmt": DMTTrainer, "bptt": BPTTTrainer}
 ARGUMENTS: dict[str, type[PhaseArguments]] = {
@@ -60,8 +61,11 @@ class PhaseResult:
 def arm_name(phases: list[PhaseArguments]) -> str:
     """Phases joined by underscores; a gradient that crosses more than one transition is named: `smt8_dmt`.
 
-    BPTT alone is `bptt` if its window is the whole row, else `bptt_truncated`.
+    BPTT alone is `bptt` if its window is the whole row, else `bptt_truncated`. A pipeline whose SMT supervises single
+    transitions a row is the paper's: `published_smt` after that phase, `published` with what follows.
     """
+    if getattr(phases[0], "num_supervised_transitions", 0):
+        return "published_smt" if len(phases) == 1 else "published"
     if [arguments.phase for arguments in phases] == ["bptt"]:
         return "bptt" if phases[0].transition_steps == phases[0].context_length else "bptt_truncated"
     parts = []
@@ -102,12 +106,23 @@ def lay_out(phases: list[PhaseArguments], output_dir: str) -> None:
         if index < len(phases) and phases[index].continue_previous_phase:
             continue
         group = phases[first:index]
-        total, used = sum(arguments.max_steps for arguments in group), 0
+        if len({arguments.max_seconds is None for arguments in group}) > 1:
+            raise ValueError(
+                "phases with one learning-rate schedule must all have `max_seconds`, or none of them: set it for each, "
+                "or set `continue_previous_phase` to false."
+            )
+        total, used = sum(map(_schedule_length, group)), 0
         for arguments in group:
             if len(group) > 1:
                 arguments.schedule_offset, arguments.schedule_steps = used, total
-            used += arguments.max_steps
+            used += _schedule_length(arguments)
         first = index
+
+
+def _schedule_length(arguments: PhaseArguments) -> int:
+    if arguments.max_seconds is None:
+        return arguments.max_steps
+    return int(arguments.max_seconds * VIRTUAL_STEPS_A_SECOND)
 
 
 def run_phases(
@@ -121,8 +136,9 @@ def run_phases(
 ) -> Iterator[PhaseResult]:
     """Train the phases one after the other, yielding as each ends. The model is trained in place.
 
-    A phase is complete when its checkpoint at `max_steps` is; what the checkpoint holds (weights, the student's
-    optimiser state, cost, log) is all that later phases and results need, so that a run can be cut off anywhere.
+    A phase is complete when its checkpoint at `max_steps` (or past `max_seconds`) is; what the checkpoint holds
+    (weights, the student's optimiser state, cost, log) is all that later phases and results need, so that a run can be
+    cut off anywhere.
 
     Args:
         model: student and teacher.
@@ -144,7 +160,7 @@ def run_phases(
     for index, arguments in enumerate(phases):
         folder = Path(str(arguments.output_dir))
         checkpoint = newest_checkpoint(folder) if resume else None
-        is_new = checkpoint is None or _steps_of(checkpoint) < arguments.max_steps
+        is_new = checkpoint is None or not _is_last(checkpoint, arguments)
         if is_new:
             model.train()
             trainer = TRAINERS[arguments.phase](
@@ -203,8 +219,11 @@ def _is_complete(checkpoint: str) -> bool:
     return named_right and all((path / name).exists() for name in ("trainer_state.json", "model.safetensors"))
 
 
-def _steps_of(checkpoint: str) -> int:
-    return json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
+def _is_last(checkpoint: str, arguments: PhaseArguments) -> bool:
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+    if arguments.max_seconds is None:
+        return state["global_step"] >= arguments.max_steps
+    return state["stateful_callbacks"][TrainingCost.__name__]["attributes"]["seconds"] >= arguments.max_seconds
 
 
 def check_named_checkpoint(phases: list[PhaseArguments], path: str) -> int:

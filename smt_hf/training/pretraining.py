@@ -12,16 +12,35 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.utils import ModelOutput
 
 from smt_hf.student import SMTRecurrentConfig, SMTRecurrentForCausalLM
-from smt_hf.teachers import SMTTeacherConfig, SMTTeacherEncoder
+from smt_hf.teachers import SMTTeacherConfig, SMTTeacherEncoder, SMTWindowedTeacher, SMTWindowedTeacherConfig
 
-from .objectives import dynamics_loss, next_token_loss, predictive_loss, uniformity_loss, warmed_up
-from .rollout import example_uniforms, parallel_starts, rollout, sequential_starts
+from .objectives import (
+    dynamics_loss,
+    masked_mean,
+    next_token_loss,
+    normalized_errors,
+    predictive_loss,
+    uniformity_loss,
+    warmed_up,
+)
+from .rollout import example_uniforms, parallel_starts, rollout, sequential_starts, truncated_rollout
 
 PHASES = ("smt", "dmt", "bptt")
 # Terms with a weight; evaluation adds others that have none.
-_TERMS = ("readout", "dynamics", "predictive", "uniformity", "teacher")
+_TERMS = (
+    "readout",
+    "dynamics",
+    "normalized_dynamics",
+    "predictive",
+    "consistency",
+    "teacher_readout",
+    "uniformity",
+    "teacher",
+)
+# Terms that `Objective.dynamics_starts_below` holds back.
+_HELD_BACK = ("dynamics", "normalized_dynamics")
 # What the random numbers of an example are for; see `example_uniforms`.
-_STREAM_POSITIONS, _STREAM_ON_POLICY, _STREAM_AGES = range(3)
+_STREAM_POSITIONS, _STREAM_ON_POLICY, _STREAM_AGES, _STREAM_CHUNKS, _STREAM_TRANSITIONS = range(5)
 
 
 @dataclass(frozen=True)
@@ -37,6 +56,14 @@ class Objective:
     readout_trains_updater: bool = True
     dynamics_weight: float = 0.0
     dynamics_warmup_ratio: float = 0.0
+    normalized_dynamics_weight: float = 0.0
+    label_stride: int = 1
+    consistency_weight: float = 0.0
+    num_consistency_chunks: int = 1
+    hard_chunk_fraction: float = 0.0
+    teacher_readout_weight: float = 0.0
+    num_supervised_transitions: int = 0
+    carries_memory: bool = True
     predictive_weight: float = 0.0
     predictive_warmup_ratio: float = 0.0
     num_predictive_positions: int = 0
@@ -66,7 +93,7 @@ class SMTPreTrainingConfig(PreTrainedConfig):
     sub_configs = {"student": SMTRecurrentConfig, "teacher": SMTTeacherConfig}
 
     student: SMTRecurrentConfig | dict | None = None
-    teacher: SMTTeacherConfig | dict | None = None
+    teacher: SMTTeacherConfig | SMTWindowedTeacherConfig | dict | None = None
 
     def __post_init__(self, **kwargs):
         if not isinstance(self.student, SMTRecurrentConfig):
@@ -77,7 +104,7 @@ class SMTPreTrainingConfig(PreTrainedConfig):
                 "num_memory_tokens": self.student.num_memory_tokens,
                 "memory_size": self.student.hidden_size,
             }
-            self.teacher = SMTTeacherConfig(**{**shape, **self.teacher})
+            self.teacher = _teacher_config({**shape, **self.teacher})
         if self.teacher is not None:
             shapes = {
                 "vocab_size": (self.teacher.vocab_size, self.student.vocab_size),
@@ -95,6 +122,15 @@ class SMTPreTrainingConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
+def _teacher_config(fields: dict) -> SMTTeacherConfig | SMTWindowedTeacherConfig:
+    """The configuration of the kind that `model_type` names; without it, the causal teacher's."""
+    kinds = {kind.model_type: kind for kind in (SMTTeacherConfig, SMTWindowedTeacherConfig)}
+    given = fields.get("model_type", SMTTeacherConfig.model_type)
+    if given not in kinds:
+        raise ValueError(f"unknown teacher `model_type` {given!r}: choose one of {', '.join(kinds)}.")
+    return kinds[given](**{name: value for name, value in fields.items() if name != "model_type"})
+
+
 @dataclass
 class SMTForPreTrainingOutput(ModelOutput):
     """
@@ -104,7 +140,12 @@ class SMTForPreTrainingOutput(ModelOutput):
         num_items: scalar, labels in this batch; `term_sums / num_items` are means.
         memory: `(B, K, D)`, detached: the student's memory after the row's last transition (bptt: to be carried on).
         starts: `(B, C, K, D)`, detached: start states of the chunks (dmt in `aggregate` mode: to be stored).
+        own_sums: `(2,)`, detached: readout loss (nats, summed over labels) of rows that the student rolled out from
+            `m_0` by itself, and their labels. What a curriculum is gated by.
+        label_moments: `(1 + 2 K, D)`, detached: number of memory labels seen, their sum and the sum of their squares
+            by coordinate; `None` where nothing is normalised by them.
         sequential_steps: transitions that this forward computed one after the other.
+        transitions: transitions supervised, all rows together.
     """
 
     loss: torch.Tensor | None = None
@@ -112,7 +153,10 @@ class SMTForPreTrainingOutput(ModelOutput):
     num_items: torch.Tensor | None = None
     memory: torch.Tensor | None = None
     starts: torch.Tensor | None = None
+    own_sums: torch.Tensor | None = None
+    label_moments: torch.Tensor | None = None
     sequential_steps: int | None = None
+    transitions: int | None = None
 
 
 class SMTForPreTraining(PreTrainedModel):
@@ -127,7 +171,11 @@ class SMTForPreTraining(PreTrainedModel):
     config: SMTPreTrainingConfig
     base_model_prefix = ""
     supports_gradient_checkpointing = False
-    _no_split_modules = SMTRecurrentForCausalLM._no_split_modules + SMTTeacherEncoder._no_split_modules
+    _no_split_modules = [
+        *SMTRecurrentForCausalLM._no_split_modules,
+        *SMTTeacherEncoder._no_split_modules,
+        *(SMTWindowedTeacher._no_split_modules or []),
+    ]
     # Explicit, since the Trainer would otherwise guess both from the class's name and signature: the labels are
     # counted without a shift (m_0 predicts the first token), and the loss is already divided by their number.
     loss_type = None
@@ -137,7 +185,17 @@ class SMTForPreTraining(PreTrainedModel):
         super().__init__(config)
         assert isinstance(config.student, SMTRecurrentConfig) and not isinstance(config.teacher, dict)
         self.student = SMTRecurrentForCausalLM(config.student)
-        self.teacher = None if config.teacher is None else SMTTeacherEncoder(config.teacher)
+        self.teacher: SMTTeacherEncoder | SMTWindowedTeacher | None = None
+        if isinstance(config.teacher, SMTWindowedTeacherConfig):
+            self.teacher = SMTWindowedTeacher(config.teacher)
+        elif config.teacher is not None:
+            self.teacher = SMTTeacherEncoder(config.teacher)
+        # Spread of the memory labels by coordinate, a running estimate that is fixed within an optimiser step, so that
+        # what it divides does not depend on how the step is cut; 1 as long as none has been seen.
+        shape = (config.student.num_memory_tokens, config.student.hidden_size)
+        self.register_buffer("label_mean", torch.zeros(shape))
+        self.register_buffer("label_square", torch.ones(shape))
+        self.register_buffer("label_updates", torch.zeros((), dtype=torch.long))
         self.post_init()
 
     def _init_weights(self, module):
@@ -160,6 +218,20 @@ class SMTForPreTraining(PreTrainedModel):
         if self.teacher is not None:
             self.teacher.requires_grad_(phase == "smt")
 
+    @torch.no_grad()
+    def update_label_moments(self, moments: torch.Tensor, momentum: float = 0.9) -> None:
+        """Take the `label_moments` of an optimiser step, summed over its forwards and ranks, into the estimate."""
+        num_memory_tokens = self.label_mean.shape[0]
+        mean, square = (moments[1:] / moments[0, 0].clamp(min=1)).split(num_memory_tokens)
+        momentum = momentum if self.label_updates else 0.0
+        self.label_mean.lerp_(mean.to(self.label_mean), 1 - momentum)
+        self.label_square.lerp_(square.to(self.label_square), 1 - momentum)
+        self.label_updates += 1
+
+    def label_variance(self) -> torch.Tensor:
+        """`(K, D)`, running variance of the memory labels; 1 before any was seen (they are RMS-normalised)."""
+        return (self.label_square - self.label_mean.square()).clamp(min=0.0)
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -171,6 +243,7 @@ class SMTForPreTraining(PreTrainedModel):
         memory: torch.Tensor | None = None,
         stored_starts: torch.Tensor | None = None,
         progress: float = 1.0,
+        dynamics_scale: float = 1.0,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> SMTForPreTrainingOutput:
         """All losses of one phase.
@@ -187,6 +260,7 @@ class SMTForPreTraining(PreTrainedModel):
                 default: all do.
             stored_starts: `(B, C, K, D)`, own states of an earlier student (dmt, `aggregate`), NaN where there is none.
             progress: share of the phase's steps done, for the warm-ups.
+            dynamics_scale: factor on the weights of the dynamics terms, for a warm-up that waits for the teacher.
             num_items_in_batch: labels of the whole optimiser step on all ranks; default: of this batch.
         """
         targets: torch.Tensor = input_ids if labels is None else labels
@@ -194,13 +268,16 @@ class SMTForPreTraining(PreTrainedModel):
             targets = input_ids.masked_fill(attention_mask == 0, -100)
         numbers: torch.Tensor = torch.arange(len(input_ids), device=input_ids.device)
         numbers = numbers if example_ids is None else example_ids
-        steps = input_ids.shape[1] - 1 if objective.phase == "bptt" else objective.transition_steps
+        length = input_ids.shape[1] - 1
+        steps = length if objective.phase == "bptt" else min(objective.transition_steps, length)
         tokens = _Row(input_ids, attention_mask, targets, document_ids, steps)
         if objective.phase == "bptt":
-            terms, final_memory = self._unrolled_terms(tokens, memory)
-            starts = None
+            supervised = self._unrolled_terms(tokens, objective, memory)
+        elif objective.num_supervised_transitions:
+            supervised = self._sparse_terms(tokens, objective, numbers)
         else:
-            terms, final_memory, starts = self._supervised_terms(tokens, objective, numbers, stored_starts, progress)
+            supervised = self._supervised_terms(tokens, objective, numbers, stored_starts, progress)
+        terms = supervised.terms
         if not self.training:
             terms |= self._drift_terms(tokens, with_teacher=objective.phase != "bptt")
         weights = {
@@ -211,74 +288,162 @@ class SMTForPreTraining(PreTrainedModel):
         num_items = counts.sum()
         sums = {name: (term * counts).sum() for name, term in terms.items()}
         # A term that is still at weight 0 in its warm-up stays in the sum: the loss then has a gradient, if a zero one.
-        total = sum(
-            warmed_up(weights[name][0], progress, weights[name][1]) * sums[name] for name in _TERMS if name in sums
-        )
+        scales = {name: dynamics_scale for name in _HELD_BACK}
+        total = torch.zeros((), device=input_ids.device)
+        for name in (name for name in _TERMS if name in sums):
+            weight = warmed_up(weights[name][0], progress, weights[name][1]) * scales.get(name, 1.0)
+            total = total + weight * sums[name]
         denominator = num_items.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return SMTForPreTrainingOutput(
             loss=total / denominator,
             term_sums={name: value.detach().clone() for name, value in sums.items()},
             num_items=num_items,
-            memory=final_memory.detach(),
-            starts=None if starts is None else starts.detach(),
-            sequential_steps=tokens.steps + self._own_steps(tokens, objective, progress),
+            memory=None if supervised.memory is None else supervised.memory.detach(),
+            starts=None if supervised.starts is None else supervised.starts.detach(),
+            own_sums=None if supervised.own is None else _own_sums(terms["readout"], counts, supervised.own),
+            label_moments=supervised.label_moments,
+            sequential_steps=supervised.depth + self._own_steps(tokens, objective, progress),
+            transitions=supervised.transitions,
         )
 
     @staticmethod
     def _own_steps(tokens: "_Row", objective: Objective, progress: float) -> int:
-        if objective.phase == "bptt" or not objective.on_policy_fraction or progress < objective.on_policy_warmup_ratio:
+        if (
+            objective.phase == "bptt"
+            or objective.num_supervised_transitions
+            or not objective.on_policy_fraction
+            or tokens.steps >= tokens.inputs.shape[1]
+            or progress < objective.on_policy_warmup_ratio
+        ):
             return 0
         if objective.on_policy_mode == "parallel":
             return objective.on_policy_sweeps * tokens.steps
         return tokens.inputs.shape[1]
 
-    def _unrolled_terms(self, tokens: "_Row", memory: torch.Tensor | None):
-        """BPTT: one chunk as long as the row, from `m_0` or a carried memory."""
+    def _unrolled_terms(self, tokens: "_Row", objective: Objective, memory: torch.Tensor | None) -> "_Supervised":
+        """BPTT over the row from `m_0` or a carried memory; truncated where its windows are shorter than the row."""
         start = self.student.model.start_memory().expand(tokens.batch, -1, -1)
         if memory is not None:
             start = torch.where(memory.isnan(), start, memory.to(start.dtype))
-        memories = rollout(self.student, start[:, None], tokens.inputs, tokens.mask, tokens.documents)
-        logits = self.student.read_logits(torch.cat([start[:, None], memories[:, : tokens.length]], dim=1))
-        return {"readout": next_token_loss(logits, tokens.labels)}, memories[:, -1]
+        if objective.carries_memory or objective.transition_steps >= tokens.length:
+            memories = rollout(self.student, start[:, None], tokens.inputs, tokens.mask, tokens.documents)
+        else:
+            memories = truncated_rollout(
+                self.student, start, objective.transition_steps, tokens.inputs, tokens.mask, tokens.documents
+            )
+        read = torch.cat([start[:, None], memories[:, : tokens.length]], dim=1)
+        return _Supervised(
+            terms={"readout": self._readout_loss(read, tokens.labels)},
+            memory=memories[:, -1],
+            own=torch.ones_like(tokens.lengths, dtype=torch.bool),
+            depth=tokens.inputs.shape[1],
+            transitions=tokens.batch * tokens.length,
+        )
 
-    def _supervised_terms(self, tokens: "_Row", objective: Objective, example_ids, stored_starts, progress: float):
-        """SMT and DMT: chunks from the teacher's or own memories, every step supervised."""
+    def _readout_loss(self, memories: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Next-token loss of memories `(B, S, K, D)`, `(B,)`. Only what has a target is read out."""
+        is_labelled = targets != -100
+        if bool(is_labelled.all()):
+            return next_token_loss(self.student.read_logits(memories), targets)
+        losses = F.cross_entropy(
+            self.student.read_logits(memories[is_labelled]), targets[is_labelled], reduction="none"
+        )
+        losses = losses.new_zeros(targets.shape).masked_scatter(is_labelled, losses)
+        return masked_mean(losses, is_labelled)
+
+    def _labels(self, tokens: "_Row", positions: torch.Tensor, trains_teacher: bool, with_logits: bool):
+        """The teacher's memories at `positions`, `(B, S, K, D)`, and its own logits or `None`."""
         assert self.teacher is not None  # refused by freeze_for
-        trains_teacher = objective.phase == "smt"
         m_0 = self.student.model.start_memory()
-        positions = torch.arange(tokens.length + 1, device=example_ids.device)
         with torch.set_grad_enabled(trains_teacher and torch.is_grad_enabled()):
-            labels, teacher_logits = self.teacher(
+            labels = self.teacher(
                 tokens.inputs[:, : tokens.length],
                 positions,
                 m_0 if trains_teacher else m_0.detach(),
                 None if tokens.mask is None else tokens.mask[:, : tokens.length],
                 None if tokens.documents is None else tokens.documents[:, : tokens.length],
-                return_logits=True,
+                return_logits=with_logits,
             )
-        starts = labels[:, : tokens.length : tokens.steps]
+        return labels if with_logits else (labels, None)
+
+    def _sparse_terms(self, tokens: "_Row", objective: Objective, example_ids) -> "_Supervised":
+        """SMT as published: a few random transitions a row, each between two labels of its own [Eq. 2-4]."""
+        counts = (tokens.lengths - 1).clamp(min=1)[:, None]  # transitions of the row
+        noise = example_uniforms(example_ids, objective.num_supervised_transitions, objective.seed, _STREAM_TRANSITIONS)
+        before = (noise * counts).long()
+        labels, _ = self._labels(tokens, torch.cat([before, before + 1], dim=1), objective.phase == "smt", False)
+        starts, ends = labels.chunk(2, dim=1)
+        embeds = self.student.model.embed_tokens(tokens.inputs.gather(1, before))
+        reached = self.student.model.unroll(starts.flatten(0, 1), embeds.flatten(0, 1)[:, None])[:, 0]
+        terms = {"dynamics": dynamics_loss(reached.view(starts.shape), ends)}
+        if objective.predictive_weight:
+            terms["predictive"] = self._future_loss(tokens, starts, before, objective.future_length)
+        if objective.readout_weight:
+            after = tokens.labels.gather(1, before + 1)
+            terms["readout"] = self._readout_loss(reached.view(starts.shape), after)
+        if objective.uniformity_weight:
+            terms["uniformity"] = uniformity_loss(starts)
+        return _Supervised(terms=terms, depth=1, transitions=before.numel())
+
+    def _supervised_terms(
+        self, tokens: "_Row", objective: Objective, example_ids, stored_starts, progress: float
+    ) -> "_Supervised":
+        """SMT and DMT: chunks from the teacher's or own memories, every step supervised."""
+        trains_teacher = objective.phase == "smt"
+        m_0 = self.student.model.start_memory()
+        stride = objective.label_stride
+        positions = torch.arange(0, tokens.length + 1, stride, device=example_ids.device)
+        labels, teacher_logits = self._labels(
+            tokens, positions, trains_teacher, with_logits=trains_teacher and objective.teacher_weight > 0
+        )
         first = m_0.expand(tokens.batch, 1, -1, -1)
-        starts = torch.cat([first, starts[:, 1:]], dim=1)
+        num_chunks = tokens.inputs.shape[1] // tokens.steps
+        if stride == 1:
+            starts = torch.cat([first, labels[:, : tokens.length : tokens.steps][:, 1:]], dim=1)
+        else:  # own memories take the place of all but the first
+            starts = first.expand(-1, num_chunks, -1, -1)
         own = self._own_starts(tokens, objective, example_ids, starts.detach(), stored_starts, progress)
+        # One chunk starts at m_0 whatever the teacher says: it is the student's own rollout already.
+        is_own = torch.full((tokens.batch,), num_chunks == 1, device=example_ids.device)
         if own is not None:
             rows, own_starts = own
             starts = starts.index_copy(0, rows, torch.cat([first[rows], own_starts[:, 1:]], dim=1))
+            is_own[rows] = objective.on_policy_mode == "sequential"
         memories = rollout(self.student, starts, tokens.inputs, tokens.mask, tokens.documents)
-        terms = {
-            "dynamics": dynamics_loss(memories[:, : tokens.length], labels[:, 1:], tokens.transition_mask),
-        }
+        reached = memories[:, : tokens.length][:, stride - 1 :: stride]
+        mask = None if tokens.transition_mask is None else tokens.transition_mask[:, stride - 1 :: stride]
+        terms = {"dynamics": dynamics_loss(reached, labels[:, 1:], mask)}
+        moments = errors = None
+        if objective.normalized_dynamics_weight or (trains_teacher and objective.consistency_weight):
+            errors = normalized_errors(reached, labels[:, 1:], self.label_variance())
+            moments = _moments(labels[:, 1:].detach(), mask)
+        if objective.normalized_dynamics_weight:
+            assert errors is not None
+            terms["normalized_dynamics"] = masked_mean(errors, mask)
         if objective.readout_weight:
             read = torch.cat([first, memories[:, : tokens.length]], dim=1)
             read = read if objective.readout_trains_updater else read.detach()
-            terms["readout"] = next_token_loss(self.student.read_logits(read), tokens.labels)
+            terms["readout"] = self._readout_loss(read, tokens.labels)
+        supervised = _Supervised(
+            terms=terms,
+            memory=memories[:, -1],
+            starts=starts,
+            own=is_own if objective.readout_weight else None,
+            label_moments=moments,
+            depth=tokens.steps,
+            transitions=tokens.batch * tokens.length,
+        )
         if not trains_teacher:
-            return terms, memories[:, -1], starts
-        if objective.teacher_weight:
+            return supervised
+        if teacher_logits is not None:
             terms["teacher"] = next_token_loss(teacher_logits[:, 1:], tokens.labels[:, 1:])
+        if objective.teacher_readout_weight:
+            terms["teacher_readout"] = self._readout_loss(labels, tokens.labels)
         if objective.predictive_weight or objective.uniformity_weight:
-            # As many tokens ahead as the row has left; in a padded row, positions past its own last one do not count,
-            # so that nothing depends on the width of the batch.
-            last = (tokens.lengths - objective.future_length).clamp(min=0)[:, None]
+            # As many tokens ahead as the row has left, anywhere if the future is longer than the row; in a padded row,
+            # positions past its own last one do not count, so that nothing depends on the width of the batch.
+            ahead = objective.future_length if objective.future_length < tokens.length else 1
+            last = (tokens.lengths - ahead).clamp(min=0)[:, None]
             noise = example_uniforms(example_ids, tokens.length + 1, objective.seed, _STREAM_POSITIONS)
             noise = noise.masked_fill(torch.arange(tokens.length + 1, device=last.device) > last, -1.0)
             count = min(objective.num_predictive_positions, int(last.max()) + 1)
@@ -286,20 +451,57 @@ class SMTForPreTraining(PreTrainedModel):
             is_real = highest >= 0
             picked = labels.gather(1, chosen[..., None, None].expand(-1, -1, *labels.shape[2:]))
         if objective.predictive_weight:
-            ahead = chosen[..., None] + torch.arange(objective.future_length, device=chosen.device)
-            future_ids = F.pad(tokens.input_ids, (0, objective.future_length)).gather(1, ahead.flatten(1))
-            targets = F.pad(tokens.labels, (0, objective.future_length), value=-100).gather(1, ahead.flatten(1))
-            targets = targets.view(ahead.shape).masked_fill(~is_real[..., None], -100)
-            logits = self.student.decode_logits(picked.flatten(0, 1), future_ids.view(-1, objective.future_length))
-            terms["predictive"] = predictive_loss(logits.view(*ahead.shape, -1), targets)
+            terms["predictive"] = self._future_loss(tokens, picked, chosen, objective.future_length, is_real)
         if objective.uniformity_weight:
             terms["uniformity"] = uniformity_loss(picked, is_real)
-        return terms, memories[:, -1], starts
+        if objective.consistency_weight:
+            assert errors is not None
+            ends, is_real = self._consistency_positions(tokens, objective, example_ids, errors.detach())
+            picked = memories.gather(1, (ends - 1)[..., None, None].expand(-1, -1, *memories.shape[2:]))
+            terms["consistency"] = self._future_loss(tokens, picked, ends, objective.future_length, is_real)
+        return supervised
+
+    def _consistency_positions(self, tokens: "_Row", objective: Objective, example_ids, errors: torch.Tensor):
+        """Chunk ends whose future is decoded: `(B, S)` tokens read there, and whether there is such an end.
+
+        A share `hard_chunk_fraction` of the draws is the row's chunk with the largest error: an informative transition
+        is one of T.
+        """
+        length = tokens.inputs.shape[1]
+        ends = torch.arange(tokens.steps, length + 1, tokens.steps, device=example_ids.device)
+        is_end = ends < tokens.lengths[:, None]  # something is left to predict
+        padded = F.pad(errors, (0, length - errors.shape[1]))
+        hardest = padded.view(tokens.batch, len(ends), -1).amax(2).masked_fill(~is_end, -1.0).argmax(1)
+        count = objective.num_consistency_chunks
+        noise = example_uniforms(example_ids, 2 * count, objective.seed, _STREAM_CHUNKS)
+        anywhere = (noise[:, :count] * is_end.sum(1, keepdim=True)).long()
+        chosen = torch.where(noise[:, count:] < objective.hard_chunk_fraction, hardest[:, None], anywhere)
+        return ends[chosen].clamp(max=tokens.length), is_end.gather(1, chosen)
+
+    def _future_loss(self, tokens: "_Row", memories, positions, future_length: int, is_real=None):
+        """Cross-entropy of the tokens after `positions` `(B, S)`, decoded from the memories there `(B, S, K, D)`.
+
+        Tokens past the row's end, or without a label, are not predicted.
+        """
+        future_length = min(future_length, tokens.length + 1 - int(positions.min()))
+        ahead = positions[..., None] + torch.arange(future_length, device=positions.device)
+        future_ids = F.pad(tokens.input_ids, (0, future_length)).gather(1, ahead.flatten(1))
+        targets = F.pad(tokens.labels, (0, future_length), value=-100).gather(1, ahead.flatten(1)).view(ahead.shape)
+        if is_real is not None:
+            targets = targets.masked_fill(~is_real[..., None], -100)
+        is_labelled = targets.flatten(0, 1) != -100
+        most = max(int(is_labelled.sum(1).max()), 1)
+        wanted = None
+        if 2 * most < future_length:  # labels are sparse: bring those of each future to the front, decode no others
+            wanted = (~is_labelled).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+            targets = targets.flatten(0, 1).gather(1, wanted).view(*positions.shape, most)
+        logits = self.student.decode_logits(memories.flatten(0, 1), future_ids.view(-1, future_length), wanted)
+        return predictive_loss(logits.view(*targets.shape, -1), targets)
 
     def _own_starts(self, tokens: "_Row", objective: Objective, example_ids, starts, stored_starts, progress: float):
         """Rows whose chunks start from own states, and those states; `None` if there are none in this batch."""
         fraction = objective.on_policy_fraction
-        if progress < objective.on_policy_warmup_ratio or not fraction:
+        if progress < objective.on_policy_warmup_ratio or not fraction or starts.shape[1] == 1:
             return None
         draws = example_uniforms(example_ids, 1, objective.seed, _STREAM_ON_POLICY)[:, 0]
         rows = (draws < fraction).nonzero()[:, 0]
@@ -328,8 +530,12 @@ class SMTForPreTraining(PreTrainedModel):
         start = m_0.expand(tokens.batch, 1, -1, -1)
         memories = rollout(self.student, start, tokens.inputs, tokens.mask, tokens.documents)[:, : tokens.length]
         logits = self.student.read_logits(torch.cat([start, memories], dim=1))
-        terms = {"rollout": next_token_loss(logits, tokens.labels)}
-        if with_teacher and self.teacher is not None:
+        hits = (logits.argmax(-1) == tokens.labels).sum(1)
+        terms = {
+            "rollout": next_token_loss(logits, tokens.labels),
+            "accuracy": hits / tokens.labels.ne(-100).sum(1).clamp(min=1),
+        }
+        if with_teacher and isinstance(self.teacher, SMTTeacherEncoder):  # a windowed one pays for every position
             labels = self.teacher(
                 tokens.inputs[:, : tokens.length],
                 torch.arange(1, tokens.length + 1, device=memories.device),
@@ -340,6 +546,29 @@ class SMTForPreTraining(PreTrainedModel):
             spread = dynamics_loss(labels, labels.mean(1, keepdim=True), tokens.transition_mask)
             terms["drift"] = dynamics_loss(memories, labels, tokens.transition_mask) / spread.clamp(min=1e-6)
         return terms
+
+
+@dataclass
+class _Supervised:
+    """What the supervision of a batch yields; `own`: `(B,)` bool, rows rolled out from `m_0` by the student itself."""
+
+    terms: dict[str, torch.Tensor]
+    depth: int
+    transitions: int
+    memory: torch.Tensor | None = None
+    starts: torch.Tensor | None = None
+    own: torch.Tensor | None = None
+    label_moments: torch.Tensor | None = None
+
+
+def _own_sums(losses: torch.Tensor, counts: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    return torch.stack([(losses * counts * own).sum(), (counts * own).sum()]).detach()
+
+
+def _moments(labels: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    flat = labels.flatten(0, 1) if mask is None else labels[mask]
+    number = torch.full_like(flat[:1, 0], len(flat)) if len(flat) else labels.new_zeros(1, labels.shape[-1])
+    return torch.cat([number, flat.sum(0), flat.square().sum(0)])
 
 
 class _Row:

@@ -41,6 +41,33 @@ def rollout(student, starts, input_ids, attention_mask=None, document_ids=None) 
     return memories.view(batch, length, *starts.shape[2:])
 
 
+def truncated_rollout(student, start, window, input_ids, attention_mask=None, document_ids=None) -> torch.Tensor:
+    """One chunk as long as the row, its gradient cut between windows: truncated BPTT of a row in one step.
+
+    Args:
+        start: `(B, K, D)`, memory before the row.
+        window: transitions that a gradient crosses at most; the last window may be shorter.
+        others: as in `rollout`.
+
+    Returns:
+        `(B, T, K, D)`.
+    """
+    pieces = []
+    memory = start
+    for begin in range(0, input_ids.shape[1], window):
+        # One token before the window, so that a document that starts with it is seen.
+        seen = slice(max(begin - 1, 0), begin + window)
+        own = [None if tensor is None else tensor[:, seen] for tensor in (input_ids, attention_mask, document_ids)]
+        reset = None
+        if own[2] is not None and begin:
+            reset = (own[2][:, 0] != own[2][:, 1])[:, None, None]
+            memory = torch.where(reset, student.model.start_memory(), memory)
+        own = [None if tensor is None else tensor[:, 1 if begin else 0 :] for tensor in own]
+        pieces.append(rollout(student, memory[:, None], *own))
+        memory = pieces[-1][:, -1].detach()
+    return torch.cat(pieces, dim=1)
+
+
 @torch.no_grad()
 def sequential_starts(student, num_chunks, input_ids, attention_mask=None, document_ids=None) -> torch.Tensor:
     """Own states of all ages: roll from `m_0` over the whole row and keep the memory before every chunk.

@@ -4,7 +4,6 @@ The losses are in `SMTForPreTraining.forward`; nothing here calls a part of the 
 """
 
 import os
-import time
 from typing import Any
 
 import torch
@@ -13,12 +12,13 @@ from torch import nn
 from torch.utils.data import IterableDataset, SequentialSampler
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from smt_hf.data.batching import CarriedWindows, EpochSampler, IndexedExamples, collate
+from smt_hf.data.batching import CarriedWindows, EpochSampler, IndexedExamples, Levels, collate
 from smt_hf.student import SMTRecurrentForCausalLM
 
 from .arguments import BPTTTrainingArguments, DMTTrainingArguments, PhaseArguments, SMTTrainingArguments
+from .pacing import VIRTUAL_STEPS_A_SECOND, Pace, TrainingCost
 from .pretraining import SMTForPreTraining
 from .rollout import example_uniforms
 
@@ -35,7 +35,8 @@ class PhaseProgress(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.phase, dynamic_ncols=True)
+            total = None if args.max_seconds else state.max_steps
+            self.bar = tqdm(total=total, initial=state.global_step, desc=self.phase, dynamic_ncols=True)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar is not None:
@@ -56,53 +57,15 @@ class PhaseProgress(TrainerCallback):
             self.bar = None
 
 
-class TrainingCost(TrainerCallback, ExportableState):
-    """What the phase has cost so far, over interruptions: seconds inside steps (no evaluation, no saving),
-    sequential transitions, tokens. Kept in `trainer_state.json`."""
-
-    def __init__(self):
-        self.seconds, self.sequential_steps, self.tokens = 0.0, 0, 0
-        self.step_seconds: list[float] = []
-        self._started = 0.0
-
-    def state(self) -> dict:
-        return {
-            "args": {},
-            "attributes": {
-                "seconds": self.seconds,
-                "sequential_steps": self.sequential_steps,
-                "tokens": self.tokens,
-            },
-        }
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        # A resumed run goes on counting; the Trainer's own way to do this needs an argument that is off by default.
-        earlier = state.stateful_callbacks.get(type(self).__name__)
-        for name, value in earlier["attributes"].items() if earlier else ():
-            setattr(self, name, value)
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._started = _now()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.step_seconds.append(_now() - self._started)
-        self.seconds += self.step_seconds[-1]
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 class SMTTrainer(Trainer):
     """Trains student and teacher together by supervised memory training.
 
     Args:
         model: an [`SMTForPreTraining`].
         args: [`SMTTrainingArguments`].
-        train_dataset: rows with `input_ids` (`context_length + 1` tokens each, as `smt_hf.data.pack` makes them; other
-            lengths work, ragged ones are padded) and, if wanted, `attention_mask`, `labels`, `document_ids`.
+        train_dataset: a dataset, or [`Levels`] of them for a curriculum; rows with `input_ids` (`context_length + 1`
+            tokens each, as `smt_hf.data.pack` makes them; other lengths work, ragged ones are padded) and, if wanted,
+            `attention_mask`, `labels`, `document_ids`.
         eval_dataset: rows likewise. Evaluation adds `eval_rollout` (nats a token of the student's own rollout from
             `m_0`) and `eval_drift` to the terms of the phase.
         student_optimizer_state: name of a student parameter -> optimiser state to start from.
@@ -132,6 +95,9 @@ class SMTTrainer(Trainer):
         if getattr(args, "phase", None) != self.arguments_class.phase:
             raise ValueError(f"{type(self).__name__} takes {self.arguments_class.__name__}, got {type(args).__name__}.")
         model.freeze_for(args.phase)
+        self.pace = Pace(
+            len(train_dataset.levels) if isinstance(train_dataset, Levels) else 1, args.curriculum_threshold
+        )
         super().__init__(
             model=model,
             args=args,
@@ -147,6 +113,8 @@ class SMTTrainer(Trainer):
             _take_special_tokens(model.student, self.processing_class)
         self.cost = TrainingCost()
         self.add_callback(self.cost)
+        self.add_callback(self.pace)
+        self.add_callback(_StepEnd(self))
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         if not args.disable_tqdm:
@@ -154,6 +122,9 @@ class SMTTrainer(Trainer):
         self._student_optimizer_state = student_optimizer_state
         self._term_sums: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
         self._num_items: dict[str, torch.Tensor | float] = {"train": 0.0, "eval": 0.0}
+        self._own_sums: torch.Tensor | None = None
+        self._teacher_sums: torch.Tensor | None = None
+        self._label_moments: torch.Tensor | None = None
 
     # Data ---------------------------------------------------------------------------------------------------------
 
@@ -168,20 +139,61 @@ class SMTTrainer(Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochSampler(len(rows), seed)
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Batches of all levels are fetched ahead of time; the level is chosen when the step begins."""
+        return super().get_batch_samples(self._at_level(epoch_iterator), num_batches, device)
+
+    def _at_level(self, batches):
+        for batch in batches:
+            yield batch["levels"][self.pace.level] if "levels" in batch else batch
+
     # Loss and its terms -------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {**inputs, "objective": self.objective, "progress": self._progress()}
+        inputs["dynamics_scale"] = self.pace.dynamics_scale(
+            getattr(self.args, "dynamics_starts_below", None), getattr(self.args, "dynamics_full_below", None)
+        )
         carried = self._before_forward(inputs)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self._record(outputs, "train" if model.training else "eval")
         if model.training:
             self.cost.sequential_steps += outputs.sequential_steps
-            self.cost.tokens += (inputs["input_ids"].shape[1] - 1) * len(inputs["input_ids"]) * self.args.world_size
+            self.cost.tokens += outputs.transitions * self.args.world_size
+            self._keep_for_pace(outputs)
             self._after_forward(inputs, outputs, carried)
         return (loss, outputs) if return_outputs else loss
 
+    def _keep_for_pace(self, outputs) -> None:
+        if outputs.own_sums is not None:
+            self._own_sums = outputs.own_sums + (0 if self._own_sums is None else self._own_sums)
+        for name in ("teacher_readout", "predictive"):
+            if name in outputs.term_sums:
+                sums = torch.stack([outputs.term_sums[name], outputs.num_items.to(outputs.term_sums[name])])
+                self._teacher_sums = sums + (0 if self._teacher_sums is None else self._teacher_sums)
+                break
+        if outputs.label_moments is not None:
+            self._label_moments = outputs.label_moments + (0 if self._label_moments is None else self._label_moments)
+
+    def after_step(self) -> None:
+        """Move the pace and the running spread of the labels on, by what all ranks saw in the optimiser step."""
+        uses_pace = self.pace.num_levels > 1 or getattr(self.args, "dynamics_starts_below", None) is not None
+        losses: list[float | None] = []
+        for sums in (self._own_sums, self._teacher_sums):
+            if sums is None or not uses_pace:
+                losses.append(None)
+                continue
+            total, number = self.accelerator.reduce(sums.double(), reduction="sum").tolist()
+            losses.append(total / number if number else None)
+        self.pace.update(*losses)
+        if self._label_moments is not None:
+            moments = self.accelerator.reduce(self._label_moments, reduction="sum")
+            self.accelerator.unwrap_model(self.model, keep_torch_compile=False).update_label_moments(moments)
+        self._own_sums = self._teacher_sums = self._label_moments = None
+
     def _progress(self) -> float:
+        if self.args.max_seconds:
+            return min(self.cost.seconds / self.args.max_seconds, 1.0)
         return self.state.global_step / max(self.state.max_steps, 1)
 
     def _before_forward(self, inputs: dict) -> dict:
@@ -213,6 +225,10 @@ class SMTTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs = {**logs, **self._mean_terms("train")}
+            if self.pace.num_levels > 1:
+                logs["level"] = self.pace.level
+        if "loss" in logs or "eval_loss" in logs:
+            logs = {**logs, "seconds": self.cost.seconds, "sequential_steps": self.cost.sequential_steps}
         super().log(logs, start_time)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -269,11 +285,14 @@ class SMTTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """The schedule of the phase, or the phase's part of a schedule that spans several."""
-        if self.lr_scheduler is not None or not self.args.schedule_steps:
+        by_seconds = self.args.max_seconds
+        if self.lr_scheduler is not None or not (self.args.schedule_steps or by_seconds):
             return super().create_scheduler(num_training_steps, optimizer)
-        scheduler = super().create_scheduler(self.args.schedule_steps, optimizer)
+        own_steps = int(by_seconds * VIRTUAL_STEPS_A_SECOND) if by_seconds else num_training_steps
+        scheduler = super().create_scheduler(self.args.schedule_steps or own_steps, optimizer)
         offset = self.args.schedule_offset
-        shifted = [_shifted(function, offset) for function in scheduler.lr_lambdas]
+        cost = self.cost if by_seconds else None
+        shifted = [_shifted(function, offset, cost) for function in scheduler.lr_lambdas]
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(scheduler.optimizer, shifted)
         return self.lr_scheduler
 
@@ -337,15 +356,25 @@ def load_student_optimizer(checkpoint: str) -> dict[str, dict[str, torch.Tensor]
     return state
 
 
-def _shifted(function, offset: int):
-    """A learning-rate schedule from a later step on.
+class _StepEnd(TrainerCallback):
+    """Tells the trainer that an optimiser step is over."""
+
+    def __init__(self, trainer: SMTTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.after_step()
+
+
+def _shifted(function, offset: int, cost: TrainingCost | None):
+    """A learning-rate schedule from a later step on; with `cost`, by the seconds used.
 
     A plain function: the scheduler's saved state holds the attributes of any other callable, and a checkpoint is read
     back with `weights_only=True`.
     """
 
     def rate(step: int) -> float:
-        return function(step + offset)
+        return function(offset + (step if cost is None else int(cost.seconds * VIRTUAL_STEPS_A_SECOND)))
 
     return rate
 
@@ -444,7 +473,7 @@ class BPTTTrainer(SMTTrainer):
         return self.args.transition_steps < self.args.context_length
 
     def _numbered(self, rows):
-        if not self.is_truncated:
+        if not self.is_truncated or not self.args.carries_memory:
             return super()._numbered(rows)
         args = self.args
         streams = args.train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -2,7 +2,7 @@
 
 import pytest
 
-from smt_hf.command_line import help_text, parse_run
+from smt_hf.command_line import help_text, parse_grid, parse_run
 
 
 def write(tmp_path, content):
@@ -46,6 +46,15 @@ def test_configurations():
     assert parsed.teacher == {"hidden_size": 8}
 
 
+def test_the_other_kind_of_teacher():
+    words = "--teacher_model_type smt_windowed_teacher --teacher_context_length 16 --teacher_hidden_size 8"
+    assert parse_run(words.split()).teacher == {
+        "model_type": "smt_windowed_teacher",
+        "context_length": 16,
+        "hidden_size": 8,
+    }
+
+
 def test_yaml_and_precedence(tmp_path):
     path = write(
         tmp_path,
@@ -78,7 +87,9 @@ def test_booleans_and_bare_flags():
         ("--phases smt,ppo", "unknown phase 'ppo'"),
         ("--max_steps many", "max_steps"),
         ("--hidden_size big", "hidden_size"),
-        ("--transition_steps 7 --phases smt", "transition_steps"),
+        ("--transition_steps 7 --phases bptt", "transition_steps"),
+        ("--transition_steps 0 --phases smt", "transition_steps"),
+        ("--teacher_kontext_length 7", "did you mean 'teacher_context_length'"),
         ("stray", "unexpected argument"),
         ("--config missing.yaml", "cannot read"),
     ],
@@ -112,3 +123,236 @@ def test_help(capsys):
     assert text.strip() == help_text().strip()
     for name in ("--phases", "--updater_type", "--teacher_sliding_window", "--transition_steps", "--on_policy_mode"):
         assert name in text
+
+
+GRID = """
+output: runs/grid.jsonl
+jobs: 3
+num_threads: 2
+seeds: [0, 1]
+num_heldout: 512
+student: {hidden_size: 32, num_attention_heads: 2}
+teacher: {hidden_size: 24, sliding_window: 9}
+tasks:
+  retrieval:
+    difficulties: [8, 16]
+    seconds: {8: 20, 16: 60}
+    curriculum: [2, 4]
+    arms:
+      smt: {smt: {learning_rate: 3.0e-3}, dmt: {on_policy_fraction: 1.0}}
+  parity:
+    difficulties: [10]
+    seconds: 30
+  text:
+arms:
+  smt:
+    phases:
+      - smt: {share: 0.75, learning_rate: 1.0e-3, context_length: 24, readout_trains_updater: false}
+      - dmt
+  bptt:
+    group: search
+    phases: [{bptt: {carries_memory: false, weight_decay: 0.5}}]
+    sweep: {bptt: {learning_rate: [1.0e-3, 2.0e-3], transition_steps: [8, 16]}}
+    only: {retrieval: [8]}
+  published:
+    student: {hidden_size: 64}
+    teacher: {model_type: smt_windowed_teacher, context_length: 16, hidden_size: 48}
+    phases: [{smt: {num_supervised_transitions: 1, teacher_weight: 0}}]
+    only: {retrieval: [16], parity: [10]}
+  ablation:
+    group: ablation
+    phases: [{smt: {max_steps: 40, readout_weight: 2}}]
+    variants:
+      full:
+      unread: {smt: {readout_weight: 0}}
+      small: {student: {hidden_size: 16}, teacher: {sliding_window: 3}}
+    only: {parity: [10]}
+"""
+
+
+def grid(tmp_path, *words, content=GRID):
+    return parse_grid(["--config", write(tmp_path, content), *words])
+
+
+def test_grid(tmp_path):
+    """Every task at every difficulty by every arm and variant under every seed."""
+    parsed = grid(tmp_path)
+    assert (parsed.output, parsed.jobs, parsed.report) == ("runs/grid.jsonl", 3, False)
+    names = ["learning_rate=0.001, transition_steps=8", "learning_rate=0.001, transition_steps=16",
+             "learning_rate=0.002, transition_steps=8", "learning_rate=0.002, transition_steps=16"]  # fmt: skip
+    cells = {
+        *[("retrieval", difficulty, "smt", None, None) for difficulty in (8, 16)],
+        *[("retrieval", 8, "bptt", "search", name) for name in names],
+        ("retrieval", 16, "published", None, None),
+        ("parity", 10, "smt", None, None),
+        ("parity", 10, "published", None, None),
+        *[("parity", 10, "ablation", "ablation", name) for name in ("full", "unread", "small")],
+        ("text", None, "smt", None, None),
+    }
+    keys = [run.key() for run in parsed.runs]
+    assert len(keys) == len(set(keys))
+    assert set(keys) == {(*cell[:3], seed, *cell[3:]) for cell in cells for seed in (0, 1)}
+    assert all((run.num_threads, run.num_heldout, run.sources) == (2, 512, {}) for run in parsed.runs)
+    assert {run.curriculum for run in parsed.runs if run.task == "retrieval"} == {(2, 4)}
+    assert {run.curriculum for run in parsed.runs if run.task != "retrieval"} == {()}
+    others = grid(tmp_path, "--output", "o.jsonl", "--jobs", "5", "--report", "--mnist_dir", "m", "--train_file", "t")
+    assert (others.output, others.jobs, others.report) == ("o.jsonl", 5, True)
+    assert others.runs[0].sources == {"mnist_dir": "m", "train_file": "t"}
+
+
+def of(tmp_path, task, arm, *more, content=GRID):
+    """The only run of a task, arm and seed 0, and what else is named."""
+    (run,) = grid(tmp_path, "--only", f"task={task}", f"arm={arm}", "seed=0", *more, content=content).runs
+    return run
+
+
+def test_grid_phases(tmp_path):
+    """Seconds by share, what a task says for an arm, values of the right type."""
+    (smt, of_smt), (dmt, of_dmt) = of(tmp_path, "retrieval", "smt", "difficulty=16").phases
+    assert (smt, dmt) == ("smt", "dmt")
+    assert of_smt == {
+        "learning_rate": 3e-3,  # the task beats the arm
+        "context_length": 24,
+        "readout_trains_updater": False,
+        "max_seconds": 45.0,
+    }
+    assert type(of_smt["context_length"]) is int and type(of_smt["learning_rate"]) is float
+    assert of_dmt == {"on_policy_fraction": 1.0, "max_seconds": 15.0}
+    (_, of_smt), (_, of_dmt) = of(tmp_path, "parity", "smt").phases
+    assert of_smt["learning_rate"] == 1e-3 and (of_smt["max_seconds"], of_dmt["max_seconds"]) == (22.5, 7.5)
+    (_, of_smt), (_, of_dmt) = of(tmp_path, "text", "smt").phases
+    assert "max_seconds" not in of_smt and of_dmt == {}  # no seconds: the phases' own number of steps
+    thirds = GRID.replace("- dmt", "- dmt\n      - bptt")
+    shares = [settings["max_seconds"] for _, settings in of(tmp_path, "parity", "smt", content=thirds).phases]
+    assert shares == [22.5, 3.75, 3.75]  # what is left, evenly
+    fixed = GRID.replace("share: 0.75", "max_steps: 40")
+    (_, of_smt), (_, of_dmt) = of(tmp_path, "parity", "smt", content=fixed).phases
+    assert of_smt["max_steps"] == 40 and "max_seconds" not in of_smt
+
+
+def test_grid_sweep_and_variants(tmp_path):
+    variant = "variant=learning_rate=0.002, transition_steps=8"
+    ((name, settings),) = of(tmp_path, "retrieval", "bptt", "difficulty=8", variant).phases
+    assert (name, settings) == ("bptt", {
+        "carries_memory": False,
+        "weight_decay": 0.5,
+        "learning_rate": 2e-3,
+        "transition_steps": 8,
+        "max_seconds": 20.0,
+    })  # fmt: skip
+    full, unread, small = (
+        of(tmp_path, "parity", "ablation", f"variant={name}") for name in ("full", "unread", "small")
+    )
+    assert full.phases == small.phases == (("smt", {"max_steps": 40, "readout_weight": 2.0}),)
+    assert unread.phases == (("smt", {"max_steps": 40, "readout_weight": 0.0}),)
+    assert full.student == unread.student == {"hidden_size": 32, "num_attention_heads": 2}
+    assert small.student == {"hidden_size": 16, "num_attention_heads": 2}
+    assert full.teacher == {"hidden_size": 24, "sliding_window": 9}
+    assert small.teacher == {"hidden_size": 24, "sliding_window": 3}
+
+
+def test_grid_teachers(tmp_path):
+    """The windowed one has fields of its own; the grid's are those of the other kind."""
+    run = of(tmp_path, "parity", "published")
+    assert run.teacher == {"model_type": "smt_windowed_teacher", "context_length": 16, "hidden_size": 48}
+    assert run.student == {"hidden_size": 64, "num_attention_heads": 2}
+    windowed = GRID.replace(
+        "{hidden_size: 24, sliding", "{model_type: smt_windowed_teacher, num_hidden_layers: 3, sliding"
+    )
+    windowed = windowed.replace("sliding_window: 9", "hidden_act: silu").replace(
+        "sliding_window: 3", "context_length: 3"
+    )
+    run = of(tmp_path, "parity", "published", content=windowed)
+    assert run.teacher == {
+        "model_type": "smt_windowed_teacher",
+        "num_hidden_layers": 3,
+        "hidden_act": "silu",
+        "context_length": 16,
+        "hidden_size": 48,
+    }
+    named = GRID.replace("teacher: {sliding_window: 3}", "teacher: {model_type: smt_teacher, sliding_window: 3}")
+    run = of(tmp_path, "parity", "ablation", "variant=small", content=named)
+    assert run.teacher == {"model_type": "smt_teacher", "hidden_size": 24, "sliding_window": 3}
+
+
+def test_only(tmp_path):
+    assert len(grid(tmp_path, "--only", "task=parity").runs) == 2 * (1 + 1 + 3)
+    assert {
+        run.key()[:4] for run in grid(tmp_path, "--only", "arm=smt", "difficulty=8", "seed=1", "task=retrieval").runs
+    } == {("retrieval", 8, "smt", 1)}
+    # A seed or a difficulty that the grid does not list.
+    run = of(tmp_path, "retrieval", "smt", "difficulty=32", "seed=7")
+    assert (run.difficulty, run.seed) == (32, 7)
+    assert run.phases[0][1]["max_seconds"] == 45.0  # the longest there is
+    runs = grid(tmp_path, "--only", "task=retrieval", "difficulty=32", "seed=7").runs
+    assert [run.arm for run in runs] == ["smt"]  # arms that are for other difficulties are not meant...
+    runs = grid(tmp_path, "--only", "task=retrieval", "difficulty=32", "arm=bptt", "seed=7").runs
+    assert len(runs) == 4  # ...but where they are named
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--outptu x", "did you mean 'output'"),
+        ("--only colour=red", "`--only` takes"),
+        ("--only parity", "`--only` takes"),
+        ("--only task=sorting", "nothing"),
+        ("--only arm=smt variant=full", "nothing"),
+        ("--only seed=first", "seed"),
+        ("--only", "`--only` takes"),
+        ("--jobs many", "jobs"),
+    ],
+)
+def test_grid_flags_are_refused(tmp_path, words, message):
+    with pytest.raises(ValueError, match=message):
+        grid(tmp_path, *words.split())
+    with pytest.raises(ValueError, match="name the grid"):
+        parse_grid([])
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("seeds:", "seed:", "did you mean 'seeds'"),
+        ("output: runs/grid.jsonl", "", "needs `output`"),
+        ("difficulties: [10]", "dificulties: [10]", "did you mean 'difficulties'"),
+        ("variants:", "variant:", "did you mean 'variants'"),
+        ("- dmt", "- dtm", "unknown phase 'dtm'"),
+        ("weight_decay: 0.5", "wait_decay: 0.5", "did you mean 'weight_decay'"),
+        ("share: 0.75", "share: 0.75, num_train_epoch: 3", "did you mean"),
+        ("{hidden_size: 32,", "{hiden_size: 32,", "did you mean 'hidden_size'"),
+        ("context_length: 16,", "sliding_window: 16,", "'sliding_window'"),
+        ("sliding_window: 9", "context_length: 9", "'context_length'"),
+        ("hidden_size: 48}", "num_memory_tokens: 48}", "'num_memory_tokens'"),  # follows from the student
+        ("weight_decay: 0.5", "weight_decay: much", "weight_decay"),
+        ("{hidden_size: 32,", "{hidden_size: large,", "hidden_size"),
+        ("sweep: {bptt: {", "sweep: {smt: {learning_rate: [1]}, bptt: {", "`sweep` takes one phase"),
+        ("phases: [{smt: {num_supervised_transitions: 1, teacher_weight: 0}}]", "phases:", "needs `phases`"),
+        ("share: 0.75", "dynamics_weight: -1", "dynamics_weight"),
+        ("[1.0e-3, 2.0e-3], transition", "[1.0e-3, 2.0e-3], tranzition", "did you mean 'transition_steps'"),
+    ],
+)
+def test_grid_refusals(tmp_path, old, new, message):
+    assert GRID.count(old) == 1
+    with pytest.raises(ValueError, match=message):
+        grid(tmp_path, content=GRID.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("unread: {smt:", "unread: {smtt:", "smtt"),  # a part that the arm does not have
+        ("unread: {smt:", "unread: {dmt:", "dmt"),
+        ("sweep: {bptt:", "sweep: {smt:", "smt"),
+        ("smt: {smt: {learning_rate: 3.0e-3},", "smtt: {smt: {learning_rate: 3.0e-3},", "smtt"),  # no such arm
+        ("{smt: {learning_rate: 3.0e-3}, dmt:", "{smt: {learning_rate: 3.0e-3}, bptt:", "bptt"),  # no such phase of it
+        ("only: {retrieval: [8]}", "only: {retreival: [8]}", "retreival"),
+        ("model_type: smt_windowed_teacher, context_length: 16,", "model_type: windowed,", "windowed"),
+        ("      - dmt", "        dmt:", "one-key mapping"),
+    ],
+)
+def test_a_grid_ignores_nothing(tmp_path, old, new, message):
+    """A name that is spelled right but belongs to nothing would leave a run as it is, unseen."""
+    assert GRID.count(old) == 1
+    with pytest.raises(ValueError, match=message):
+        grid(tmp_path, content=GRID.replace(old, new))

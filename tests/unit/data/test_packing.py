@@ -10,6 +10,7 @@ from smt_hf.data import (
     CarriedWindows,
     EpochSampler,
     IndexedExamples,
+    Levels,
     byte_tokenizer,
     collate,
     heldout_streams,
@@ -126,6 +127,35 @@ def test_collate():
     assert numbers[0] == numbers[2] != numbers[1]
     with pytest.raises(ValueError, match="two tokens"):
         collate([{"input_ids": [1]}])
+
+
+def test_levels():
+    easy, hard = [{"input_ids": [1, 2]}, {"input_ids": [3, 4, 5]}], [{"input_ids": [6, 7, 8, 9]}, {"input_ids": [7, 8]}]
+    levels = Levels([easy, hard])
+    assert len(levels) == 2 and levels[1] == {"levels": [easy[1], hard[1]]}
+    numbered = IndexedExamples(levels)
+    assert numbered[3] == {"levels": [easy[1], hard[1]], "example_ids": 3}  # the second row of the second epoch
+    for unequal in ([], [easy, hard[:1]], [easy, hard, [*hard, *hard]]):
+        with pytest.raises(ValueError, match="of one size"):
+            Levels(unequal)
+
+
+def test_collate_levels():
+    """A batch a level, each as if it were alone, under the same numbers."""
+    easy = [{"input_ids": [1, 2]}, {"input_ids": [3, 4, 5]}, {"input_ids": [1, 2]}]
+    hard = [{"input_ids": [6, 7, 8, 9], "labels": [-100, 7, -100, 9]}, *[{"input_ids": [1] * 4, "labels": [1] * 4}] * 2]
+    numbered = IndexedExamples(Levels([easy, hard]))
+    batch = collate([numbered[number] for number in (4, 0, 5)])
+    assert set(batch) == {"levels"} and len(batch["levels"]) == 2
+    for rows, got in zip((easy, hard), batch["levels"]):
+        expected = collate([{**rows[number % 3], "example_ids": number} for number in (4, 0, 5)])
+        assert got.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(got[name], value), name
+        assert got["example_ids"].tolist() == [4, 0, 5]
+    assert batch["levels"][0]["input_ids"].shape == (3, 3) and "attention_mask" not in batch["levels"][1]
+    without = collate([Levels([easy, hard])[index] for index in range(3)])["levels"][0]["example_ids"].tolist()
+    assert without[0] == without[2] != without[1]  # from their content
 
 
 def test_a_text_that_spells_a_special_token_is_text():

@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from smt_hf.training.objectives import dynamics_loss, next_token_loss, predictive_loss, uniformity_loss, warmed_up
+from smt_hf.training.objectives import (
+    dynamics_loss,
+    masked_mean,
+    next_token_loss,
+    normalized_errors,
+    predictive_loss,
+    uniformity_loss,
+    warmed_up,
+)
 
 
 def test_next_token_loss():
@@ -22,6 +30,36 @@ def test_dynamics_loss():
     torch.testing.assert_close(dynamics_loss(memories, labels), torch.tensor([(2.5 + 5.0) / 2]))
     torch.testing.assert_close(dynamics_loss(memories, labels, torch.tensor([[0, 1]])), torch.tensor([5.0]))
     torch.testing.assert_close(dynamics_loss(memories, labels, torch.tensor([[0, 0]])), torch.tensor([0.0]))
+
+
+def test_masked_mean():
+    errors = torch.tensor([[1.0, 2.0, 6.0], [4.0, 5.0, 9.0]])
+    torch.testing.assert_close(masked_mean(errors), torch.tensor([3.0, 6.0]))
+    mask = torch.tensor([[True, False, True], [False, False, False]])
+    torch.testing.assert_close(masked_mean(errors, mask), torch.tensor([3.5, 0.0]))
+    assert masked_mean(errors[:, :0]).tolist() == masked_mean(errors[:, :0], mask[:, :0]).tolist() == [0.0, 0.0]
+    memories = torch.zeros(2, 0, 3, 4)  # no label at all, as in rows shorter than the distance of two labels
+    assert dynamics_loss(memories, memories).tolist() == [0.0, 0.0]
+
+
+def test_normalized_errors():
+    """A position, a token and a coordinate at a time; bounded; no gradient for the labels."""
+    memories, labels = (torch.randn(2, 4, 3, 5).requires_grad_() for _ in range(2))
+    variance = torch.rand(3, 5) * 0.5
+    variance[0, 0] = 0.0
+    errors = normalized_errors(memories, labels, variance, largest=30.0)
+    expected = torch.zeros(2, 4)
+    for row, position, token, at in torch.cartesian_prod(*map(torch.arange, memories.shape)).tolist():
+        error = (memories[row, position, token, at] - labels[row, position, token, at]).item() ** 2
+        expected[row, position] += error / (variance[token, at].item() + 1e-3) / 15
+    assert 0 < (expected > 30).sum() < 8  # some are cut, some are not
+    torch.testing.assert_close(errors, expected.clamp(max=30.0), rtol=1e-4, atol=1e-4)
+    errors.sum().backward()
+    assert labels.grad is None
+    has_gradient = memories.grad.abs().sum((-2, -1)) > 0
+    assert torch.equal(has_gradient, expected <= 30)
+    far = normalized_errors(torch.full((1, 1, 3, 5), 1e3), torch.zeros(1, 1, 3, 5), torch.ones(3, 5))
+    assert far.tolist() == [[20.0]]
 
 
 def test_predictive_loss():

@@ -5,7 +5,13 @@ import copy
 import pytest
 import torch
 
-from smt_hf.training.rollout import example_uniforms, parallel_starts, rollout, sequential_starts
+from smt_hf.training.rollout import (
+    example_uniforms,
+    parallel_starts,
+    rollout,
+    sequential_starts,
+    truncated_rollout,
+)
 from tests.conftest import make_student
 
 
@@ -60,6 +66,70 @@ def test_gradient_stops_at_the_chunk(tokens):
 def test_chunks_must_divide(tokens):
     with pytest.raises(ValueError, match="divide"):
         rollout(make_student(), torch.zeros(3, 5, 3, 16), tokens)
+
+
+# Documents that start inside a window and exactly with one, for windows of 5 (and 1, 3): 5 and 10 are borders.
+DOCUMENTS = torch.tensor(
+    [[0] * 5 + [1] * 7, [0] * 2 + [1] * 3 + [2] * 2 + [3] * 5, [0] * 10 + [1] * 2],
+)
+
+
+def naive_truncated_rollout(student, start, window, input_ids, mask=None, documents=None):
+    """A row and a token at a time, detached at every border of two windows."""
+    rows = []
+    for row in range(len(input_ids)):
+        memory, memories = start[row], []
+        for index in range(input_ids.shape[1]):
+            if index and index % window == 0:
+                memory = memory.detach()
+            if documents is not None and index and documents[row, index] != documents[row, index - 1]:
+                memory = student.model.start_memory()
+            if mask is None or mask[row, index]:
+                embeds = student.model.embed_tokens(input_ids[row, index])
+                memory = student.model.updater(memory[None], embeds[None])[0]
+            memories.append(memory)
+        rows.append(torch.stack(memories))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("window", [1, 3, 5, 12, 40])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("documents", [None, DOCUMENTS])
+def test_truncated_rollout_equals_naive_twin(tokens, window, masked, documents):
+    """Values are those of the whole rollout, gradients those of a loop that detaches at the borders."""
+    student = make_student()
+    twin = copy.deepcopy(student)
+    start = torch.randn(3, 3, 16)
+    mask = None
+    if masked:
+        mask = torch.rand(3, 12) > 0.3
+        mask[0, 5] = mask[1, 4] = False  # padding where a window or a document begins
+    own_start, twin_start = start.clone().requires_grad_(), start.clone().requires_grad_()
+    memories = truncated_rollout(student, own_start, window, tokens, mask, documents)
+    whole = rollout(student, start[:, None], tokens, mask, documents)
+    torch.testing.assert_close(memories, whole, atol=1e-5, rtol=1e-4)
+    expected = naive_truncated_rollout(twin, twin_start, window, tokens, mask, documents)
+    torch.testing.assert_close(memories, expected, atol=1e-5, rtol=1e-4)
+    weights = torch.randn_like(memories)
+    (memories * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(own_start.grad, twin_start.grad, atol=1e-4, rtol=1e-3)
+    theirs = dict(twin.named_parameters())
+    for name, parameter in student.named_parameters():
+        if theirs[name].grad is None:
+            assert parameter.grad is None, name
+        else:
+            torch.testing.assert_close(parameter.grad, theirs[name].grad, atol=2e-4, rtol=1e-3, msg=name)
+    assert (student.model.initial_memory.grad is not None) == (documents is not None)
+
+
+def test_truncated_rollout_cuts_the_gradient(tokens):
+    student = make_student()
+    start = torch.randn(3, 3, 16, requires_grad=True)
+    for position, reaches in ((4, True), (5, False), (11, False)):
+        start.grad = None
+        truncated_rollout(student, start, 5, tokens)[:, position].sum().backward()
+        assert (start.grad is not None and bool(start.grad.any())) == reaches
 
 
 def test_sequential_starts(tokens):

@@ -15,7 +15,7 @@ from smt_hf import (
     SMTTrainer,
     SMTTrainingArguments,
 )
-from smt_hf.data import EpochSampler
+from smt_hf.data import EpochSampler, Levels
 from smt_hf.training.phases import arm_name, lay_out
 from smt_hf.training.trainers import load_student_optimizer
 from tests.conftest import VOCAB, make_composite, make_student
@@ -30,6 +30,36 @@ KINDS = {
     ),
     "bptt": (BPTTTrainer, BPTTTrainingArguments, {"transition_steps": 4, "context_length": 12}),
     "bptt_full": (BPTTTrainer, BPTTTrainingArguments, {"transition_steps": 12, "context_length": 12}),
+    "bptt_rows": (
+        BPTTTrainer,
+        BPTTTrainingArguments,
+        {"transition_steps": 5, "context_length": 12, "carries_memory": False},
+    ),
+    "smt_ours": (
+        SMTTrainer,
+        SMTTrainingArguments,
+        {
+            "transition_steps": 4,
+            "future_length": 4,
+            "context_length": 12,
+            "on_policy_mode": "sequential",
+            "normalized_dynamics_weight": 0.5,
+            "consistency_weight": 0.5,
+            "teacher_readout_weight": 0.5,
+            "dynamics_starts_below": 5.0,
+            "dynamics_full_below": 2.0,
+        },
+    ),
+    "smt_sparse": (
+        SMTTrainer,
+        SMTTrainingArguments,
+        {"future_length": 4, "context_length": 12, "num_supervised_transitions": 2},
+    ),
+    "dmt_stride": (
+        DMTTrainer,
+        DMTTrainingArguments,
+        {"context_length": 12, "label_stride": 4, "normalized_dynamics_weight": 0.5},
+    ),
 }
 
 
@@ -40,14 +70,20 @@ def some_rows(num=40, length=13, seed=0):
     return [{"input_ids": row} for row in rows.numpy()]
 
 
-def make_trainer(kind, tmp_path, model=None, **settings):
+def some_levels(*lengths, num=40):
+    """Rows of the same number at every level, told apart by their length."""
+    return Levels([some_rows(num, length, seed) for seed, length in enumerate(lengths)])
+
+
+def make_trainer(kind, tmp_path, model=None, rows=None, **settings):
     trainer_class, arguments_class, more = KINDS[kind]
     defaults = {"per_device_train_batch_size": 8, "max_steps": 6, "logging_steps": 2, "disable_tqdm": True}
     arguments = arguments_class(
         output_dir=str(tmp_path), **{**defaults, "save_strategy": "no", "use_cpu": True, **more, **settings}
     )
     model = make_composite() if model is None else model
-    return trainer_class(model=model, args=arguments, train_dataset=some_rows(), eval_dataset=some_rows(10, seed=1))
+    rows = some_rows() if rows is None else rows
+    return trainer_class(model=model, args=arguments, train_dataset=rows, eval_dataset=some_rows(10, seed=1))
 
 
 def weights_of(trainer):
@@ -70,11 +106,16 @@ def test_terms_in_the_log(kind, tmp_path):
     assert len(train) == len(evaluation) == 2
     terms = {"smt": {"readout", "dynamics", "predictive", "uniformity", "teacher"}, "dmt": {"readout", "dynamics"}}
     expected = terms.get(kind.split("_")[0], {"readout"})
+    expected = expected - {"teacher"} if kind == "smt_sparse" else expected
+    if kind == "smt_ours":
+        expected = expected | {"consistency", "teacher_readout"}
+    if kind in ("smt_ours", "dmt_stride"):
+        expected = expected | {"normalized_dynamics"}
     assert expected <= set(train[0]) and {f"eval_{name}" for name in expected} <= set(evaluation[0])
     assert "eval_rollout" in evaluation[0] and ("eval_drift" in evaluation[0]) == (not kind.startswith("bptt"))
     # The loss in the log is the weighted sum of the terms in the log.
     arguments = trainer.args
-    for line in train[:1]:
+    for line in train[:1] if kind != "smt_ours" else ():  # there, the dynamics follow the teacher
         total = sum(getattr(arguments, f"{name}_weight") * line[name] for name in expected)
         assert line["loss"] == pytest.approx(total, rel=5e-3)
     metrics = trainer.evaluate()
@@ -99,7 +140,7 @@ def test_accumulation(kind, tmp_path):
         runs.append((weights_of(trainer), [line for line in trainer.state.log_history if "loss" in line]))
     assert_same(runs[0][0], runs[1][0])
     for first, second in zip(runs[0][1], runs[1][1]):
-        for name in set(first) - {"epoch", "learning_rate", "step", "grad_norm"}:
+        for name in set(first) - {"epoch", "learning_rate", "step", "grad_norm", "seconds", "sequential_steps"}:
             assert first[name] == pytest.approx(second[name], rel=2e-3, abs=1e-5), name
 
 
@@ -115,6 +156,171 @@ def test_resume_equals_uninterrupted(kind, tmp_path):
     losses = [[line["loss"] for line in run.state.log_history if "loss" in line] for run in (whole, resumed)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert resumed.cost.tokens == whole.cost.tokens and resumed.cost.sequential_steps == whole.cost.sequential_steps
+
+
+def levels_of_steps(trainer):
+    """Filled as the trainer trains: the transitions of a row at every step, and the numbers of its rows."""
+    seen: dict[int, set] = {}
+    numbers: dict[int, list] = {}
+    before_forward = trainer._before_forward
+
+    def spy(inputs):
+        if trainer.model.training:
+            seen.setdefault(trainer.state.global_step, set()).add(inputs["input_ids"].shape[1] - 1)
+            numbers.setdefault(trainer.state.global_step, []).extend(inputs["example_ids"].tolist())
+        return before_forward(inputs)
+
+    trainer._before_forward = spy
+    return seen, numbers
+
+
+CURRICULA = {
+    "smt": {"on_policy_mode": "sequential", "on_policy_warmup_ratio": 0.0},
+    "smt_ours": {"on_policy_warmup_ratio": 0.0},
+    "dmt": {},
+    "bptt_full": {},
+    "bptt_rows": {},
+}
+
+
+@pytest.mark.parametrize("kind", list(CURRICULA))
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_batches_come_from_the_current_level(kind, accumulation, tmp_path):
+    """With a threshold that every loss is below, a level a step; all micro-batches of a step are of one level."""
+    trainer = make_trainer(
+        kind,
+        tmp_path,
+        rows=some_levels(5, 9, 13),
+        curriculum_threshold=100.0,
+        per_device_train_batch_size=8 // accumulation,
+        gradient_accumulation_steps=accumulation,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=2,
+        **CURRICULA[kind],
+    )
+    seen, numbers = levels_of_steps(trainer)
+    trainer.train()
+    assert seen == {0: {4}, 1: {8}, 2: {12}, 3: {12}, 4: {12}, 5: {12}}
+    assert [line["level"] for line in trainer.state.log_history if "loss" in line] == [1, 2, 2, 2, 2, 2]
+    assert [number for step in range(5) for number in numbers[step]] == list(EpochSampler(40, seed=42))
+    assert [line["step"] for line in trainer.state.log_history if "eval_rollout" in line] == [2, 4, 6]
+
+
+def test_without_a_threshold_the_first_level_stays(tmp_path):
+    trainer = make_trainer("bptt_full", tmp_path, rows=some_levels(5, 9), logging_steps=1)
+    seen, _ = levels_of_steps(trainer)
+    trainer.train()
+    assert set().union(*seen.values()) == {4} and trainer.pace.own_loss > 0
+    one = make_trainer("bptt_full", tmp_path, curriculum_threshold=100.0)  # data without levels
+    one.train()
+    assert one.pace.level == 0 and not any("level" in line for line in one.state.log_history)
+
+
+@pytest.mark.parametrize("kind", ["smt_ours", "bptt_full", "bptt_rows"])
+def test_accumulation_with_levels(kind, tmp_path):
+    """8 x 1 == 1 x 8: weights, running spread of the labels, terms and pace, over two changes of the level."""
+    runs = []
+    for batch, accumulation in ((8, 1), (1, 8)):
+        trainer = make_trainer(
+            kind,
+            tmp_path,
+            rows=some_levels(5, 9, 13),
+            curriculum_threshold=100.0,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_grad_norm=0.0,
+            optim="sgd",
+            learning_rate=0.05,
+            logging_steps=1,
+            **CURRICULA[kind],
+        )
+        trainer.train()
+        lines = [line for line in trainer.state.log_history if "loss" in line]
+        runs.append((weights_of(trainer), lines, trainer.pace.state()["attributes"]))
+    assert_same(runs[0][0], runs[1][0])
+    assert runs[0][2]["level"] == 2
+    for first, second in [*zip(runs[0][1], runs[1][1]), (runs[0][2], runs[1][2])]:
+        assert first.keys() == second.keys()
+        for name in set(first) - {"epoch", "learning_rate", "step", "grad_norm", "seconds", "sequential_steps"}:
+            expected = None if second[name] is None else pytest.approx(second[name], rel=2e-3, abs=1e-5)
+            assert first[name] == expected, name
+
+
+@pytest.mark.parametrize("kind", list(CURRICULA))
+@pytest.mark.parametrize("after", [-1, 0, 1])
+def test_resume_across_a_change_of_the_level(kind, after, tmp_path):
+    """A checkpoint a step before the level changes, exactly there, or a step after leads to the same run."""
+    settings = {"logging_steps": 1, "learning_rate": 0.01, "warmup_steps": 0, "max_steps": 8, **CURRICULA[kind]}
+    settings |= {"rows": some_levels(5, 9, 13)}
+    probe, losses = make_trainer(kind, tmp_path / "probe", **settings), []
+    after_step = probe.after_step
+    probe.after_step = lambda: (after_step(), losses.append(probe.pace.own_loss))
+    probe.train()
+    # The first step whose running loss is the lowest so far; the threshold is such that the level changes there.
+    change = next(step for step in range(1, 6) if losses[step] < min(losses[:step]) - 1e-4) + 1
+    settings["curriculum_threshold"] = (losses[change - 1] + min(losses[: change - 1])) / 2
+    whole = make_trainer(kind, tmp_path / "whole", save_strategy="steps", save_steps=1, save_total_limit=9, **settings)
+    seen, _ = levels_of_steps(whole)
+    whole.train()
+    assert [seen[step] for step in range(change + 1)] == [{4}] * change + [{8}]
+    resumed = make_trainer(kind, tmp_path / "again", **settings)
+    again, _ = levels_of_steps(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{change + after}"))
+    assert again == {step: seen[step] for step in range(change + after, 8)}
+    assert_same(weights_of(whole), weights_of(resumed), rtol=1e-6, atol=1e-6)
+    assert resumed.pace.state() == whole.pace.state()
+    ours, theirs = ([line["loss"] for line in run.state.log_history if "loss" in line] for run in (whole, resumed))
+    assert ours == pytest.approx(theirs, rel=1e-6) and len(ours) == 8
+
+
+def test_dynamics_wait_for_the_teacher(tmp_path):
+    """The scale of a step follows the running loss of the readout on the teacher's memories of the steps before."""
+    trainer = make_trainer("smt_ours", tmp_path, logging_steps=1, max_steps=5)
+    scales, original = [], trainer.model.forward
+
+    def spy(*args, dynamics_scale=1.0, **kwargs):
+        scales.append(dynamics_scale)
+        return original(*args, dynamics_scale=dynamics_scale, **kwargs)
+
+    trainer.model.forward = spy
+    trainer.train()
+    running, expected = None, [0.05]
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    for line in lines:
+        running = 0.9 * (line["teacher_readout"] if running is None else running) + 0.1 * line["teacher_readout"]
+        expected.append(min(max((5.0 - running) / 3.0, 0.05), 1.0))
+    assert scales == pytest.approx(expected[:5], rel=1e-4) and 0.05 < scales[-1] < 1.0
+    assert trainer.pace.teacher_loss == pytest.approx(running, rel=1e-4)
+    for scale, line in zip(scales, lines):
+        weights = {"readout": 1, "predictive": 1, "uniformity": 0.001, "teacher": 1, "consistency": 0.5}
+        weights |= {"teacher_readout": 0.5, "dynamics": 0.1 * scale, "normalized_dynamics": 0.5 * scale}
+        assert line["loss"] == pytest.approx(sum(weight * line[name] for name, weight in weights.items()), rel=1e-3)
+    without = make_trainer(  # no readout on the teacher's memories: the predictive loss stands in
+        "smt", tmp_path, dynamics_starts_below=5.0, dynamics_full_below=2.0, max_steps=1, logging_steps=1
+    )
+    without.train()
+    (line,) = [line for line in without.state.log_history if "loss" in line]
+    assert without.pace.teacher_loss == pytest.approx(line["predictive"], rel=1e-4)
+
+
+def test_the_spread_of_the_labels_is_kept(tmp_path):
+    """Once an optimiser step, whatever the number of its micro-batches; evaluation leaves it as it is."""
+    trainer = make_trainer(
+        "dmt_stride", tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=3
+    )
+    trainer.train()
+    model = trainer.model
+    assert model.label_updates == 3
+    before = weights_of(trainer)
+    trainer.evaluate()
+    assert_same(before, weights_of(trainer), rtol=0, atol=0)
+    # A frozen teacher: what every step has seen is an estimate of one spread.
+    expected = [model.teacher(torch.tensor(row["input_ids"])[None, :-1], torch.tensor([4, 8, 12]),
+                              model.student.model.start_memory())[0] for row in some_rows()]  # fmt: skip
+    spread = torch.cat(expected).var(0, unbiased=False)
+    correlation = torch.corrcoef(torch.stack([spread.flatten(), model.label_variance().flatten()]))[0, 1]
+    assert correlation > 0.8
 
 
 def test_checkpoint_holds_a_student(tmp_path):

@@ -1,0 +1,16 @@
+"""Generated tokens a second of the student, Mamba and RWKV: `python recipes/benchmarks/generate.py` (`--help`)."""
+
+import sys
+
+from smt_hf.experiments.benchmarks import GenerationArguments, measure_generation, parse, print_table, write_lines
+
+
+def main() -> None:
+    arguments = parse(GenerationArguments, sys.argv[1:], __doc__)
+    lines = measure_generation(arguments)
+    print_table(lines, ["arm", "batch_size", "tokens_per_second", "seconds", "parameters", "error"])
+    write_lines(lines, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+"""Synthetic probes of what a memory holds: retrieval, copying, a stack, key-value pairs, modular arithmetic, parity.
+
+Every row of a (task, difficulty) has the same number of tokens. A row's tokens are random except for its answers, which
+follow from what came before; only the answers are labelled, so that accuracy on the labels is accuracy on the task.
+Answers are independent and uniform over the admissible ones: no guess that leaves the row unread beats `chance`.
+"""
+
+import difflib
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, Features, Sequence, Value
+
+_LABELLED_TOKENS = Features({"input_ids": Sequence(Value("int32")), "labels": Sequence(Value("int32"))})
+_NUM_VALUES = 8
+_NUM_KEYS = 32
+_NUM_EXAMPLES = 8  # pairs a row of modular arithmetic
+
+_Rows = tuple[np.ndarray, np.ndarray]  # tokens, and where they are answers: both (num_rows, T + 1)
+
+
+def labelled_rows(input_ids: np.ndarray, labels: np.ndarray) -> Dataset:
+    """Rows of equal length as a dataset of `input_ids` and `labels`, int32, in numpy format.
+
+    Args:
+        input_ids: `(num_rows, T + 1)` tokens.
+        labels: `(num_rows, T + 1)`, aligned with the tokens and not shifted; -100 where nothing is to be predicted.
+    """
+
+    def column(tokens):
+        ends = np.arange(len(tokens) + 1, dtype=np.int32) * tokens.shape[1]
+        return pa.ListArray.from_arrays(ends, pa.array(np.ascontiguousarray(tokens, dtype=np.int32).reshape(-1)))
+
+    columns = {"input_ids": column(input_ids), "labels": column(labels)}
+    return Dataset.from_dict(columns, features=_LABELLED_TOKENS).with_format("numpy")
+
+
+def retrieval_rows(length: int, num_rows: int, rng: np.random.Generator) -> _Rows:
+    """Values 1..8 with one needle, marker 0 and the value after it, in the first half; then 0 again and that value.
+
+    The needle's two tokens lie in the first `length // 2`, at any place there with equal probability.
+    """
+    ids = rng.integers(1, _NUM_VALUES + 1, (num_rows, length + 1))
+    rows, needle = np.arange(num_rows), rng.integers(0, length // 2 - 1, num_rows)
+    ids[rows, needle] = 0
+    ids[:, -2] = 0
+    ids[:, -1] = ids[rows, needle + 1]
+    return ids, _at(ids, [-1])
+
+
+def string_copy_rows(length: int, num_rows: int, rng: np.random.Generator) -> _Rows:
+    """A string of symbols 0..7, then 8 and the string again or 9 and the string reversed; half of the rows each."""
+    string = rng.integers(0, _NUM_VALUES, (num_rows, length))
+    is_reversed = rng.permutation(np.arange(num_rows) % 2)[:, None]
+    ids = np.hstack([string, _NUM_VALUES + is_reversed, np.where(is_reversed, string[:, ::-1], string)])
+    return ids, _at(ids, slice(length + 1, None))
+
+
+def stack_rows(depth: int, num_rows: int, rng: np.random.Generator) -> _Rows:
+    """Values 0..7 are pushed; 8 pops and is followed by the value it pops. Begins and ends empty.
+
+    A row pushes and pops `3 * depth` values, in an order drawn uniformly among those that reach `depth` values on the
+    stack and never exceed it.
+    """
+    num_moves = 6 * depth
+    rows = np.arange(num_rows)
+    ids = np.zeros((num_rows, 9 * depth), dtype=np.int64)
+    is_answer = np.zeros(ids.shape, dtype=bool)
+    values = rng.integers(0, _NUM_VALUES, (num_moves, num_rows))
+    chances = rng.random((num_moves, num_rows))
+    push_probabilities = _push_probabilities(depth, num_moves)
+    stack = np.zeros((num_rows, depth), dtype=np.int64)
+    height, place, has_been_full = (np.zeros(num_rows, dtype=np.int64) for _ in range(3))
+    for move in range(num_moves):
+        is_push = chances[move] < push_probabilities[move, has_been_full, height]
+        pushing, popping = rows[is_push], rows[~is_push]
+        stack[pushing, height[pushing]] = ids[pushing, place[pushing]] = values[move, pushing]
+        ids[popping, place[popping]] = _NUM_VALUES
+        ids[popping, place[popping] + 1] = stack[popping, height[popping] - 1]
+        is_answer[popping, place[popping] + 1] = True
+        height += np.where(is_push, 1, -1)
+        place += np.where(is_push, 1, 2)
+        has_been_full |= height == depth
+    return ids, is_answer
+
+
+def _push_probabilities(depth: int, num_moves: int) -> np.ndarray:
+    """Of the admissible ends of a walk, the share that begins with a push: `(num_moves, 2, depth + 1)`.
+
+    Indexed by moves made, whether the stack has been full before, and height. Walks drawn move by move from these
+    shares are uniform among the admissible ones, and none is rejected.
+    """
+    ways = np.zeros((2, depth + 1))  # admissible ends, up to a factor: their number outgrows floats
+    ways[1, 0] = 1
+    shares = np.zeros((num_moves, 2, depth + 1))
+    for move in reversed(range(num_moves)):
+        after_push, after_pop = np.zeros_like(ways), np.zeros_like(ways)
+        after_push[:, :-1] = ways[:, 1:]
+        after_push[0, -2] = ways[1, -1]  # this push fills the stack
+        after_pop[:, 1:] = ways[:, :-1]
+        ways = after_push + after_pop
+        shares[move] = np.divide(after_push, ways, out=np.zeros_like(ways), where=ways > 0)
+        ways /= ways.max()
+    return shares
+
+
+def keys_values_rows(num_pairs: int, num_rows: int, rng: np.random.Generator) -> _Rows:
+    """Pairs of a key 8..39, all distinct, and a value 0..7; then every key again, in random order, and its value."""
+    keys = np.argsort(rng.random((num_rows, _NUM_KEYS)), axis=1)[:, :num_pairs] + _NUM_VALUES
+    pairs = np.stack([keys, rng.integers(0, _NUM_VALUES, keys.shape)], axis=2)
+    order = np.argsort(rng.random(keys.shape), axis=1)
+    asked = np.take_along_axis(pairs, order[:, :, None], axis=1)
+    ids = np.hstack([pairs.reshape(num_rows, -1), asked.reshape(num_rows, -1)])
+    return ids, _at(ids, slice(2 * num_pairs + 1, None, 2))
+
+
+def modular_arithmetic_rows(modulus: int, num_rows: int, rng: np.random.Generator) -> _Rows:
+    """Eight pairs of a number and its product with the row's hidden multiplier, modulo `modulus`; numbers are tokens.
+
+    The first pair gives the multiplier away, so that the seven products after it are answers. With a small modulus many
+    numbers come again, and then their products can be looked up instead of worked out.
+    """
+    multiplier = rng.integers(1, modulus, (num_rows, 1))
+    numbers = rng.integers(1, modulus, (num_rows, _NUM_EXAMPLES))
+    ids = np.stack([numbers, multiplier * numbers % modulus], axis=2).reshape(num_rows, -1)
+    return ids, _at(ids, slice(3, None, 2))
+
+
+def parity_rows(length: int, num_rows: int, rng: np.random.Generator) -> _Rows:
+    """Bits 0 and 1, the query 2, then whether the number of ones is odd."""
+    bits = rng.integers(0, 2, (num_rows, length))
+    query = np.full((num_rows, 1), 2)
+    ids = np.hstack([bits, query, bits.sum(axis=1, keepdims=True) % 2])
+    return ids, _at(ids, [-1])
+
+
+def _at(ids: np.ndarray, places) -> np.ndarray:
+    is_answer = np.zeros(ids.shape, dtype=bool)
+    is_answer[:, places] = True
+    return is_answer
+
+
+@dataclass(frozen=True)
+class TaskFamily:
+    """A task at every difficulty.
+
+    Attributes:
+        draw: `(difficulty, num_rows, rng)` -> tokens and where they are answers, both `(num_rows, T + 1)`.
+        meaning: of the difficulty.
+        difficulties: the three standard ones.
+        vocab_size: the same at every difficulty, so that a model can go on from one to the next.
+        num_transitions: T, given the difficulty.
+        num_answers: admissible answers, given the difficulty.
+        smallest: difficulty.
+        largest: difficulty, where there is one.
+        allowed: difficulties, where only some between the two are.
+    """
+
+    draw: Callable[[int, int, np.random.Generator], _Rows]
+    meaning: str
+    difficulties: tuple[int, int, int]
+    vocab_size: int
+    num_transitions: Callable[[int], int]
+    num_answers: Callable[[int], int]
+    smallest: int = 1
+    largest: int | None = None
+    allowed: tuple[int, ...] | None = None
+
+
+def _eight(difficulty: int) -> int:
+    return _NUM_VALUES
+
+
+TASKS: dict[str, TaskFamily] = {
+    "retrieval": TaskFamily(
+        retrieval_rows, "transitions", (32, 64, 128), _NUM_VALUES + 1, lambda length: length, _eight, smallest=4
+    ),
+    "string_copy": TaskFamily(
+        string_copy_rows, "string length", (12, 24, 48), _NUM_VALUES + 2, lambda length: 2 * length, _eight, smallest=2
+    ),
+    "stack": TaskFamily(stack_rows, "depth", (4, 8, 12), _NUM_VALUES + 1, lambda depth: 9 * depth - 1, _eight),
+    "keys_values": TaskFamily(
+        keys_values_rows,
+        "pairs",
+        (4, 8, 16),
+        _NUM_VALUES + _NUM_KEYS,
+        lambda pairs: 4 * pairs - 1,
+        _eight,
+        largest=_NUM_KEYS,
+    ),
+    "modular_arithmetic": TaskFamily(
+        modular_arithmetic_rows,
+        "modulus",
+        (5, 7, 11),
+        11,
+        lambda modulus: 2 * _NUM_EXAMPLES - 1,
+        lambda modulus: modulus - 1,
+        smallest=3,
+        largest=11,
+        allowed=(3, 5, 7, 11),  # below a prime no product is 0, and every multiplier can be undone
+    ),
+    "parity": TaskFamily(parity_rows, "bits", (16, 32, 64), 3, lambda length: length + 1, lambda length: 2),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task at one difficulty.
+
+    Attributes:
+        name: of the task, a key of `TASKS`.
+        difficulty: sequence length, depth, number of pairs or modulus.
+        difficulties: the three standard ones of the task.
+        vocab_size: the same at every difficulty.
+        num_transitions: T; rows have T + 1 tokens.
+        chance: accuracy of guessing uniformly among the admissible answers.
+    """
+
+    name: str
+    difficulty: int
+    difficulties: tuple[int, int, int]
+    vocab_size: int
+    num_transitions: int
+    chance: float
+
+
+def task_facts(name: str, difficulty: int) -> Task:
+    """What is known of a task before any row is drawn.
+
+    Raises:
+        ValueError: no task of this name, or a difficulty it does not have.
+    """
+    if name not in TASKS:
+        close = difflib.get_close_matches(name, TASKS, n=1, cutoff=0)[0]
+        raise ValueError(f"there is no task {name!r}: did you mean {close!r}? There are {', '.join(TASKS)}.")
+    family = TASKS[name]
+    standard = ", ".join(map(str, family.difficulties))
+    if difficulty < family.smallest:
+        raise ValueError(
+            f"{family.meaning} {difficulty} is too small for the task {name!r}: set `difficulty` to {family.smallest} "
+            f"or more, {standard} being standard."
+        )
+    if family.largest is not None and difficulty > family.largest:
+        raise ValueError(
+            f"{family.meaning} {difficulty} is too large for the task {name!r}: set `difficulty` to {family.largest} "
+            f"or less, {standard} being standard."
+        )
+    if family.allowed is not None and difficulty not in family.allowed:
+        raise ValueError(
+            f"the task {name!r} has no {family.meaning} {difficulty}: set `difficulty` to one of "
+            f"{', '.join(map(str, family.allowed))}."
+        )
+    return Task(
+        name=name,
+        difficulty=difficulty,
+        difficulties=family.difficulties,
+        vocab_size=family.vocab_size,
+        num_transitions=family.num_transitions(difficulty),
+        chance=1 / family.num_answers(difficulty),
+    )
+
+
+def load_task(name: str, difficulty: int, num_rows: int, seed: int) -> Dataset:
+    """Rows of a task: `input_ids` and `labels` of `T + 1` tokens each, int32, in numpy format.
+
+    `labels[t] == input_ids[t]` where token `t` is an answer, to be predicted from the memory after `t` tokens, and -100
+    elsewhere. Rows are a function of the arguments. Other seeds give independent rows, so that training and held-out
+    rows need no more than different seeds; where a difficulty has few rows in all, as parity of 16 bits does, some
+    rows are drawn under both.
+
+    Args:
+        name: a key of `TASKS`.
+        difficulty: see `TASKS[name].meaning`.
+        num_rows: to draw.
+        seed: 0 or more.
+
+    Raises:
+        ValueError: no such task or difficulty, no rows, or a negative seed.
+    """
+    task_facts(name, difficulty)
+    if num_rows < 1:
+        raise ValueError(f"cannot draw {num_rows} rows of the task {name!r}: set `num_rows` to 1 or more.")
+    if seed < 0:
+        raise ValueError(f"cannot draw from the seed {seed}: set `seed` to 0 or more.")
+    rng = np.random.default_rng([zlib.crc32(name.encode()), difficulty, seed])
+    ids, is_answer = TASKS[name].draw(difficulty, num_rows, rng)
+    return labelled_rows(ids, np.where(is_answer, ids, -100))

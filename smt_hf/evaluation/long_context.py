@@ -1,0 +1,70 @@
+"""What the constant memory is worth far beyond the training length.
+
+Shapes: B streams, L tokens predicted, N rows, T tokens.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from .probes import score_student_probe
+from .streams import score_student
+
+
+def bits_by_position(student, tokens: np.ndarray, edges: Sequence[int]) -> list[dict[str, float]]:
+    """Mean bits a token at increasing ages of long streams, the memory carried on from `m_0`.
+
+    Args:
+        student: an `SMTRecurrentForCausalLM`.
+        tokens: `(B, L + 1)`.
+        edges: ages (tokens read) that bound the bins, increasing, within 0 .. L.
+
+    Returns:
+        `{"position": b, "bits": x}` for each pair of neighbouring edges a < b: predictions after a + 1 .. b tokens.
+
+    Raises:
+        ValueError: fewer than two edges, not increasing, or beyond the streams.
+    """
+    length = tokens.shape[1] - 1
+    if len(edges) < 2 or edges[0] < 0 or edges[-1] > length or any(a >= b for a, b in pairwise(edges)):
+        raise ValueError(f"`edges` must be two or more increasing numbers from 0 to {length}, got {list(edges)}.")
+    losses = score_student(student, tokens, num_bytes=tokens[:, 1:].size).losses
+    return [
+        {"position": int(end), "bits": float(losses[begin:end].mean() / math.log(2))} for begin, end in pairwise(edges)
+    ]
+
+
+def far_needle_accuracy(
+    student,
+    make_rows: Callable[[int], tuple[np.ndarray, np.ndarray]],
+    distances: Sequence[int],
+    chance: float | None = None,
+    batch_size: int = 512,
+) -> list[dict[str, float | None]]:
+    """Accuracy of the student's own rollout from `m_0` as the needle moves away from the question.
+
+    Args:
+        student: an `SMTRecurrentForCausalLM`.
+        make_rows: distance (tokens) -> `input_ids`, `labels`, each `(N, T + 1)`, as in `probes.py`.
+        distances: the distances to try.
+        chance: accuracy of guessing, noted in every result.
+        batch_size: rows side by side; changes memory use and speed, not the result.
+
+    Returns:
+        `{"distance": d, "accuracy": x, "loss": nats a label, "n": labels, "chance": chance}` for each distance.
+    """
+    results: list[dict[str, float | None]] = []
+    for distance in distances:
+        scores = score_student_probe(student, *make_rows(distance), batch_size=batch_size)
+        results.append(
+            {
+                "distance": distance,
+                "accuracy": scores.accuracy,
+                "loss": scores.loss,
+                "n": scores.n,
+                "chance": chance,
+            }
+        )
+    return results

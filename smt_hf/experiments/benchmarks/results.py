@@ -1,0 +1,51 @@
+"""Results as JSON lines and as a table."""
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+from smt_hf.publishing.provenance import commit, hardware
+
+
+def facts(num_threads: int) -> dict:
+    """What every line says about where its numbers come from. Benchmarks run on the CPU, whatever else there is."""
+    packages = ("smt_hf", "torch", "transformers")
+    return {
+        "commit": commit(),
+        "hardware": hardware(),
+        "device": "cpu",
+        "num_threads": num_threads,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+    }
+
+
+def write_lines(lines: list[dict], output: str | None) -> None:
+    """Append the lines to the file `output`; print them without one."""
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    if output is None:
+        print(text, end="")
+        return
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    with Path(output).open("a") as file:
+        file.write(text)
+
+
+def print_table(lines: list[dict], columns: list[str]) -> None:
+    """The named fields of the lines, aligned; numbers with four significant digits, whole ones in full."""
+
+    def cell(value) -> str:
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        if isinstance(value, int):
+            return f"{value:,}"
+        return "" if value is None else f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+    rows = [columns] + [[cell(line[column]) for column in columns] for line in lines]
+    aligned = []
+    for index, column in enumerate(columns):
+        width = max(len(row[index]) for row in rows)
+        left = any(isinstance(line[column], str) for line in lines)
+        aligned.append([row[index].ljust(width) if left else row[index].rjust(width) for row in rows])
+    for row in zip(*aligned):
+        print("  ".join(row).rstrip())

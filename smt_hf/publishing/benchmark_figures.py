@@ -1,0 +1,57 @@
+"""Pictures of benchmarks."""
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+
+def plot_memory_wall(lines: list[dict], path: Path) -> None:
+    """Memory (left) and seconds a token (right) over the context, both axes logarithmic.
+
+    Filled markers are measured, open ones calculated or extrapolated; a cross marks the context that no longer fits.
+
+    Args:
+        lines: as `measure_memory_wall` returns them, of one run.
+    """
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    memory, seconds = figure.subplots(1, 2)
+    for index, arm in enumerate(dict.fromkeys(line["arm"] for line in lines)):
+        colour, own = f"C{index}", [line for line in lines if line["arm"] == arm]
+        _plot(memory, own, "state_bytes", colour, "o", f"{arm}: state, seconds")
+        _plot(memory, own, "peak_growth_bytes", colour, "^", f"{arm}: peak growth of the process", ls=":")
+        _plot(seconds, own, "seconds_per_token", colour, "o", None)
+        for line in own:
+            if not line["fits"]:
+                needed = max(line["state_bytes"], line["peak_growth_bytes"] or 0)
+                memory.plot(line["context"], needed, "x", color=colour, ms=12, mew=2.5)
+                memory.annotate(
+                    "no longer fits", (line["context"], needed), (-10, 0), textcoords="offset points", ha="right"
+                )
+                seconds.axvline(line["context"], color=colour, ls="--", lw=1)
+                seconds.annotate(
+                    "no longer fits", (line["context"], 0.03 + 0.08 * index), (-4, 0), color=colour,
+                    xycoords=("data", "axes fraction"), textcoords="offset points", ha="right",
+                )  # fmt: skip
+    limit = lines[0]["memory_limit_gb"]
+    memory.axhline(1e9 * limit, color="0.5", lw=1, ls="--")
+    memory.annotate(f"{limit:g} GB", (0.01, 1e9 * limit), xycoords=("axes fraction", "data"), va="bottom", color="0.4")
+    memory.set(ylabel="bytes", title="memory besides the parameters")
+    seconds.set(ylabel="seconds", title="one token more")
+    for axis in (memory, seconds):
+        axis.set(xscale="log", yscale="log", xlabel="tokens of context")
+        axis.grid(alpha=0.2)
+    memory.plot([], [], "o", color="0.4", mfc="white", label="open: not measured")
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def _plot(axis, lines: list[dict], name: str, colour: str, marker: str, label: str | None, ls: str = "-") -> None:
+    lines = [line for line in lines if line[name] is not None]
+    if not lines:
+        return
+    values = [line[name] for line in lines]
+    contexts = [line["context"] for line in lines]
+    axis.plot(contexts, values, color=colour, ls=ls, lw=1.2, label=label)
+    for line, value in zip(lines, values):
+        axis.plot(line["context"], value, marker, color=colour, ms=5, mfc=colour if line["measured"] else "white")

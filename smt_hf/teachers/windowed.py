@@ -1,0 +1,206 @@
+"""The teacher as published: a bidirectional Transformer over the window of tokens that ends at a position.
+
+Shapes: B sequences, T tokens, S supervised positions, N = B x S windows, W tokens a window, K memory tokens, D width of
+a memory token (the student's `hidden_size`), E width of the teacher, H heads. A *position* is a number of tokens read,
+0 .. T; a *place* is a token's number inside its window. Symbols: arXiv:2606.06479 [T_c is `context_length`].
+"""
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+
+from .causal import SMTTeacherBlock
+
+
+@strict
+class SMTWindowedTeacherConfig(PreTrainedConfig):
+    """Configuration of [`SMTWindowedTeacher`].
+
+    Args:
+        vocab_size: number of tokens [V].
+        hidden_size: width of the encoder [E].
+        intermediate_size: width of the feed-forward layers; `None` means `4 * hidden_size`.
+        num_hidden_layers: bidirectional Transformer blocks.
+        num_attention_heads: must divide `hidden_size` into even head widths (RoPE).
+        context_length: tokens of a window [T_c, 256 in the paper]; a memory label depends on them and on nothing else.
+        num_memory_tokens, memory_size: shape of a memory [K, D]; must be the student's.
+        hidden_act, rope_theta, rms_norm_eps, initializer_range: as in `SMTRecurrentConfig`.
+
+    Raises:
+        ValueError: a size is out of range, a name unknown, or the heads do not divide the width.
+    """
+
+    model_type = "smt_windowed_teacher"
+    # The name under which `SMTTeacherBlock` knows the number of tokens that are seen.
+    attribute_map = {"sliding_window": "context_length"}
+
+    vocab_size: int = 258
+    hidden_size: int = 96
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    context_length: int = 64
+    num_memory_tokens: int = 4
+    memory_size: int = 64
+    hidden_act: str = "gelu"
+    rope_theta: float | int = 10000.0
+    rms_norm_eps: float = 1e-6
+    initializer_range: float | int | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.initializer_range is None:
+            self.initializer_range = (3 * self.hidden_size) ** -0.5
+        self.validate_sizes()
+        super().__post_init__(**kwargs)
+
+    def validate_sizes(self):
+        """Part of `validate()`: refuses sizes that no teacher can be built from."""
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "context_length",
+            "num_memory_tokens",
+            "memory_size",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"the teacher's `{name}` must be at least 1, got {value}.")
+        if self.hidden_size % self.num_attention_heads or (self.hidden_size // self.num_attention_heads) % 2:
+            raise ValueError(
+                f"the teacher's `num_attention_heads` ({self.num_attention_heads}) must divide its `hidden_size` "
+                f"({self.hidden_size}) into heads of an even width (rotary positions)."
+            )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"unknown `hidden_act` {self.hidden_act!r}: choose one of {', '.join(sorted(ACT2FN))}.")
+
+
+class SMTWindowedTeacherBlock(SMTTeacherBlock):
+    def forward(self, states, places, visible, num_queries=None):
+        """One block in which everything sees everything that is there.
+
+        Args:
+            states: `(N, W + K, E)`, tokens and then registers.
+            places: `(W + K,)`, rotary positions.
+            visible: `(N, 1, 1, W + K)` bool, false where a window has no token.
+            num_queries: only the last so many are computed; `None`: all.
+
+        Returns:
+            `(N, num_queries, E)`.
+        """
+        first = 0 if num_queries is None else states.shape[1] - num_queries
+        queries, keys, values = (heads.transpose(1, 2) for heads in self.heads_of(states, places))
+        mixed = F.scaled_dot_product_attention(queries[:, :, first:], keys, values, visible)
+        return self.after_attention(states[:, first:], mixed.transpose(1, 2))
+
+
+class SMTWindowedTeacher(PreTrainedModel):
+    """`m_t = E(x_{t-T_c}, .., x_{t-1})`: K learned registers behind the window become the memory [Sec. 3.1].
+
+    Every (row, position) is a window of its own, `S * (context_length + K)` tokens a row: supervise few positions. A
+    prefix shorter than the window is encoded as it is, and the label of the empty one is the student's learned
+    `initial_memory`; the paper, whose windows are always full, has neither. Rotary positions are relative, so that a
+    label does not know where in the text its window stands.
+    """
+
+    config_class = SMTWindowedTeacherConfig
+    config: SMTWindowedTeacherConfig
+    base_model_prefix = "teacher"
+    supports_gradient_checkpointing = False
+    _no_split_modules = ["SMTWindowedTeacherBlock"]
+
+    def __init__(self, config: SMTWindowedTeacherConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.registers = nn.Parameter(torch.empty(config.num_memory_tokens, config.hidden_size))
+        self.layers = nn.ModuleList([SMTWindowedTeacherBlock(config) for _ in range(config.num_hidden_layers)])
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.memory_proj = nn.Linear(config.hidden_size, config.memory_size, bias=False)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, nn.Linear):
+            fan_in = module.in_features / self.config.hidden_size
+            init.normal_(module.weight, std=self.config.initializer_range * fan_in**-0.5)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=1.0)
+        elif isinstance(module, nn.RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, SMTWindowedTeacher):
+            init.normal_(module.registers, std=0.5)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        initial_memory: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        return_logits: bool = False,
+    ) -> torch.Tensor:
+        """Memory labels of the windows that end at the given positions.
+
+        Args:
+            input_ids: `(B, T)`.
+            positions: `(S,)` or `(B, S)`, numbers of tokens read, 0 .. T, padding counted.
+            initial_memory: `(K, D)`, the label of an empty prefix (RMS-normalised, the student's `start_memory()`).
+            attention_mask: `(B, T)`; padding anywhere is as if it were not there: the label after it is the one
+                before it, and it takes no place in a window.
+            document_ids: `(B, T)`, constant inside a document; no window reaches into an earlier document of the row.
+            return_logits: must be false; part of the protocol of teachers.
+
+        Returns:
+            `(B, S, K, D)`, each memory token RMS-normalised.
+
+        Raises:
+            ValueError: logits were asked for.
+        """
+        if return_logits:
+            raise ValueError(
+                "the windowed teacher sees both sides of every token and has no next-token head to return logits "
+                "of; set `teacher_weight` to 0, as the published method does."
+            )
+        batch, length = input_ids.shape
+        positions = positions.expand(batch, -1) if positions.dim() == 1 else positions
+        width, num_registers = min(self.config.context_length, length), self.config.num_memory_tokens
+        order = None
+        if attention_mask is not None:
+            # Count real tokens only: where the n-th of them stands, and how many are among the first p tokens.
+            keep = attention_mask.bool()
+            order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)
+            positions = F.pad(keep.long().cumsum(1), (1, 0)).gather(1, positions)
+        # The window of every position, (B, S, W); a number below 0 is before the text.
+        numbers = positions[..., None] + torch.arange(-width, 0, device=input_ids.device)
+        visible = numbers >= 0
+        index = numbers.clamp(min=0).flatten(1)
+        index = index if order is None else order.gather(1, index)
+        if document_ids is not None:
+            documents = document_ids.gather(1, index).view(numbers.shape)
+            visible = visible & (documents == documents[..., -1:])
+        tokens = self.embed_tokens(input_ids.gather(1, index).view(numbers.shape)).flatten(0, 1)
+        states = torch.cat([tokens, self.registers.expand(len(tokens), -1, -1)], dim=1)
+        visible = F.pad(visible.flatten(0, 1), (0, num_registers), value=True)[:, None, None]
+        # At least float32: bfloat16 does not tell the places past 256 apart.
+        precision = torch.promote_types(states.dtype, torch.float32)
+        places = torch.arange(width + num_registers, device=states.device, dtype=precision)
+        for layer in self.layers[:-1]:
+            states = layer(states, places, visible)
+        states = self.layers[-1](states, places, visible, num_registers)
+        memories = self.memory_proj(self.norm(states)).view(batch, -1, num_registers, self.config.memory_size)
+        memories = F.rms_norm(memories, memories.shape[-1:], eps=self.config.rms_norm_eps)
+        return torch.where((positions == 0)[..., None, None], initial_memory.to(memories.dtype), memories)
+
+
+AutoConfig.register(SMTWindowedTeacherConfig.model_type, SMTWindowedTeacherConfig, exist_ok=True)
+AutoModel.register(SMTWindowedTeacherConfig, SMTWindowedTeacher, exist_ok=True)
+
+__all__ = ["SMTWindowedTeacher", "SMTWindowedTeacherConfig"]

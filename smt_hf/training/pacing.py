@@ -1,0 +1,116 @@
+"""What sets the pace of a phase: its budget of seconds, its curriculum, and dynamics that wait for the teacher."""
+
+import time
+
+import torch
+from accelerate.utils import broadcast
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+# With a budget of seconds the learning-rate schedule counts milliseconds instead of steps.
+VIRTUAL_STEPS_A_SECOND = 1000
+
+
+class TrainingCost(TrainerCallback, ExportableState):
+    """What the phase has cost so far, over interruptions: seconds inside steps (no evaluation, no saving),
+    sequential transitions, transitions supervised. Kept in `trainer_state.json`.
+
+    Ends the phase when its `max_seconds` are used up, and evaluates `num_evaluations` times on the way there.
+    """
+
+    num_evaluations = 10
+
+    def __init__(self):
+        self.seconds, self.sequential_steps, self.tokens = 0.0, 0, 0
+        self.step_seconds: list[float] = []
+        self._started = 0.0
+
+    def state(self) -> dict:
+        names = ("seconds", "sequential_steps", "tokens")
+        return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # A resumed run goes on counting; the Trainer's own way to do this needs an argument that is off by default.
+        earlier = state.stateful_callbacks.get(type(self).__name__)
+        for name, value in earlier["attributes"].items() if earlier else ():
+            setattr(self, name, value)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._started = now()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        before = self.seconds
+        self.step_seconds.append(now() - self._started)
+        self.seconds += self.step_seconds[-1]
+        if not args.max_seconds:
+            return
+        if args.world_size > 1:  # all ranks stop at the same step
+            self.seconds = float(broadcast(torch.tensor(self.seconds, dtype=torch.float64, device=args.device)))
+        share = args.max_seconds / self.num_evaluations
+        is_over = self.seconds >= args.max_seconds
+        if args.evaluates_by_seconds and (is_over or int(before / share) < int(self.seconds / share)):
+            control.should_evaluate = True
+        if is_over:
+            control.should_training_stop = True
+
+
+def now() -> float:
+    """Seconds, after all work of the device is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Pace(TrainerCallback, ExportableState):
+    """Running losses that a phase is paced by, and the level of its curriculum. Kept in `trainer_state.json`.
+
+    Args:
+        num_levels: of the training data, easiest first.
+        threshold: nats a label; below it the next level begins.
+
+    Attributes:
+        level: index of the level that is trained.
+        own_loss: running mean of the student's own rollout, nats a label. A curriculum that the *teacher* gated left
+            the student at chance: the teacher had solved every length before the student had learned to write.
+        teacher_loss: running mean of the readout on the teacher's memories; `None` before the first step.
+    """
+
+    momentum = 0.9
+
+    def __init__(self, num_levels: int = 1, threshold: float | None = None):
+        self.num_levels, self.threshold = num_levels, threshold
+        self.level = 0
+        self.own_loss: float | None = None
+        self.teacher_loss: float | None = None
+
+    def state(self) -> dict:
+        names = ("level", "own_loss", "teacher_loss")
+        return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        earlier = state.stateful_callbacks.get(type(self).__name__)
+        for name, value in earlier["attributes"].items() if earlier else ():
+            setattr(self, name, value)
+
+    def update(self, own_loss: float | None, teacher_loss: float | None) -> None:
+        """Take in the losses of an optimiser step; `None` where it had none."""
+        if teacher_loss is not None:
+            earlier = teacher_loss if self.teacher_loss is None else self.teacher_loss
+            self.teacher_loss = self.momentum * earlier + (1 - self.momentum) * teacher_loss
+        if own_loss is None:
+            return
+        earlier = max(own_loss, 1.0) if self.own_loss is None else self.own_loss
+        self.own_loss = self.momentum * earlier + (1 - self.momentum) * own_loss
+        if self.threshold is not None and self.own_loss < self.threshold and self.level + 1 < self.num_levels:
+            self.level += 1
+            self.own_loss = None
+
+    def dynamics_scale(self, starts_below: float | None, full_below: float | None, least: float = 0.05) -> float:
+        """Factor on the dynamics terms: `least` while the teacher's loss is above `starts_below`, 1 below
+        `full_below`, linear in between."""
+        if starts_below is None or full_below is None:
+            return 1.0
+        if self.teacher_loss is None:
+            return least
+        share = (starts_below - self.teacher_loss) / max(starts_below - full_below, 1e-6)
+        return min(max(share, least), 1.0)

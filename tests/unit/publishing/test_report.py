@@ -1,0 +1,363 @@
+"""The report against the lines that it is made from: verdicts, tables, pictures."""
+
+import json
+import math
+import random
+import re
+from statistics import fmean, stdev
+
+import pytest
+
+from smt_hf.publishing import report
+from smt_hf.publishing.report import Score, judge, read_lines, render_report
+
+
+def make_line(arm="smt", seed=0, accuracy: float | None = 0.95, **fields):
+    line = {"task": "retrieval", "difficulty": 16, "arm": arm, "seed": seed, "accuracy": accuracy, "chance": 0.125}
+    line |= {"n": 4096, "wall_clock_s": 240.4, "sequential_steps": 900, "tokens": 1_000_000}
+    line |= {"commit": "abc123", "hardware": "CPU of mine", "num_threads": 1, "versions": {"torch": "2.13"}}
+    return {**line, "student": {"hidden_size": 64}, "phases": [{"phase": "smt"}], **fields}
+
+
+def make_bits(arm, bits, **fields):
+    line = make_line(arm, task="text", difficulty=2048, bits_per_byte=bits, **fields)
+    return line | {"accuracy": 0.5, "chance": 8.006}
+
+
+def make_grid():
+    """Accuracies of two tasks, three difficulties, some arms and three seeds, and bits of text."""
+    numbers = random.Random(0)
+    lines = [
+        make_line(arm, seed, round(numbers.uniform(0.2, 1), 4), task=task, difficulty=difficulty)
+        for task in ("retrieval", "stack")
+        for difficulty in (8, 16, 128)
+        for arm in ("smt", "smt8", "smt16_dmt", "smt8_bptt", "bptt", "bptt_truncated", "teacher")
+        for seed in range(3)
+    ]
+    lines += [make_bits(arm, bits) for arm, bits in (("smt8", 2.1), ("bptt", 2.0), ("ngram1", 3.5))]
+    lines += [make_line("smt", seed, 0.5, group="terms", variant="no readout") for seed in range(2)]
+    return lines
+
+
+def render(lines, folder, settings=None):
+    """The Markdown, and the names of the figures without the report's."""
+    path, *figures = render_report(lines, "grid", folder, settings)
+    assert path == folder / "grid.md"
+    assert all(figure.stat().st_size > 0 for figure in figures)
+    assert sorted(folder.glob("*.png")) == sorted(figures)
+    return path.read_text(encoding="utf-8"), {figure.stem.removeprefix("grid_") for figure in figures}
+
+
+def table_after(text, heading):
+    """Rows of the first table below a heading, by the header's names without backticks."""
+    block = re.search(r"(?:^\|.*\|\n)+", text.split(heading)[1], flags=re.MULTILINE)
+    header, _, *rows = [[cell.strip("` ") for cell in row[2:-2].split(" | ")] for row in block[0].splitlines()]
+    return [dict(zip(header, row)) for row in rows]
+
+
+def drawn(monkeypatch):
+    """Figures by name instead of files."""
+    figures = {}
+
+    def keep(figure, path, **options):
+        figures[path.stem.removeprefix("grid_")] = figure
+        path.write_bytes(b"kept")
+
+    monkeypatch.setattr(report.Figure, "savefig", keep)
+    return figures
+
+
+def score(mean, error=None, num_seeds=1):
+    return Score(mean, error, num_seeds)
+
+
+@pytest.mark.parametrize(
+    "ours, rival, word",
+    [
+        (score(0.95), score(0.90), "ahead"),
+        (score(0.92), score(0.90), "level"),  # not beyond 0.02
+        (score(0.90), score(0.95), "behind"),
+        (score(0.5), score(0.95), "behind"),
+        (score(0.95, 0.03, 3), score(0.85, 0.04, 3), "level"),  # two errors: 2 x 0.05
+        (score(0.96, 0.03, 3), score(0.85, 0.04, 3), "ahead"),
+        (score(0.85, 0.04, 3), score(0.96, 0.03, 3), "behind"),
+        (score(0.95, 0.03, 3), score(0.90), "level"),  # a single seed has no error of its own
+        (score(0.95, 0.0, 3), score(0.94, 0.0, 3), "level"),
+        (score(0.6), score(0.2), "both fail"),
+        (score(0.2), score(0.89), "both fail"),
+        (score(0.9), score(0.2), "ahead"),
+        (score(0.95), score(math.nan), "ahead"),
+        (score(math.nan, math.nan, 3), score(0.95, 0.01, 3), "behind"),
+        (score(math.nan), score(math.nan), "both fail"),
+    ],
+)
+def test_verdict_on_accuracy(ours, rival, word):
+    verdict = judge({"smt": ours, "bptt": rival}, "accuracy")
+    assert verdict is not None and verdict.word == word
+
+
+@pytest.mark.parametrize(
+    "ours, rival, word",
+    [
+        (score(2.00), score(2.05), "ahead"),
+        (score(2.05), score(2.00), "behind"),
+        (score(2.01), score(2.00), "level"),
+        (score(2.00, 0.03, 2), score(2.09, 0.04, 2), "level"),
+        (score(2.00, 0.03, 2), score(2.11, 0.04, 2), "ahead"),
+        (score(math.inf), score(2.0), "behind"),
+    ],
+)
+def test_verdict_on_bits_is_the_other_way_round(ours, rival, word):
+    for metric in ("bits_per_byte", "bits_per_pixel"):
+        verdict = judge({"smt": ours, "bptt": rival}, metric)
+        assert verdict is not None and verdict.word == word
+
+
+def test_verdict_takes_the_best_of_both_sides():
+    arms = {"smt": 0.91, "smt8_dmt": 0.97, "bptt": 0.93, "bptt_truncated": 0.95, "teacher": 1.0, "published": 1.0}
+    scores = {arm: score(mean) for arm, mean in arms.items()}
+    verdict = judge(scores, "accuracy")
+    assert (verdict.ours, verdict.rival, verdict.word) == ("smt8_dmt", "bptt_truncated", "level")
+    assert verdict.difference.mean == pytest.approx(0.02)
+    verdict = judge(scores, "bits_per_byte")
+    assert (verdict.ours, verdict.rival, verdict.word) == ("smt", "bptt", "level")
+
+
+def test_arms_with_a_bptt_phase_are_not_ours():
+    scores = {"smt8": score(0.92), "smt8_bptt": score(1.0), "smt_dmt_bptt": score(1.0), "bptt": score(0.98)}
+    verdict = judge(scores, "accuracy")
+    assert (verdict.ours, verdict.rival, verdict.word) == ("smt8", "bptt", "behind")
+    del scores["smt8"]
+    assert judge(scores, "accuracy") is None
+    assert judge({"smt8": score(0.92), "smt8_bptt": score(1.0), "teacher": score(1.0)}, "accuracy") is None
+
+
+def test_summary_counts_cells_and_names_losses(tmp_path):
+    cells = {8: (0.99, 0.5), 16: (0.95, 0.94), 32: (0.91, 0.99), 64: (0.3, 0.8), 128: (0.3, None)}
+    lines = [
+        make_line(arm, accuracy=accuracy, difficulty=difficulty)
+        for difficulty, both in cells.items()
+        for arm, accuracy in zip(("smt", "bptt"), both)
+        if accuracy is not None
+    ]
+    text, _ = render(lines, tmp_path)
+    assert "ahead in 1, level in 1, behind in 1 of 4 cells; both below 0.9 in: retrieval 64." in text
+    assert "- behind: retrieval 32 (-0.080)" in text
+    assert "- both fail: retrieval 64 (-0.500)" in text
+    assert "4 of the verdicts rest on one" in text
+    assert "was not run: retrieval 128." in text
+    words = [row["verdict"] for row in table_after(text, "### `retrieval`")]
+    assert words == ["ahead", "level", "behind", "both fail", "not compared"]
+
+
+def test_numbers_are_those_of_the_lines(tmp_path):
+    lines = make_grid()
+    text, _ = render(lines, tmp_path)
+    for task in ("retrieval", "stack"):
+        rows = table_after(text, f"### `{task}`")
+        assert [row["difficulty"] for row in rows] == ["8", "16", "128"]
+        arms = ["smt", "smt8", "smt16_dmt", "smt8_bptt", "bptt", "bptt_truncated", "teacher"]
+        assert list(rows[0]) == ["difficulty", *arms, "chance", "ours - bptt", "verdict"]
+        for row in rows:
+            means = {}
+            for arm in arms:
+                some = [line for line in lines if "group" not in line and line["arm"] == arm and line["task"] == task]
+                values = [line["accuracy"] for line in some if str(line["difficulty"]) == row["difficulty"]]
+                means[arm] = fmean(values)
+                shown = f"{means[arm]:.3f} ± {stdev(values) / math.sqrt(3):.3f}"
+                assert row[arm].replace("*", "") == f"{shown} (3)"
+            assert row["chance"] == "0.125"
+            bold = [arm for arm in arms if row[arm].startswith("**")]
+            assert bold == [max(arms[:-1], key=means.__getitem__)]
+            ours = max(arms[:3], key=means.__getitem__)
+            rival = max(("bptt", "bptt_truncated"), key=means.__getitem__)
+            assert row["ours - bptt"].startswith(f"{means[ours] - means[rival]:+.3f} ± ")
+            assert row["ours - bptt"].endswith(f"({ours} against {rival})")
+    (row,) = table_after(text, "### `text`: bits a byte (lower is better)")
+    assert (row["smt8"], row["bptt"], row["ngram1"]) == ("2.100 (1)", "**2.000** (1)", "3.500 (1)")
+    assert row["verdict"] == "behind"
+    costs = table_after(text, "## Costs")[0]
+    assert list(costs) == ["task", "arm", "seconds", "tokens", "sequential steps", "lines"]
+    assert list(costs.values()) == ["retrieval", "smt", "240", "1,000,000", "900", "9"]
+    assert "- hardware: CPU of mine (131 lines)" in text
+    assert "- seeds: retrieval: 0, 1, 2; stack: 0, 1, 2; text: 0" in text
+
+
+def test_unequal_training_times_are_named(tmp_path):
+    lines = [
+        make_line(arm, seed, difficulty=difficulty, wall_clock_s=seconds + seed)
+        for difficulty, both in {8: (100, 109), 16: (100, 112), 32: (1200, 100)}.items()
+        for arm, seconds in zip(("smt", "bptt"), both)
+        for seed in (0, 1)
+    ]
+    text, _ = render(lines, tmp_path)
+    named = "retrieval 16 (ours 100 s, bptt 112 s), retrieval 32 (ours 1,200 s, bptt 100 s)"
+    assert f"Trained for times that differ by more than a tenth: {named}." in text
+
+
+def test_several_lines_of_a_seed_count_once_and_are_named(tmp_path):
+    lines = [make_line(seed=0, accuracy=0.9), make_line(seed=0, accuracy=1.0), make_line(seed=1, accuracy=0.93)]
+    text, _ = render(lines, tmp_path)
+    assert table_after(text, "### `retrieval`")[0]["smt"] == "**0.940 ± 0.010** (2)"
+    assert "as one arm and seed: retrieval 16 smt seed 0 (2 lines)." in text
+
+
+def test_stages_of_longer_runs_count_where_there_is_no_whole_run(tmp_path):
+    stage = make_line("smt", accuracy=0.5, run="smt_dmt")
+    lines = [stage, make_line("smt_dmt", accuracy=0.9, run="smt_dmt", is_last=True)]
+    assert table_after(render(lines, tmp_path)[0], "### `retrieval`")[0]["smt"] == "0.500 (1)"
+    lines += [make_line("teacher", accuracy=0.7, run=run) for run in ("smt", "smt_dmt")]
+    lines += [make_line("smt", accuracy=0.8, run="smt", is_last=True)]
+    text, _ = render(lines, tmp_path)
+    row = table_after(text, "### `retrieval`")[0]
+    assert (row["smt"], row["smt_dmt"], row["teacher"]) == ("0.800 (1)", "**0.900** (1)", "0.700 (1)")
+    assert "1 more lines, of stages" in text and "Averaged" not in text
+
+
+def test_a_diverged_arm_is_shown_and_never_the_best(tmp_path):
+    lines = [make_line("smt", accuracy=math.nan), make_line("smt8", accuracy=None), make_line("bptt", accuracy=0.3)]
+    row = table_after(render(lines, tmp_path)[0], "### `retrieval`")[0]
+    assert (row["smt"], row["smt8"], row["bptt"]) == ("nan (1)", "nan (1)", "**0.300** (1)")
+
+
+def test_groups_have_their_own_tables(tmp_path):
+    lines = [make_line("smt2", 0, 0.99), make_line("bptt", 0, 0.95)]
+    for variant, accuracy in (("raw | dynamics", 0.12), ("all terms", 0.97), ("no consistency", 0.85)):
+        lines += [make_line("smt2", seed, accuracy + 0.01 * seed, group="terms", variant=variant) for seed in range(2)]
+    lines += [make_bits("smt8", bits, group="weights", variant=f"w {bits}") for bits in (2.2, 2.1)]
+    text, _ = render(lines, tmp_path)
+    assert table_after(text, "### `retrieval`")[0]["smt2"] == "**0.990** (1)"
+    rows = table_after(text, "### terms")
+    assert [row["variant"] for row in rows] == ["all terms", "no consistency", "raw \\| dynamics"]
+    assert list(rows[0]) == ["variant", "arm", "accuracy", "seconds", "seeds"]
+    assert list(rows[0].values()) == ["all terms", "smt2", "0.975 ± 0.005", "240", "2"]
+    assert [row["bits a byte"] for row in table_after(text, "### weights")] == ["2.100", "2.200"]
+    assert "### `text`" not in text
+
+    text, figures = render([line for line in lines if "group" in line], tmp_path)
+    assert "## Results" not in text and "### terms" in text
+    assert figures == set()
+
+
+def test_figures_are_drawn_for_what_the_lines_hold_alone(tmp_path):
+    curve = [{"seconds": 10.0 * i, "sequential_steps": 100 * i, "step": i, "loss": 2 / (1 + i)} for i in range(4)]
+    data = {
+        "loss": {"curve": curve},
+        "drift": {"drift": [[1, 0.001], [8, 0.02], [16, 0.1]]},
+        "gradient": {"gradient_norm": [[1, 1.0], [8, 1e-6], [16, 0.0]], "teacher_gradient_norm": [[1, 1.0], [16, 0.9]]},
+        "length": {"length_generalization": {"1": 0.99, "2": 0.7, "4": 0.3}},
+        "geometry": {"geometry": {"student": {"rank": 9.5, "spread": 0.4}, "teacher": {"rank": 12.0, "spread": 0.5}}},
+        "samples": {"samples": [[[0, 1], [2, 3]], [[3, 2], [1, 0]]]},
+    }
+    lines = [make_line(), make_line("bptt")]
+    assert render(lines, tmp_path)[1] == {"difficulty"}
+    assert render([make_line(**{key: [] for key in ("curve", "drift", "samples")})], tmp_path)[1] == {"difficulty"}
+    for name, fields in data.items():
+        text, figures = render([make_line(**fields), *lines], tmp_path)
+        assert figures == {"difficulty", name}
+        assert f"(grid_{name}.png)" in text
+    everything = {key: value for fields in data.values() for key, value in fields.items()}
+    assert render([make_line(**everything)], tmp_path)[1] == {"difficulty", *data}
+    assert render(lines, tmp_path)[1] == {"difficulty"}  # those of the earlier report are gone
+
+
+def test_an_arm_has_one_colour_and_its_own_data_in_every_figure(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    ends = {"smt": 0.01, "smt8": 0.02, "smt8_bptt": 0.03, "bptt": 0.04}
+    lines = [
+        make_line(
+            arm,
+            seed,
+            curve=[
+                {"seconds": 5, "sequential_steps": 50, "loss": end},
+                {"seconds": 9, "sequential_steps": 70, "loss": end},
+            ],
+            drift=[[1, end], [2, end]],
+            gradient_norm=[[1, end], [2, end]],
+        )
+        for arm, end in ends.items()
+        for seed in (0, 1)
+    ]
+    render_report(lines, "grid", tmp_path)
+    colours = {}
+    for name in ("loss", "drift", "gradient"):
+        assert [text.get_text() for text in figures[name].legends[0].get_texts()] == list(ends)
+        for axis in figures[name].axes:
+            assert len(axis.lines) == 8
+            for line in axis.lines:
+                assert set(line.get_ydata()) == {ends[line.get_label()]}
+                colours.setdefault(line.get_label(), set()).add(line.get_color())
+    for container in figures["difficulty"].axes[0].containers:
+        colours[container.get_label()].add(container.lines[0].get_color())
+    assert set(colours) == set(ends)
+    assert all(len(some) == 1 for some in colours.values())
+    assert len(set.union(*colours.values())) == len(ends)
+
+
+def test_the_hardest_cell_of_each_task_is_drawn(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    drift = [[1, 0.1], [2, 0.2]]
+    lines = [make_line(task=task, difficulty=at, drift=drift) for task in ("stack", "retrieval") for at in (8, 16)]
+    lines += [make_line(task="retrieval", difficulty=128)]  # harder, and without data
+    render_report(lines, "grid", tmp_path)
+    assert [axis.get_title() for axis in figures["drift"].axes] == ["retrieval 16", "stack 16"]
+    assert [axis.get_title() for axis in figures["difficulty"].axes] == ["retrieval", "stack"]
+    assert [label.get_text() for label in figures["difficulty"].axes[0].get_xticklabels()] == ["8", "16", "128"]
+
+
+def test_text_samples_are_code_blocks(tmp_path):
+    samples = ["a ``` b\x00\n", "second", "third"]
+    lines = [make_bits("smt8", 2.0, seed=seed, samples=samples if seed == 1 else ["of seed 2"]) for seed in (2, 1)]
+    text, figures = render(lines, tmp_path)
+    assert "text 2048, `smt8`, seed 1, the first 2 of 3:\n\n````\na ``` b\\x00\n\n````\n\n```\nsecond\n```" in text
+    assert "third" not in text and "of seed 2" not in text
+    assert "samples" not in figures
+
+
+def test_the_order_of_lines_changes_nothing(tmp_path):
+    lines = make_grid() + [make_line("bptt", accuracy=0.1), make_line("smt", accuracy=0.2, difficulty=8)]
+    lines += [make_bits(arm, 2.0, samples=[text]) for arm in ("smt8", "bptt") for text in "ab"]
+    for number, line in enumerate(lines):
+        line["geometry"] = {"student": {"rank": number / 7, "spread": number / 3}}
+        line["drift"] = [[1, number / 3], [2, 7 / (1 + number)]]
+    first, figures = render(lines, tmp_path / "a", {"seeds": [0, 1, 2]})
+    assert '"seeds": [' in first
+    for seed in range(3):
+        random.Random(seed).shuffle(lines)
+        assert render(lines, tmp_path / "b", {"seeds": [0, 1, 2]}) == (first, figures)
+    for figure in figures:
+        ours, theirs = (tmp_path / folder / f"grid_{figure}.png" for folder in "ab")
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_lines_are_read(tmp_path):
+    path = tmp_path / "grid.jsonl"
+    lines = [make_line(samples=["\u2028 is no end of a line"]), make_line("bptt")]
+    path.write_text("\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n", encoding="utf-8")
+    assert read_lines(path) == lines
+
+
+@pytest.mark.parametrize("malformed", ['{"task": "retri', "[1, 2]", "3"])
+def test_a_malformed_line_is_named(tmp_path, malformed):
+    path = tmp_path / "grid.jsonl"
+    path.write_text(json.dumps(make_line()) + "\n\n" + malformed + "\n")
+    with pytest.raises(ValueError, match=r"grid\.jsonl, line 3: not "):
+        read_lines(path)
+
+
+@pytest.mark.parametrize("key", ["task", "difficulty", "arm", "seed", "accuracy"])
+def test_an_incomplete_line_is_refused(tmp_path, key):
+    line = make_line()
+    del line[key]
+    with pytest.raises(ValueError, match=f"has no .*{key}"):
+        render_report([line], "grid", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_unfit_lines_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no lines"):
+        render_report([], "grid", tmp_path)
+    with pytest.raises(ValueError, match="has no variant"):
+        render_report([make_line(group="terms")], "grid", tmp_path)
+    with pytest.raises(ValueError, match="accuracy and in bits_per_byte"):
+        render_report([make_bits("smt", 2.0), make_line(task="text")], "grid", tmp_path)
