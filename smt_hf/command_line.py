@@ -103,13 +103,17 @@ def _route(key: str) -> tuple[str, str]:
     prefix, _, rest = key.partition("_")
     if prefix in ARGUMENTS and rest in _PHASE_NAMES[prefix]:
         return prefix, rest
-    if prefix == "teacher" and rest in _names(_TEACHER):
+    if prefix == "teacher" and rest in _names(_TEACHER) | _names(_WINDOWED):
         return "teacher", rest
     raise ValueError(f"unknown argument {key!r}{_closest(key, _all_keys())}")
 
 
 def _all_keys() -> set[str]:
-    keys = _names(PretrainArguments) | _names(_STUDENT) | {f"teacher_{name}" for name in _names(_TEACHER)}
+    keys = (
+        _names(PretrainArguments)
+        | _names(_STUDENT)
+        | {f"teacher_{name}" for name in _names(_TEACHER) | _names(_WINDOWED)}
+    )
     for phase, names in _PHASE_NAMES.items():
         keys |= names | {f"{phase}_{name}" for name in names}
     return keys
@@ -245,10 +249,7 @@ def parse_run(argv: list[str]) -> ParsedRun:
         return _built(ARGUMENTS[phase], {**settings, "seed": run.seed})
 
     built_phases = [built_phase(phase, inside) for phase, inside in phases]
-    given = {}
-    for part, dataclass in (("student", _STUDENT), ("teacher", _TEACHER)):
-        values = _built(dataclass, parts[part])
-        given[part] = {name: getattr(values, name) for name in parts[part]}
+    given = {"student": _typed(_STUDENT, parts["student"]), "teacher": _typed_teacher({}, {}, parts["teacher"])}
     rival = None
     if run.compare_bptt:
         inside: dict[str, Any] = next((settings for phase, settings in reversed(phases) if phase == "bptt"), {})
@@ -262,6 +263,10 @@ def help_text() -> str:
     lines += ["the run:", *_described(PretrainArguments, "", {}), ""]
     lines += ["the student:", *_described(_STUDENT, "", _documented(SMTRecurrentConfig)), ""]
     lines += ["the teacher:", *_described(_TEACHER, "teacher_", _documented(SMTTeacherConfig)), ""]
+    own = [entry.name for entry in dataclasses.fields(_WINDOWED) if entry.name not in _names(_TEACHER)]
+    texts = _documented(SMTWindowedTeacherConfig)
+    lines += ["the published teacher (`--teacher_model_type smt_windowed_teacher`), what is its own:"]
+    lines += [*_described(_WINDOWED, "teacher_", texts, own), ""]
     own = [entry for entry in vars(PhaseArguments)["__annotations__"] if entry not in _HIDDEN]
     lines += ["all phases (`--NAME`), or one (`--smt_NAME`, `--dmt_NAME`, `--bptt_NAME`):"]
     lines += [*_described(PhaseArguments, "", {}, own), ""]
@@ -338,10 +343,13 @@ def parse_grid(argv: list[str]) -> ParsedGrid:
         raise ValueError("name the grid: `--config recipes/probes.yaml`.")
     grid = _read_yaml(flags["config"])
     _check_keys(grid, _GRID_KEYS, f"key of {flags['config']}")
+    if flags.get("only") is True:
+        raise ValueError(f"`--only` takes {', '.join(sorted(_ONLY_KEYS))} as name=value.")
     only = _read_only(flags.get("only", []))
     for name in ("tasks", "arms", "output"):
         if not grid.get(name):
             raise ValueError(f"{flags['config']} needs `{name}`.")
+    _check_grid(grid)
     runs = [
         run
         for task, settings in grid["tasks"].items()
@@ -350,8 +358,48 @@ def parse_grid(argv: list[str]) -> ParsedGrid:
     ]
     if not runs:
         raise ValueError(f"nothing of {flags['config']} is left by `--only` {only}.")
-    jobs = int(flags.get("jobs", grid.get("jobs", 1)))
-    return ParsedGrid(runs, str(flags.get("output", grid["output"])), jobs, bool(flags.get("report", False)))
+    return ParsedGrid(
+        runs=runs,
+        output=str(flags.get("output", grid["output"])),
+        jobs=_whole_number("jobs", flags.get("jobs", grid.get("jobs", 1))),
+        report=bool(flags.get("report", False)),
+    )
+
+
+def _whole_number(name: str, value: Any) -> int:
+    try:
+        return int(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{name}` must be a whole number, got {value!r}.") from error
+
+
+def _check_grid(grid: dict) -> None:
+    """Names that are spelled right but belong to nothing would leave a run as it is, unseen."""
+    for arm, spec in grid["arms"].items():
+        _check_keys(spec, _ARM_KEYS, f"key of arm {arm}")
+        phases = _phase_names_of(spec)
+        _check_keys(dict.fromkeys(phases), set(ARGUMENTS), "phase")
+        if len(spec.get("sweep") or {}) > 1:
+            raise ValueError("`sweep` takes one phase with lists of values: `bptt: {learning_rate: [...], ...}`.")
+        _check_keys(spec.get("only") or {}, set(map(str, grid["tasks"])), f"task in `only` of arm {arm}")
+        _check_keys(spec.get("sweep") or {}, phases, f"phase in `sweep` of arm {arm}")
+        for changes in (spec.get("variants") or {}).values():
+            _check_keys(changes or {}, phases | {"student", "teacher"}, f"part of a variant of arm {arm}")
+    for task, settings in grid["tasks"].items():
+        _check_keys(settings or {}, _TASK_KEYS, f"key of task {task}")
+        for arm, of_arm in ((settings or {}).get("arms") or {}).items():
+            if arm not in grid["arms"]:
+                raise ValueError(f"unknown arm {arm!r} in task {task}{_closest(str(arm), grid['arms'])}")
+            _check_keys(of_arm or {}, _phase_names_of(grid["arms"][arm]), f"phase of arm {arm}")
+
+
+def _phase_names_of(spec: dict) -> set[str]:
+    names = set()
+    for entry in (spec or {}).get("phases") or []:
+        if isinstance(entry, dict) and len(entry) != 1:
+            raise ValueError(f"a phase must be a name or a one-key mapping `name: {{...}}`, got {entry!r}.")
+        names.add(str(next(iter(entry)) if isinstance(entry, dict) else entry))
+    return names
 
 
 def _check_keys(given: Any, valid: set[str], what: str) -> None:
@@ -359,7 +407,7 @@ def _check_keys(given: Any, valid: set[str], what: str) -> None:
         raise ValueError(f"expected `name: value` pairs, got {given!r} ({what}).")
     for key in given:
         if key not in valid:
-            raise ValueError(f"unknown {what}: {key!r}{_closest(str(key), valid)}")
+            raise ValueError(f"unknown {what} {key!r}{_closest(str(key), valid)}")
 
 
 def _read_only(words: Any) -> dict[str, Any]:
@@ -368,12 +416,11 @@ def _read_only(words: Any) -> dict[str, Any]:
         name, equals, value = str(word).partition("=")
         if not equals or name not in _ONLY_KEYS:
             raise ValueError(f"`--only` takes {', '.join(sorted(_ONLY_KEYS))} as name=value, got {word!r}.")
-        only[name] = int(value) if name in ("seed", "difficulty") else value
+        only[name] = _whole_number(name, value) if name in ("seed", "difficulty") else value
     return only
 
 
 def _runs_of_task(grid: dict, task: str, settings: dict, only: dict, flags: dict) -> Iterable[Run]:
-    _check_keys(settings, _TASK_KEYS, f"key of task {task}")
     difficulties = [only["difficulty"]] if "difficulty" in only else settings.get("difficulties", [None])
     seeds = [only["seed"]] if "seed" in only else grid.get("seeds", [0])
     sources = {name: flags[name] for name in ("train_file", "mnist_dir") if name in flags}
@@ -382,7 +429,6 @@ def _runs_of_task(grid: dict, task: str, settings: dict, only: dict, flags: dict
             for arm, spec in grid["arms"].items():
                 if only.get("arm", arm) != arm:
                     continue
-                _check_keys(spec, _ARM_KEYS, f"key of arm {arm}")
                 where = spec.get("only")
                 is_named = "arm" in only and "difficulty" in only
                 if where is not None and not is_named and difficulty not in (where.get(task) or []):
@@ -423,8 +469,8 @@ def _seconds(settings: dict, task: str, difficulty: int | None) -> float | None:
 def _variants(spec: dict) -> Iterable[tuple[str | None, dict]]:
     """Names and changes (`student`, `teacher` or a phase -> settings) of an arm's variants; one without a name else."""
     if "sweep" in spec:
-        (phase, axes), *rest = spec["sweep"].items()
-        if rest or not isinstance(axes, dict):
+        ((phase, axes),) = spec["sweep"].items()
+        if not isinstance(axes, dict):
             raise ValueError("`sweep` takes one phase with lists of values: `bptt: {learning_rate: [...], ...}`.")
         for values in itertools.product(*axes.values()):
             named = dict(zip(axes, values))
@@ -442,7 +488,7 @@ def _phases_of_arm(spec: dict, of_task: dict, changes: dict, seconds: float | No
     A phase gets its `share` of the seconds (default: what the others leave, evenly).
     """
     phases = []
-    for entry in spec.get("phases", []):
+    for entry in spec.get("phases") or []:
         name, settings = next(iter(entry.items())) if isinstance(entry, dict) else (entry, {})
         if name not in ARGUMENTS:
             raise ValueError(
@@ -472,8 +518,11 @@ def _typed(dataclass, settings: dict) -> dict:
 
 def _typed_teacher(of_grid: dict, of_arm: dict, of_variant: dict) -> dict:
     changes = {**of_arm, **of_variant}
+    kinds = (SMTTeacherConfig.model_type, SMTWindowedTeacherConfig.model_type)
     # The grid's fields are those of its own kind of teacher.
-    is_other_kind = changes.get("model_type", of_grid.get("model_type")) != of_grid.get("model_type")
-    settings = changes if is_other_kind else {**of_grid, **changes}
+    of_that_kind = of_grid.get("model_type", kinds[0])
+    settings = {**of_grid, **changes} if changes.get("model_type", of_that_kind) == of_that_kind else changes
+    if settings.get("model_type", kinds[0]) not in kinds:
+        raise ValueError(f"unknown teacher `model_type` {settings['model_type']!r}: choose one of {', '.join(kinds)}.")
     is_windowed = settings.get("model_type") == SMTWindowedTeacherConfig.model_type
     return _typed(_WINDOWED if is_windowed else _TEACHER, settings)

@@ -373,6 +373,10 @@ class SMTForPreTraining(PreTrainedModel):
         before = (noise * counts).long()
         labels, _ = self._labels(tokens, torch.cat([before, before + 1], dim=1), objective.phase == "smt", False)
         starts, ends = labels.chunk(2, dim=1)
+        if tokens.documents is not None:  # a document's first token is read by m_0
+            earlier = tokens.documents.gather(1, (before - 1).clamp(min=0))
+            is_first = (tokens.documents.gather(1, before) != earlier)[..., None, None]
+            starts = torch.where(is_first, self.student.model.start_memory().to(starts.dtype), starts)
         embeds = self.student.model.embed_tokens(tokens.inputs.gather(1, before))
         reached = self.student.model.unroll(starts.flatten(0, 1), embeds.flatten(0, 1)[:, None])[:, 0]
         terms = {"dynamics": dynamics_loss(reached.view(starts.shape), ends)}
@@ -404,11 +408,12 @@ class SMTForPreTraining(PreTrainedModel):
             starts = first.expand(-1, num_chunks, -1, -1)
         own = self._own_starts(tokens, objective, example_ids, starts.detach(), stored_starts, progress)
         # One chunk starts at m_0 whatever the teacher says: it is the student's own rollout already.
-        is_own = torch.full((tokens.batch,), num_chunks == 1, device=example_ids.device)
+        is_own = tokens.lengths - 1 <= objective.transition_steps
         if own is not None:
             rows, own_starts = own
             starts = starts.index_copy(0, rows, torch.cat([first[rows], own_starts[:, 1:]], dim=1))
-            is_own[rows] = objective.on_policy_mode == "sequential"
+            if objective.on_policy_mode == "sequential":
+                is_own = is_own.index_fill(0, rows, True)
         memories = rollout(self.student, starts, tokens.inputs, tokens.mask, tokens.documents)
         reached = memories[:, : tokens.length][:, stride - 1 :: stride]
         mask = None if tokens.transition_mask is None else tokens.transition_mask[:, stride - 1 :: stride]
@@ -442,8 +447,8 @@ class SMTForPreTraining(PreTrainedModel):
         if objective.predictive_weight or objective.uniformity_weight:
             # As many tokens ahead as the row has left, anywhere if the future is longer than the row; in a padded row,
             # positions past its own last one do not count, so that nothing depends on the width of the batch.
-            ahead = objective.future_length if objective.future_length < tokens.length else 1
-            last = (tokens.lengths - ahead).clamp(min=0)[:, None]
+            fits = objective.future_length < tokens.lengths - 1
+            last = torch.where(fits, tokens.lengths - objective.future_length, tokens.lengths - 1).clamp(min=0)[:, None]
             noise = example_uniforms(example_ids, tokens.length + 1, objective.seed, _STREAM_POSITIONS)
             noise = noise.masked_fill(torch.arange(tokens.length + 1, device=last.device) > last, -1.0)
             count = min(objective.num_predictive_positions, int(last.max()) + 1)
@@ -469,7 +474,8 @@ class SMTForPreTraining(PreTrainedModel):
         """
         length = tokens.inputs.shape[1]
         ends = torch.arange(tokens.steps, length + 1, tokens.steps, device=example_ids.device)
-        is_end = ends < tokens.lengths[:, None]  # something is left to predict
+        # Something is left to predict; a row shorter than a chunk has no end of one.
+        is_end = (ends < tokens.lengths[:, None]) & (tokens.steps == objective.transition_steps)
         padded = F.pad(errors, (0, length - errors.shape[1]))
         hardest = padded.view(tokens.batch, len(ends), -1).amax(2).masked_fill(~is_end, -1.0).argmax(1)
         count = objective.num_consistency_chunks

@@ -176,11 +176,11 @@ class Stepper:
         generator = torch.Generator().manual_seed(arguments.seed)
         tokens = torch.randint(config.vocab_size, (_NUM_BATCHES * size, length + 1), generator=generator)
         rows = [{"input_ids": row} for row in tokens.numpy()]
+        num_batches = _NUM_BATCHES
+        examples: IndexedExamples | CarriedWindows = IndexedExamples(rows)
         if arm == "bptt_truncated":
             num_batches = _NUM_BATCHES * length // arguments.bptt_window
             examples = CarriedWindows(rows, size, arguments.bptt_window, num_batches, arguments.seed)
-        else:
-            num_batches, examples = _NUM_BATCHES, IndexedExamples(rows)
         self.batches = []
         for index in range(num_batches):
             batch = collate([examples[index * size + place] for place in range(size)])

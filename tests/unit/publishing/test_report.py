@@ -1,4 +1,4 @@
-"""The report against the lines that it is made from: verdicts, tables, pictures."""
+"""The report against the lines that it is made from: verdicts and tables."""
 
 import json
 import math
@@ -8,20 +8,10 @@ from statistics import fmean, stdev
 
 import pytest
 
-from smt_hf.publishing import report
-from smt_hf.publishing.report import Score, judge, read_lines, render_report
+from smt_hf.publishing.report import read_lines, render_report
+from smt_hf.publishing.scores import Score, judge
 
-
-def make_line(arm="smt", seed=0, accuracy: float | None = 0.95, **fields):
-    line = {"task": "retrieval", "difficulty": 16, "arm": arm, "seed": seed, "accuracy": accuracy, "chance": 0.125}
-    line |= {"n": 4096, "wall_clock_s": 240.4, "sequential_steps": 900, "tokens": 1_000_000}
-    line |= {"commit": "abc123", "hardware": "CPU of mine", "num_threads": 1, "versions": {"torch": "2.13"}}
-    return {**line, "student": {"hidden_size": 64}, "phases": [{"phase": "smt"}], **fields}
-
-
-def make_bits(arm, bits, **fields):
-    line = make_line(arm, task="text", difficulty=2048, bits_per_byte=bits, **fields)
-    return line | {"accuracy": 0.5, "chance": 8.006}
+from .conftest import make_bits, make_line, render
 
 
 def make_grid():
@@ -39,32 +29,11 @@ def make_grid():
     return lines
 
 
-def render(lines, folder, settings=None):
-    """The Markdown, and the names of the figures without the report's."""
-    path, *figures = render_report(lines, "grid", folder, settings)
-    assert path == folder / "grid.md"
-    assert all(figure.stat().st_size > 0 for figure in figures)
-    assert sorted(folder.glob("*.png")) == sorted(figures)
-    return path.read_text(encoding="utf-8"), {figure.stem.removeprefix("grid_") for figure in figures}
-
-
 def table_after(text, heading):
     """Rows of the first table below a heading, by the header's names without backticks."""
     block = re.search(r"(?:^\|.*\|\n)+", text.split(heading)[1], flags=re.MULTILINE)
     header, _, *rows = [[cell.strip("` ") for cell in row[2:-2].split(" | ")] for row in block[0].splitlines()]
     return [dict(zip(header, row)) for row in rows]
-
-
-def drawn(monkeypatch):
-    """Figures by name instead of files."""
-    figures = {}
-
-    def keep(figure, path, **options):
-        figures[path.stem.removeprefix("grid_")] = figure
-        path.write_bytes(b"kept")
-
-    monkeypatch.setattr(report.Figure, "savefig", keep)
-    return figures
 
 
 def score(mean, error=None, num_seeds=1):
@@ -239,72 +208,6 @@ def test_groups_have_their_own_tables(tmp_path):
     assert figures == set()
 
 
-def test_figures_are_drawn_for_what_the_lines_hold_alone(tmp_path):
-    curve = [{"seconds": 10.0 * i, "sequential_steps": 100 * i, "step": i, "loss": 2 / (1 + i)} for i in range(4)]
-    data = {
-        "loss": {"curve": curve},
-        "drift": {"drift": [[1, 0.001], [8, 0.02], [16, 0.1]]},
-        "gradient": {"gradient_norm": [[1, 1.0], [8, 1e-6], [16, 0.0]], "teacher_gradient_norm": [[1, 1.0], [16, 0.9]]},
-        "length": {"length_generalization": {"1": 0.99, "2": 0.7, "4": 0.3}},
-        "geometry": {"geometry": {"student": {"rank": 9.5, "spread": 0.4}, "teacher": {"rank": 12.0, "spread": 0.5}}},
-        "samples": {"samples": [[[0, 1], [2, 3]], [[3, 2], [1, 0]]]},
-    }
-    lines = [make_line(), make_line("bptt")]
-    assert render(lines, tmp_path)[1] == {"difficulty"}
-    assert render([make_line(**{key: [] for key in ("curve", "drift", "samples")})], tmp_path)[1] == {"difficulty"}
-    for name, fields in data.items():
-        text, figures = render([make_line(**fields), *lines], tmp_path)
-        assert figures == {"difficulty", name}
-        assert f"(grid_{name}.png)" in text
-    everything = {key: value for fields in data.values() for key, value in fields.items()}
-    assert render([make_line(**everything)], tmp_path)[1] == {"difficulty", *data}
-    assert render(lines, tmp_path)[1] == {"difficulty"}  # those of the earlier report are gone
-
-
-def test_an_arm_has_one_colour_and_its_own_data_in_every_figure(tmp_path, monkeypatch):
-    figures = drawn(monkeypatch)
-    ends = {"smt": 0.01, "smt8": 0.02, "smt8_bptt": 0.03, "bptt": 0.04}
-    lines = [
-        make_line(
-            arm,
-            seed,
-            curve=[
-                {"seconds": 5, "sequential_steps": 50, "loss": end},
-                {"seconds": 9, "sequential_steps": 70, "loss": end},
-            ],
-            drift=[[1, end], [2, end]],
-            gradient_norm=[[1, end], [2, end]],
-        )
-        for arm, end in ends.items()
-        for seed in (0, 1)
-    ]
-    render_report(lines, "grid", tmp_path)
-    colours = {}
-    for name in ("loss", "drift", "gradient"):
-        assert [text.get_text() for text in figures[name].legends[0].get_texts()] == list(ends)
-        for axis in figures[name].axes:
-            assert len(axis.lines) == 8
-            for line in axis.lines:
-                assert set(line.get_ydata()) == {ends[line.get_label()]}
-                colours.setdefault(line.get_label(), set()).add(line.get_color())
-    for container in figures["difficulty"].axes[0].containers:
-        colours[container.get_label()].add(container.lines[0].get_color())
-    assert set(colours) == set(ends)
-    assert all(len(some) == 1 for some in colours.values())
-    assert len(set.union(*colours.values())) == len(ends)
-
-
-def test_the_hardest_cell_of_each_task_is_drawn(tmp_path, monkeypatch):
-    figures = drawn(monkeypatch)
-    drift = [[1, 0.1], [2, 0.2]]
-    lines = [make_line(task=task, difficulty=at, drift=drift) for task in ("stack", "retrieval") for at in (8, 16)]
-    lines += [make_line(task="retrieval", difficulty=128)]  # harder, and without data
-    render_report(lines, "grid", tmp_path)
-    assert [axis.get_title() for axis in figures["drift"].axes] == ["retrieval 16", "stack 16"]
-    assert [axis.get_title() for axis in figures["difficulty"].axes] == ["retrieval", "stack"]
-    assert [label.get_text() for label in figures["difficulty"].axes[0].get_xticklabels()] == ["8", "16", "128"]
-
-
 def test_text_samples_are_code_blocks(tmp_path):
     samples = ["a ``` b\x00\n", "second", "third"]
     lines = [make_bits("smt8", 2.0, seed=seed, samples=samples if seed == 1 else ["of seed 2"]) for seed in (2, 1)]
@@ -361,3 +264,45 @@ def test_unfit_lines_are_refused(tmp_path):
         render_report([make_line(group="terms")], "grid", tmp_path)
     with pytest.raises(ValueError, match="accuracy and in bits_per_byte"):
         render_report([make_bits("smt", 2.0), make_line(task="text")], "grid", tmp_path)
+
+
+def make_benchmark(arm="student", context=1024, **fields):
+    line = {"benchmark": "memory_wall", "arm": arm, "context": context, "seconds_per_token": 0.0123456, "fits": True}
+    line |= {"error": None, "sizes": {"hidden_size": 64}, "all_seconds": [0.1, 0.2], "state_bytes": 12345.6}
+    return line | {
+        "commit": "abc123",
+        "hardware": "CPU of mine",
+        "num_threads": 1,
+        "versions": {"torch": "2.13"},
+        **fields,
+    }
+
+
+def test_lines_of_benchmarks_are_a_table_alone(tmp_path):
+    render([make_line()], tmp_path)
+    lines = [make_benchmark("student8", context) for context in (16384, 1024)]
+    lines += [make_benchmark(context=1024, seconds_per_token=None, fits=False, error="does | not\nfit")]
+    lines += [make_benchmark(benchmark="generate", seed=seed, seconds_per_token=math.inf) for seed in (1, 0)]
+    text, figures = render(lines, tmp_path)
+    rows = table_after(text, "### `memory_wall`")
+    columns = ["arm", "context", "seconds_per_token", "fits", "error", "state_bytes", "num_threads"]
+    assert [list(row) for row in rows] == [columns] * 3
+    assert list(rows[0].values()) == ["student", "1,024", "", "no", "does \\| not fit", "12,346", "1"]
+    assert list(rows[1].values()) == ["student8", "1,024", "0.01235", "yes", "", "12,346", "1"]
+    assert rows[2]["context"] == "16,384"
+    assert [row["seed"] for row in table_after(text, "### `generate`")] == ["0", "1"]
+    assert "error" not in table_after(text, "### `generate`")[0]  # `null` everywhere
+    assert "from 5 lines" in text and "- hardware: CPU of mine (5 lines)" in text
+    assert "(`+`: with changes that are in no commit): abc123 (5 lines)" in text and "- seeds: generate: 0, 1\n" in text
+    assert not any(heading in text for heading in ("## Results", "## Costs", "## Figures"))
+    assert figures == set()  # those of the grid of this name are gone
+    assert render(lines[::-1], tmp_path)[0] == text
+
+
+def test_lines_of_benchmarks_do_not_count_as_lines_of_a_grid(tmp_path):
+    lines = [make_line("smt"), make_line("bptt", accuracy=0.5)]
+    benchmark = make_benchmark("smt", task="retrieval", difficulty=16, seed=1, accuracy=0.1)
+    text, figures = render([benchmark, *lines], tmp_path)
+    assert table_after(text, "### `retrieval`")[0]["smt"] == "**0.950** (1)"
+    assert [row["accuracy"] for row in table_after(text, "### `memory_wall`")] == ["0.1"]
+    assert figures == {"difficulty"}

@@ -597,18 +597,28 @@ def test_own_sums():
     setting = objective("smt", on_policy_mode="sequential", on_policy_warmup_ratio=0.2, on_policy_fraction=0.5)
     own = example_uniforms(inputs["example_ids"], 1, setting.seed, _STREAM_ON_POLICY)[:, 0] < 0.5
     assert 2 <= own.sum() <= 6
+    # A row of one chunk starts at m_0 anyway.
+    short = torch.tensor([13, 12, 11, 9, 6, 5, 4, 3]) - 1 <= setting.transition_steps
+    assert 0 < (own & ~short).sum() and 0 < (short & ~own).sum()
+
+    def of(rows):
+        return torch.stack([alone[rows].sum(), counts[rows].sum().float()])
+
     model = make_composite().train()
-    expected = torch.stack([alone[own].sum(), counts[own].sum().float()])
-    torch.testing.assert_close(model(**inputs, objective=setting).own_sums, expected, rtol=1e-4, atol=1e-4)
-    assert model(**inputs, objective=setting, progress=0.1).own_sums.tolist() == [0, 0]
+    sums = model(**inputs, objective=setting).own_sums
+    torch.testing.assert_close(sums, of(own | short), rtol=1e-4, atol=1e-4)
+    sums = model(**inputs, objective=setting, progress=0.1).own_sums
+    torch.testing.assert_close(sums, of(short), rtol=1e-4, atol=1e-4)
     for phase, settings in (
         ("smt", {"on_policy_mode": "parallel", "on_policy_warmup_ratio": 0.0}),
         ("smt", {"on_policy_fraction": 0.0}),
         ("dmt", {"on_policy_mode": "aggregate"}),
     ):
-        assert model(**inputs, objective=objective(phase, **settings)).own_sums.tolist() == [0, 0]
+        setting = objective(phase, **settings)
+        expected = of(short if setting.transition_steps == 4 else torch.zeros_like(short))
+        torch.testing.assert_close(model(**inputs, objective=setting).own_sums, expected, rtol=1e-4, atol=1e-4)
     assert model(**inputs, objective=dataclasses.replace(setting, readout_weight=0.0)).own_sums is None
-    everything = torch.stack([alone.sum(), counts.sum().float()])
+    everything = of(torch.ones_like(short))
     for phase in ("dmt", "bptt"):
         sums = model(**inputs, objective=objective(phase)).own_sums
         torch.testing.assert_close(sums, everything, rtol=1e-4, atol=1e-4)
