@@ -76,8 +76,13 @@ class Subject(ABC):
     def describe(self) -> str:
         """One line for people."""
 
-    def fit(self, phases: Iterable[PhaseArguments]) -> None:  # noqa: B027 - nothing follows from a text
-        """Set what of the arguments follows from the subject. In place."""
+    @abstractmethod
+    def fit(self, phases: Iterable[PhaseArguments]) -> None:
+        """Set what of the arguments follows from the subject, in place.
+
+        Raises:
+            ValueError: arguments that do not fit the subject's rows.
+        """
 
 
 class TextSubject(Subject):
@@ -120,6 +125,19 @@ class TextSubject(Subject):
         self.num_bytes = count_bytes(self.tokenizer, self.streams[:, 1:])
         self.bytes_per_token = self.num_bytes / self.streams[:, 1:].size
         self.eval_rows = [{"input_ids": row} for row in heldout_streams(heldout, _EVAL_ROWS, _EVAL_ROW)]
+
+    def fit(self, phases: Iterable[PhaseArguments]) -> None:
+        for arguments in phases:
+            if getattr(arguments, "future_length", 0) >= arguments.context_length:
+                raise ValueError(
+                    f"`future_length` ({arguments.future_length}) must be shorter than `context_length` "
+                    f"({arguments.context_length})."
+                )
+            if arguments.context_length % arguments.transition_steps:  # packed rows leave no reason for padding
+                raise ValueError(
+                    f"`transition_steps` ({arguments.transition_steps}) of the {arguments.phase} phase must divide its "
+                    f"`context_length` ({arguments.context_length})."
+                )
 
     def rows(self, arguments: PhaseArguments):
         return self._rows[arguments.context_length]

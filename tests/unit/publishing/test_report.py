@@ -10,8 +10,7 @@ import pytest
 
 from smt_hf.publishing.report import read_lines, render_report
 from smt_hf.publishing.scores import Score, judge
-
-from .conftest import make_bits, make_line, render
+from tests.unit.publishing.conftest import make_bits, make_line, render
 
 
 def make_grid():
@@ -269,13 +268,8 @@ def test_unfit_lines_are_refused(tmp_path):
 def make_benchmark(arm="student", context=1024, **fields):
     line = {"benchmark": "memory_wall", "arm": arm, "context": context, "seconds_per_token": 0.0123456, "fits": True}
     line |= {"error": None, "sizes": {"hidden_size": 64}, "all_seconds": [0.1, 0.2], "state_bytes": 12345.6}
-    return line | {
-        "commit": "abc123",
-        "hardware": "CPU of mine",
-        "num_threads": 1,
-        "versions": {"torch": "2.13"},
-        **fields,
-    }
+    line |= {"commit": "abc123", "hardware": "CPU of mine", "num_threads": 1, "versions": {"torch": "2.13"}}
+    return {**line, **fields}
 
 
 def test_lines_of_benchmarks_are_a_table_alone(tmp_path):

@@ -599,7 +599,7 @@ def test_own_sums():
     assert 2 <= own.sum() <= 6
     # A row of one chunk starts at m_0 anyway.
     short = torch.tensor([13, 12, 11, 9, 6, 5, 4, 3]) - 1 <= setting.transition_steps
-    assert 0 < (own & ~short).sum() and 0 < (short & ~own).sum()
+    assert (own & ~short).sum() > 0 and (short & ~own).sum() > 0
 
     def of(rows):
         return torch.stack([alone[rows].sum(), counts[rows].sum().float()])
