@@ -103,7 +103,7 @@ def test_lines_of_a_grid(ran):
 
 
 def test_a_grid_resumes_and_runs_what_is_named(ran, tmp_path):
-    folder, lines = ran
+    _, lines = ran
     cut = [line for line in lines if line["arm"] != "bptt"]
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(GRID))
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in cut))
