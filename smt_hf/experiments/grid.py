@@ -40,7 +40,7 @@ from .pretraining import model_config, phase_settings
 from .subjects import PixelSubject, Subject, TaskSubject, TextSubject
 
 # Rows of the pictures: drift, gradients, geometry, longer rows.
-_PICTURE_ROWS, _LONGER_ROWS = 64, 512
+_PICTURE_ROWS, _LONGER_ROWS = 64, 256
 _UNUSED = "unused"  # every run gets a folder of its own
 _QUIET: dict[str, Any] = {"disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no", "report_to": "none"}
 
@@ -134,8 +134,8 @@ def train_run(run: Run) -> list[dict]:
                 line |= {**spent, "phases": [phase_settings(phase) for phase in arguments]}
                 if part == "student":
                     line["curve"] = list(curve)
-                    line |= pictures(model, subject)
                 lines.append(line)
+        lines[-1] |= pictures(model, subject)
     lines[-1] |= {"is_last": True, "total_seconds": round(time.perf_counter() - started, 1)}
     return lines
 

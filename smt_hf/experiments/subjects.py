@@ -43,7 +43,7 @@ _EVAL_ROW, _EVAL_ROWS = 128, 32
 # Held-out streams are as long as 8 training rows, so that memories older than any row are scored; the upper bound keeps
 # evaluation within seconds.
 _STREAMS, _SHORTEST_STREAM, _LONGEST_STREAM = 64, 1024, 8192
-_TASK_ROWS, _TASK_EVAL_ROWS = 30_000, 256
+_TASK_ROWS, _TASK_EVAL_ROWS = 30_000, 128
 # Seeds of held-out rows lie above all seeds of training rows.
 _HELDOUT_SEED = 1_000_000
 

@@ -46,6 +46,31 @@ def plot_memory_wall(lines: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def plot_long_context(lines: list[dict], path: Path) -> None:
+    """Bits a byte by position (left) and accuracy over the distance of the needle (right).
+
+    Args:
+        lines: as `measure_long_context` returns them.
+    """
+    panels = [("text", "bits_per_byte", "bits a byte"), ("retrieval", "accuracy", "accuracy")]
+    panels = [panel for panel in panels if any(line["task"] == panel[0] for line in lines)]
+    figure = Figure(figsize=(5.5 * len(panels), 4.2), layout="constrained")
+    for axis, (task, score, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        own = [line for line in lines if line["task"] == task]
+        for index, arm in enumerate(dict.fromkeys(line["arm"] for line in own)):
+            points = [(line["position"], line[score]) for line in own if line["arm"] == arm]
+            axis.plot(*zip(*points), marker="o", ms=4, color=f"C{index}", label=arm)
+        if task == "retrieval":
+            axis.axhline(own[0]["chance"], color="0.5", ls=":", label="chance")
+        axis.set(xscale="log", xlabel="tokens read since m_0", ylabel=label, title=task)
+        axis.set_xticks([line["position"] for line in own], [f"{line['position']:,}" for line in own], minor=False)
+        axis.minorticks_off()
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
 def _plot(axis, lines: list[dict], name: str, colour: str, marker: str, label: str | None, ls: str = "-") -> None:
     lines = [line for line in lines if line[name] is not None]
     if not lines:

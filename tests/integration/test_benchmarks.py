@@ -19,6 +19,7 @@ from smt_hf.experiments.benchmarks import (
     train_step,
 )
 from smt_hf.experiments.benchmarks.generation import by_forward, by_generate
+from smt_hf.experiments.benchmarks.long_context import needles
 from smt_hf.experiments.benchmarks.memory_wall import filled_cache
 from smt_hf.experiments.benchmarks.peers import (
     STATE_NAMES,
@@ -131,7 +132,7 @@ def test_peak_memory_and_seconds_to_loss(run, text_file, monkeypatch):
     def in_this_process(function, *rest):  # a process an arm takes seconds to start
         return pickle.loads(pickle.dumps(function))(*pickle.loads(pickle.dumps(rest)))
 
-    monkeypatch.setattr(train_step, "_in_a_fresh_process", in_this_process)
+    monkeypatch.setattr(train_step, "in_a_fresh_process", in_this_process)
     words = ["--vocab_size", 258, "--arms", PUBLISHED, "smt", "--memory_steps", 1, "--train_file", text_file]
     words += ["--reach_seconds", 0.4, "--reach_interval", 0.2, "--heldout_rows", 32]
     published, smt = run("train_step.py", *SMALL_STEP, *words, "--published_learning_rates", 0.004, 0.001)
@@ -285,3 +286,29 @@ def test_a_vocabulary_smaller_than_the_texts(text_file):
     words = [*SMALL, *SMALL_STEP, "--reach_seconds", "1", "--train_file", str(text_file)]
     with pytest.raises(ValueError, match="`vocab_size` must be at least 258"):
         measure_train_step(parse(TrainStepArguments, words, None))
+
+
+def test_long_context(run, tmp_path):
+    student = make_student(vocab_size=258)
+    student.save_pretrained(tmp_path / "text")
+    make_student(vocab_size=9).save_pretrained(tmp_path / "retrieval")
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {number}: a quick brown fox\n" for number in range(900)))
+    figure = tmp_path / "figure.png"
+    lines = run(
+        "long_context.py", "--text_students", f"ours={tmp_path / 'text'}", "--retrieval_students",
+        f"a={tmp_path / 'retrieval'}", f"b={tmp_path / 'retrieval'}", "--lengths", "16", "48", "--num_streams", "2",
+        "--num_rows", "20", "--train_file", text, "--num_threads", "1", "--figure", figure,
+    )  # fmt: skip
+    cells = [(line["task"], line["arm"], line["position"]) for line in lines]
+    assert cells == [("text", "ours", 16), ("text", "ours", 48), *(("retrieval", a, n) for a in "ab" for n in (16, 48))]
+    assert all(6 < line["bits_per_byte"] < 11 for line in lines[:2])
+    assert all(0 <= line["accuracy"] <= 0.6 and line["n"] == 20 for line in lines[2:])
+    assert [line["accuracy"] for line in lines[2:4]] == [line["accuracy"] for line in lines[4:]]
+    assert figure.stat().st_size
+
+
+def test_needles_are_as_far_back_as_the_row_is_long():
+    ids, labels = needles(64, 0)(48)
+    assert (ids[:, 0] == 0).all() and (ids[:, -2] == 0).all() and ((ids == 0).sum(1) == 2).all()
+    assert (labels[:, -1] == ids[:, 1]).all() and (labels[:, :-1] == -100).all() and (ids[:, -1] == ids[:, 1]).all()

@@ -124,7 +124,7 @@ def bytes_per_token(config: LlamaConfig, batch_size: int) -> int:
     return 2 * 4 * config.num_hidden_layers * batch_size * config.num_key_value_heads * config.head_dim
 
 
-class _Memory:
+class PeakMemory:
     """Growth of this process's resident memory since the object was made, in bytes; `None` where Linux cannot say."""
 
     def __init__(self):
@@ -167,7 +167,7 @@ def stream_student(arguments: MemoryWallArguments) -> list[dict]:
     model = load_student(arguments)
     shape = (arguments.batch_size, arguments.chunk_tokens)
     _first_forward(model)
-    memory, cache = _Memory(), SMTRecurrentCache()
+    memory, cache = PeakMemory(), SMTRecurrentCache()
     points: list[dict] = []
     (layer,) = cache.layers
     begin = time.perf_counter()
@@ -193,7 +193,7 @@ def measure_transformer(arguments: MemoryWallArguments, config: LlamaConfig, con
     model = LlamaForCausalLM(config).eval()
     _first_forward(model)
     begin = time.perf_counter()
-    memory = _Memory()
+    memory = PeakMemory()
     cache = filled_cache(config, arguments.batch_size, context, 1 + arguments.steps if preallocated else None)
     buffers = [
         (layer.key_buffer, layer.value_buffer) if preallocated else (layer.keys, layer.values) for layer in cache.layers
@@ -233,7 +233,7 @@ def _needed(point: dict) -> int:
     return max(point["state_bytes"], point["peak_growth_bytes"] or 0)
 
 
-def _in_a_fresh_process(function, *arguments):
+def in_a_fresh_process(function, *arguments):
     with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -294,7 +294,7 @@ def measure_memory_wall(arguments: MemoryWallArguments) -> list[dict]:
 
 
 def _student_points(arguments: MemoryWallArguments, student) -> list[dict]:
-    points = _in_a_fresh_process(stream_student, arguments)
+    points = in_a_fresh_process(stream_student, arguments)
     config = student.config
     state_bytes = 4 * arguments.batch_size * config.num_memory_tokens * config.hidden_size
     seconds = points[-1]["seconds_per_token"] if points else None
@@ -313,7 +313,7 @@ def _transformer_points(
         if state_bytes <= state_limit:
             try:
                 preallocated = arm == "transformer_preallocated"
-                point = _in_a_fresh_process(measure_transformer, arguments, config, context, preallocated)
+                point = in_a_fresh_process(measure_transformer, arguments, config, context, preallocated)
             except RuntimeError as error:
                 # Killed by the system, or refused by torch's allocator. Anything else is no matter of memory.
                 if not isinstance(error, BrokenProcessPool) and "allocate memory" not in str(error):

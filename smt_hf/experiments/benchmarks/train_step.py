@@ -40,7 +40,7 @@ from smt_hf.training.rollout import rollout
 from smt_hf.training.trainers import SMTTrainer
 
 from .arguments import BenchmarkArguments, argument
-from .memory_wall import _in_a_fresh_process, _Memory
+from .memory_wall import PeakMemory, in_a_fresh_process
 from .peers import count_parameters, describe, load_student
 from .results import facts
 
@@ -229,7 +229,7 @@ def peak_memory_mb(arguments: TrainStepArguments, arm: str) -> float | None:
         Stepper(tiny, arm, load_student(tiny).config, folder).step()
         config = load_student(arguments).config
         gc.collect()
-        memory = _Memory()
+        memory = PeakMemory()
         stepper = Stepper(arguments, arm, config, folder)
         for _ in range(arguments.memory_steps):
             stepper.step()
@@ -446,7 +446,7 @@ def _peaks(arguments: TrainStepArguments, errors: dict[str, str]) -> dict[str, f
     arms = [arm for arm in arguments.arms if arguments.device == "cuda" or not arm.endswith("compiled")]
     for arm in tqdm(arms, unit="arm", desc="peak memory", dynamic_ncols=True):
         try:
-            peaks[arm] = _in_a_fresh_process(peak_memory_mb, arguments, arm)
+            peaks[arm] = in_a_fresh_process(peak_memory_mb, arguments, arm)
         except Exception as error:
             _keep_or_raise(error, arm, errors)
     return peaks

@@ -1,0 +1,23 @@
+"""Past the training length: `python recipes/benchmarks/long_context.py --text_students NAME=DIR` (`--help`)."""
+
+import sys
+from pathlib import Path
+
+from smt_hf.experiments.benchmarks import LongContextArguments, measure_long_context, parse, print_table, write_lines
+from smt_hf.publishing.benchmark_figures import plot_long_context
+
+
+def main() -> None:
+    arguments = parse(LongContextArguments, sys.argv[1:], __doc__)
+    lines = measure_long_context(arguments)
+    for task, score in (("text", "bits_per_byte"), ("retrieval", "accuracy")):
+        own = [line for line in lines if line["task"] == task]
+        if own:
+            print_table(own, ["task", "arm", "position", score, "chance", "n"])
+    write_lines(lines, arguments.output)
+    if arguments.figure is not None:
+        plot_long_context(lines, Path(arguments.figure))
+
+
+if __name__ == "__main__":
+    main()
