@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -244,7 +245,7 @@ def run_grid(runs: list[Run], output: Path, jobs: int = 1) -> Iterator[list[dict
     for slot in range(jobs):
         slots.put(slot)
     with concurrent.futures.ProcessPoolExecutor(
-        jobs, context, initializer=_take_cores, initargs=(slots, jobs, num_threads)
+        jobs, context, initializer=_settle, initargs=(slots, jobs, num_threads)
     ) as pool:
         futures = {pool.submit(_train_quietly, run): run for run in waiting}
         for future in concurrent.futures.as_completed(futures):
@@ -264,12 +265,21 @@ def run_grid(runs: list[Run], output: Path, jobs: int = 1) -> Iterator[list[dict
     bar.close()
 
 
-def _take_cores(slots, jobs: int, num_threads: int) -> None:
+def _settle(slots, jobs: int, num_threads: int) -> None:
+    """Give a worker cores of its own, and let it end with the process that started it."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         slot = slots.get()
         if jobs * num_threads <= len(cores):
             os.sched_setaffinity(0, cores[slot * num_threads : (slot + 1) * num_threads])
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)  # a worker of a grid that was killed would go on training beside the next one
 
 
 def _train_quietly(run: Run) -> list[dict]:
