@@ -83,10 +83,12 @@ class CarriedWindows(Dataset):
         seed: of the order of the rows.
 
     Raises:
-        ValueError: rows of another length.
+        ValueError: rows of another length, or levels of a curriculum.
     """
 
     def __init__(self, rows: Sequence[dict], num_streams: int, window: int, num_steps: int, seed: int):
+        if "levels" in rows[0]:
+            raise ValueError("a curriculum cannot be read with a carried memory: set `carries_memory` to false.")
         unread = sorted({"attention_mask", "document_ids"} & set(rows[0]))
         if unread:
             raise ValueError(

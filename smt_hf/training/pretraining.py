@@ -221,6 +221,8 @@ class SMTForPreTraining(PreTrainedModel):
     @torch.no_grad()
     def update_label_moments(self, moments: torch.Tensor, momentum: float = 0.9) -> None:
         """Take the `label_moments` of an optimiser step, summed over its forwards and ranks, into the estimate."""
+        if not moments[0, 0]:
+            return  # the step had no labels
         num_memory_tokens = self.label_mean.shape[0]
         mean, square = (moments[1:] / moments[0, 0].clamp(min=1)).split(num_memory_tokens)
         momentum = momentum if self.label_updates else 0.0
@@ -572,8 +574,8 @@ def _own_sums(losses: torch.Tensor, counts: torch.Tensor, own: torch.Tensor) -> 
 
 
 def _moments(labels: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    flat = labels.flatten(0, 1) if mask is None else labels[mask]
-    number = torch.full_like(flat[:1, 0], len(flat)) if len(flat) else labels.new_zeros(1, labels.shape[-1])
+    flat = (labels.flatten(0, 1) if mask is None else labels[mask]).float()
+    number = flat.new_full((1, labels.shape[-1]), len(flat))
     return torch.cat([number, flat.sum(0), flat.square().sum(0)])
 
 

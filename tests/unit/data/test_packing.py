@@ -138,6 +138,8 @@ def test_levels():
     for unequal in ([], [easy, hard[:1]], [easy, hard, [*hard, *hard]]):
         with pytest.raises(ValueError, match="of one size"):
             Levels(unequal)
+    with pytest.raises(ValueError, match="carries_memory"):
+        CarriedWindows(levels, num_streams=1, window=1, num_steps=1, seed=0)
 
 
 def test_collate_levels():

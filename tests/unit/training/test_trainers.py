@@ -309,9 +309,11 @@ def test_the_spread_of_the_labels_is_kept(tmp_path):
     trainer = make_trainer(
         "dmt_stride", tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=3
     )
+    model, numbers = trainer.model, []
+    update = model.update_label_moments
+    model.update_label_moments = lambda moments: (numbers.append(int(moments[0, 0])), update(moments))
     trainer.train()
-    model = trainer.model
-    assert model.label_updates == 3
+    assert model.label_updates == 3 and numbers == [8 * 3] * 3  # every step its own labels, of all micro-batches
     before = weights_of(trainer)
     trainer.evaluate()
     assert_same(before, weights_of(trainer), rtol=0, atol=0)
