@@ -234,6 +234,7 @@ def _needed(point: dict) -> int:
 
 
 def in_a_fresh_process(function, *arguments):
+    """`function(*arguments)`, computed by a process that has done nothing else: its memory is that of the function."""
     with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
