@@ -177,6 +177,7 @@ def pretrain(
         "data": subject.facts(),
         "config": config.to_dict(),
         "phases": [phase_settings(arguments) for arguments in phases],
+        **({"compare_bptt": [phase_settings(rival)]} if rival is not None else {}),
         "seed": run.seed,
         **facts,
     }

@@ -22,12 +22,14 @@ def append_evidence(results: dict, path: Path) -> None:
     shared = {name: results[name] for name in ("commit", "hardware", "num_threads")}
     names = ("updater_type", "hidden_size", "num_hidden_layers", "num_memory_tokens", "intermediate_size")
     shared["student"] = {name: results["config"]["student"][name] for name in names}
-    shared |= {"phases": results["phases"], "versions": results["versions"]}
+    shared |= {"versions": results["versions"]}
     with path.open("a") as file:
         for arm, scores in results["arms"].items():
             line = {"task": task["name"], "difficulty": task["difficulty"], "arm": arm, "seed": results["seed"]}
             line |= {"n": results["data"]["heldout_tokens"], "data_hash": results["data"]["hash"]}
             line |= {"chance": task["chance"]}
+            is_rival = arm in ("bptt", "bptt_truncated") and arm != results["student_arm"]
+            line |= {"phases": results.get("compare_bptt", []) if is_rival else results["phases"]}
             file.write(json.dumps({**line, **scores, **shared}) + "\n")
 
 
