@@ -136,7 +136,8 @@ def train_run(run: Run) -> list[dict]:
                 if part == "student":
                     line["curve"] = list(curve)
                 lines.append(line)
-        lines[-1] |= pictures(model, subject)
+        if lines[-1][subject.metric] is not None:  # a diverged student has no pictures
+            lines[-1] |= pictures(model, subject)
     lines[-1] |= {"is_last": True, "total_seconds": round(time.perf_counter() - started, 1)}
     return lines
 

@@ -332,6 +332,7 @@ def _stream_scores(scores: StreamScores) -> dict:
         "bits_per_byte": scores.bits_per_byte,
         "accuracy": scores.accuracy,
         "losses": [round(float(loss), 5) for loss in scores.losses],
+        "n": scores.num_tokens,
     }
 
 
