@@ -27,7 +27,10 @@ class SMTTeacherConfig(PreTrainedConfig):
         num_hidden_layers: causal Transformer blocks.
         num_attention_heads: must divide `hidden_size` into even head widths (RoPE).
         sliding_window: tokens that a token sees, itself included [W]. A memory label depends on the last
-            `num_hidden_layers * (sliding_window - 1) + 1` tokens, at any position of any window alike.
+            `num_hidden_layers * (sliding_window + conv_kernel - 2) + 1` tokens, at any position of any window alike.
+        conv_kernel: tokens that a depthwise causal convolution in front of every attention mixes, 1: none.
+        rotary_values: rotate the values by their distance to the query, as RoPE does queries and keys, so that one
+            head can hold several tokens in their order.
         memory_readout: `"projection"`: a linear map of all layers' states at a position; `"registers"`: K register
             tokens a position that look at the tokens read.
         num_memory_tokens, memory_size: shape of a memory [K, D]; must be the student's.
@@ -45,6 +48,8 @@ class SMTTeacherConfig(PreTrainedConfig):
     num_hidden_layers: int = 2
     num_attention_heads: int = 4
     sliding_window: int = 64
+    conv_kernel: int = 4
+    rotary_values: bool = True
     memory_readout: str = "projection"
     num_memory_tokens: int = 4
     memory_size: int = 64
@@ -69,6 +74,7 @@ class SMTTeacherConfig(PreTrainedConfig):
             "num_hidden_layers",
             "num_attention_heads",
             "sliding_window",
+            "conv_kernel",
             "num_memory_tokens",
             "memory_size",
         ):
@@ -126,6 +132,42 @@ def local_causal_attention(queries, keys, values, window: int, document_ids=None
     return mixed.reshape(batch, heads, padded, width)[:, :, :length]
 
 
+def rotate(heads, position_ids, theta: float, sign: int = 1) -> torch.Tensor:
+    """Rotary positions (Su et al. 2021): `(B, ..., H, E / H)` at `(B, ...)`, or broadcastable, positions.
+
+    `sign=-1` turns back.
+    """
+    width = heads.shape[-1]
+    frequencies = theta ** -(torch.arange(0, width, 2, device=heads.device, dtype=torch.float32) / width)
+    angles = (position_ids[..., None] * frequencies)[..., None, :]
+    cos, sin = angles.cos().to(heads.dtype), sign * angles.sin().to(heads.dtype)
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+class SMTTeacherConvolution(nn.Module):
+    """Every channel of a token mixed with the same channel of the `conv_kernel - 1` tokens before it, of the same
+    document. At birth it changes nothing.
+
+    What a token says then holds what came before it, which attention alone needs a layer to find out: the pairs of a
+    key and a value are such a case.
+    """
+
+    def __init__(self, width: int, kernel: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(kernel, width))
+
+    def forward(self, states, document_ids=None):
+        """`(B, T, E)` -> `(B, T, E)`; `document_ids`: `(B, T)`."""
+        mixed = states * self.weight[0]
+        for distance in range(1, min(len(self.weight), states.shape[1])):
+            earlier = states[:, :-distance] * self.weight[distance]
+            if document_ids is not None:
+                earlier = earlier * (document_ids[:, distance:] == document_ids[:, :-distance])[..., None]
+            mixed = mixed + F.pad(earlier, (0, 0, distance, 0))
+        return mixed
+
+
 class SMTTeacherBlock(nn.Module):
     def __init__(self, config: SMTTeacherConfig):
         super().__init__()
@@ -133,7 +175,9 @@ class SMTTeacherBlock(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.window = config.sliding_window
         self.theta = config.rope_theta
+        self.rotates_values = config.rotary_values
         self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.conv = SMTTeacherConvolution(config.hidden_size, config.conv_kernel) if config.conv_kernel > 1 else None
         self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -143,23 +187,14 @@ class SMTTeacherBlock(nn.Module):
         self.activation = ACT2FN[config.hidden_act]
 
     def heads_of(self, states, position_ids):
-        """`(B, ..., E)`, positions `(B, ...)` or broadcastable -> rotated q and k, plain v, `(B, ..., H, E / H)`."""
-        queries, keys, values = (
-            self.qkv_proj(self.attention_norm(states)).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
-        )
-        frequencies = self.theta ** -(
-            torch.arange(0, self.head_dim, 2, device=states.device, dtype=torch.float32) / self.head_dim
-        )
-        angles = (position_ids[..., None] * frequencies)[..., None, :]
-        cos, sin = angles.cos().to(states.dtype), angles.sin().to(states.dtype)
+        """Normed `(B, ..., E)` at `(B, ...)`, or broadcastable, positions -> q, k and v, each `(B, ..., H, E / H)`."""
+        queries, keys, values = self.qkv_proj(states).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        values = rotate(values, position_ids, self.theta) if self.rotates_values else values
+        return rotate(queries, position_ids, self.theta), rotate(keys, position_ids, self.theta), values
 
-        def rotate(heads):
-            first, second = heads.chunk(2, dim=-1)
-            return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
-
-        return rotate(queries), rotate(keys), values
-
-    def after_attention(self, states, mixed):
+    def after_attention(self, states, mixed, position_ids):
+        """The block's output from its input and what the heads have gathered, `(B, ..., H, E / H)`."""
+        mixed = rotate(mixed, position_ids, self.theta, sign=-1) if self.rotates_values else mixed
         states = states + self.o_proj(mixed.flatten(-2))
         return states + self.down_proj(self.activation(self.up_proj(self.mlp_norm(states))))
 
@@ -176,15 +211,18 @@ class SMTTeacherBlock(nn.Module):
             The new tokens and registers. Tokens never look at registers, a register only at those of its position.
         """
         time = torch.arange(tokens.shape[1], device=tokens.device)
-        token_q, token_k, token_v = self.heads_of(tokens, time)
+        normed = self.attention_norm(tokens)
+        normed = normed if self.conv is None else self.conv(normed, document_ids)
+        token_q, token_k, token_v = self.heads_of(normed, time)
         mixed = local_causal_attention(
             token_q.transpose(1, 2), token_k.transpose(1, 2), token_v.transpose(1, 2), self.window, document_ids
         )
-        new_tokens = self.after_attention(tokens, mixed.transpose(1, 2))
+        new_tokens = self.after_attention(tokens, mixed.transpose(1, 2), time)
         if registers is None:
             return new_tokens, None
         # A register of position p stands where the last token read stands: p - 1.
-        query, key, value = self.heads_of(registers, (positions - 1)[..., None])
+        places = (positions - 1)[..., None]
+        query, key, value = self.heads_of(self.attention_norm(registers), places)
         scale = self.head_dim**-0.5
         to_tokens = torch.einsum("bskhd,bthd->bhskt", query, token_k) * scale
         to_tokens = to_tokens.masked_fill(~visible[:, None, :, None], float("-inf"))
@@ -193,7 +231,7 @@ class SMTTeacherBlock(nn.Module):
         num_tokens = tokens.shape[1]
         mixed = torch.einsum("bhskt,bthd->bskhd", weights[..., :num_tokens], token_v)
         mixed = mixed + torch.einsum("bhskj,bsjhd->bskhd", weights[..., num_tokens:], value)
-        return new_tokens, self.after_attention(registers, mixed)
+        return new_tokens, self.after_attention(registers, mixed, places)
 
 
 class SMTTeacherEncoder(PreTrainedModel):
@@ -232,6 +270,9 @@ class SMTTeacherEncoder(PreTrainedModel):
             init.normal_(module.weight, std=1.0)
         elif isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
+        elif isinstance(module, SMTTeacherConvolution):
+            init.zeros_(module.weight)
+            init.ones_(module.weight[0])
         elif isinstance(module, SMTTeacherEncoder) and self.config.memory_readout == "registers":
             init.normal_(module.registers, std=0.5)
 

@@ -37,6 +37,8 @@ class SMTWindowedTeacherConfig(PreTrainedConfig):
     model_type = "smt_windowed_teacher"
     # The name under which `SMTTeacherBlock` knows the number of tokens that are seen.
     attribute_map = {"sliding_window": "context_length"}
+    # What the block of the causal teacher has beyond the published one.
+    conv_kernel, rotary_values = 1, False
 
     vocab_size: int = 258
     hidden_size: int = 96
@@ -97,9 +99,9 @@ class SMTWindowedTeacherBlock(SMTTeacherBlock):
             `(N, num_queries, E)`.
         """
         first = 0 if num_queries is None else states.shape[1] - num_queries
-        queries, keys, values = (heads.transpose(1, 2) for heads in self.heads_of(states, places))
+        queries, keys, values = (heads.transpose(1, 2) for heads in self.heads_of(self.attention_norm(states), places))
         mixed = F.scaled_dot_product_attention(queries[:, :, first:], keys, values, visible)
-        return self.after_attention(states[:, first:], mixed.transpose(1, 2))
+        return self.after_attention(states[:, first:], mixed.transpose(1, 2), places[first:])
 
 
 class SMTWindowedTeacher(PreTrainedModel):

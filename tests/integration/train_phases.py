@@ -9,7 +9,7 @@ from tests.unit.training.test_trainers import make_trainer
 
 
 def main(folder: str, batch: str, *kinds: str) -> None:
-    report = {}
+    report: dict[str, dict] = {}
     for kind in kinds:
         trainer = make_trainer(
             kind,
@@ -35,6 +35,7 @@ def main(folder: str, batch: str, *kinds: str) -> None:
     if trainer.is_world_process_zero():
         with open(f"{folder}/report.json", "w") as file:
             json.dump(report, file)
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -41,11 +41,28 @@ def naive_label(teacher, prefix):
     collected = []
     for layer in teacher.layers:
         normed = layer.attention_norm(states)
+        if layer.conv is not None:
+            kernel = layer.conv.weight
+            convolved = [sum(kernel[d] * normed[i - d] for d in range(min(len(kernel), i + 1))) for i in range(length)]
+            normed = torch.cat([torch.stack(convolved), normed[length:]])
         query, key, value = layer.qkv_proj(normed).view(len(states), 3, layer.num_heads, -1).unbind(1)
         query, key = rotated(query, positions, config.rope_theta), rotated(key, positions, config.rope_theta)
         scores = torch.einsum("ihd,jhd->hij", query, key) / layer.head_dim**0.5
         weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-        states = states + layer.o_proj(torch.einsum("hij,jhd->ihd", weights, value).flatten(1))
+        if config.rotary_values:  # by the distance, one pair of tokens at a time
+            mixed = torch.stack(
+                [
+                    sum(
+                        weights[:, i, j, None]
+                        * rotated(value[j, None], positions[j, None] - positions[i], config.rope_theta)[0]
+                        for j in range(len(states))
+                    )
+                    for i in range(len(states))
+                ]
+            )
+        else:
+            mixed = torch.einsum("hij,jhd->ihd", weights, value)
+        states = states + layer.o_proj(mixed.flatten(1))
         states = states + layer.down_proj(layer.activation(layer.up_proj(layer.mlp_norm(states))))
         collected.append(teacher.norm(states))
     if registers:
@@ -70,9 +87,13 @@ def naive_labels(teacher, input_ids, positions, initial_memory, attention_mask=N
 
 @pytest.mark.parametrize("length", [1, 4, 5, 13])
 @pytest.mark.parametrize("extra", ["plain", "mask", "documents", "both"])
+@pytest.mark.parametrize(("conv_kernel", "rotary_values"), [(4, True), (1, False)])
 @pytest.mark.parametrize("memory_readout", READOUTS)
-def test_equals_naive_twin(memory_readout, extra, length):
-    teacher = make_teacher(memory_readout=memory_readout)
+def test_equals_naive_twin(memory_readout, conv_kernel, rotary_values, extra, length):
+    teacher = make_teacher(memory_readout=memory_readout, conv_kernel=conv_kernel, rotary_values=rotary_values)
+    if teacher.layers[0].conv is not None:  # at birth it changes nothing
+        for layer in teacher.layers:
+            torch.nn.init.normal_(layer.conv.weight)
     twin = copy.deepcopy(teacher)
     generator = torch.Generator().manual_seed(length)
     input_ids = torch.randint(VOCAB, (3, length), generator=generator)
@@ -100,13 +121,15 @@ def test_equals_naive_twin(memory_readout, extra, length):
 
 @pytest.mark.parametrize("memory_readout", READOUTS)
 def test_labels_mean_the_same_at_any_position(memory_readout):
-    """Past the receptive field, 2 layers x 4 tokens + 1, a label does not know how long the text before it was."""
+    """Past the receptive field, 2 layers x (4 + 3) tokens + 1, a label does not know how long the text before was."""
     teacher = make_teacher(memory_readout=memory_readout)
-    tail = torch.randint(VOCAB, (1, 9))
+    for layer in teacher.layers:
+        torch.nn.init.normal_(layer.conv.weight)
+    tail = torch.randint(VOCAB, (1, 15))
     labels = []
     for before in (0, 3, 20):
         text = torch.cat([torch.randint(VOCAB, (1, before)), tail], 1)
-        labels.append(teacher(text, torch.tensor([before + 9]), torch.zeros(3, 16)))
+        labels.append(teacher(text, torch.tensor([before + 15]), torch.zeros(3, 16)))
     torch.testing.assert_close(labels[1], labels[0], atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(labels[2], labels[0], atol=2e-5, rtol=1e-4)
 
