@@ -378,7 +378,9 @@ def _check_grid(grid: dict) -> None:
     for arm, spec in grid["arms"].items():
         _check_keys(spec, _ARM_KEYS, f"key of arm {arm}")
         phases = _phase_names_of(spec)
-        _check_keys(dict.fromkeys(phases), set(ARGUMENTS), "phase")
+        _check_keys(dict.fromkeys(phase for _, phase, _ in _numbered_phases(spec)), set(ARGUMENTS), "phase")
+        if ("sweep" in spec or "variants" in spec) and not spec.get("group"):
+            raise ValueError(f"arm {arm} has variants: name their `group`, a title for their table.")
         if len(spec.get("sweep") or {}) > 1:
             raise ValueError("`sweep` takes one phase with lists of values: `bptt: {learning_rate: [...], ...}`.")
         _check_keys(spec.get("only") or {}, set(map(str, grid["tasks"])), f"task in `only` of arm {arm}")
@@ -394,12 +396,19 @@ def _check_grid(grid: dict) -> None:
 
 
 def _phase_names_of(spec: dict) -> set[str]:
-    names = set()
+    return {number for number, _, _ in _numbered_phases(spec)}
+
+
+def _numbered_phases(spec: dict) -> list[tuple[str, str, dict]]:
+    """Name in the grid (`smt`, `smt_2`, as their folders), phase and settings of an arm's phases."""
+    numbered: list[tuple[str, str, dict]] = []
     for entry in (spec or {}).get("phases") or []:
         if isinstance(entry, dict) and len(entry) != 1:
             raise ValueError(f"a phase must be a name or a one-key mapping `name: {{...}}`, got {entry!r}.")
-        names.add(str(next(iter(entry)) if isinstance(entry, dict) else entry))
-    return names
+        phase, settings = next(iter(entry.items())) if isinstance(entry, dict) else (entry, {})
+        earlier = sum(name == phase for _, name, _ in numbered)
+        numbered.append((f"{phase}_{earlier + 1}" if earlier else str(phase), str(phase), settings or {}))
+    return numbered
 
 
 def _check_keys(given: Any, valid: set[str], what: str) -> None:
@@ -488,18 +497,13 @@ def _phases_of_arm(spec: dict, of_task: dict, changes: dict, seconds: float | No
     A phase gets its `share` of the seconds (default: what the others leave, evenly).
     """
     phases = []
-    for entry in spec.get("phases") or []:
-        name, settings = next(iter(entry.items())) if isinstance(entry, dict) else (entry, {})
-        if name not in ARGUMENTS:
-            raise ValueError(
-                f"unknown phase {name!r}: choose from {', '.join(ARGUMENTS)}{_closest(str(name), ARGUMENTS)}"
-            )
-        merged = {**(settings or {}), **(of_task.get(name) or {}), **(changes.get(name) or {})}
+    for number, name, settings in _numbered_phases(spec):
+        merged = {**settings, **(of_task.get(number) or {}), **(changes.get(number) or {})}
         phases.append((name, merged.pop("share", None), merged))
     if not phases:
         raise ValueError("every arm needs `phases`.")
     left = 1 - sum(share or 0 for _, share, _ in phases)
-    num_open = sum(share is None for _, share, _ in phases)
+    num_open = sum(share is None and "max_steps" not in settings for _, share, settings in phases)
     typed = []
     for name, share, settings in phases:
         if seconds is not None and "max_steps" not in settings:

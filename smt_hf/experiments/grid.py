@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 import warnings
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +39,7 @@ from smt_hf.training.phases import ARGUMENTS, PhaseResult, lay_out, run_phases
 from smt_hf.training.pretraining import SMTForPreTraining
 
 from .pretraining import model_config, phase_settings
-from .subjects import PixelSubject, Subject, TaskSubject, TextSubject
+from .subjects import HELDOUT_SEED, PixelSubject, Subject, TaskSubject, TextSubject
 
 # Rows of the pictures: drift, gradients, geometry, longer rows.
 _PICTURE_ROWS, _LONGER_ROWS = 64, 256
@@ -79,11 +80,29 @@ class Run:
         """What tells a run from others in a file of lines."""
         return (self.task, self.difficulty, self.arm, self.seed, self.group, self.variant)
 
+    def digest(self) -> str:
+        """Of the settings; the same key with another digest is another experiment."""
+        names = ("phases", "student", "teacher", "curriculum", "num_threads", "num_heldout")
+        settings = [getattr(self, name) for name in names]
+        return f"{zlib.crc32(json.dumps(settings, sort_keys=True, default=str).encode()):08x}"
+
 
 def is_done(run: Run, lines: list[dict]) -> bool:
-    """Whether the last line of the run is among `lines`."""
+    """Whether the last line of the run is among `lines`.
+
+    Raises:
+        ValueError: it is, with other settings.
+    """
     names = ("task", "asked_difficulty", "run", "seed", "group", "variant")
-    return any(line.get("is_last") and tuple(line.get(name) for name in names) == run.key() for line in lines)
+    for line in lines:
+        if line.get("is_last") and tuple(line.get(name) for name in names) == run.key():
+            if line.get("settings_digest", run.digest()) != run.digest():
+                raise ValueError(
+                    f"the lines of {run.key()} come from other settings than the grid has now: take its old lines out "
+                    "of the file, or name another `--output`."
+                )
+            return True
+    return False
 
 
 def train_run(run: Run) -> list[dict]:
@@ -109,6 +128,7 @@ def train_run(run: Run) -> list[dict]:
         "seed": run.seed,
         "run": run.arm,
         "asked_difficulty": run.difficulty,
+        "settings_digest": run.digest(),
         **({"group": run.group, "variant": run.variant} if run.group else {}),
         **{name: facts[name] for name in ("commit", "hardware", "num_threads", "versions")},
         "data_hash": subject.facts()["hash"],
@@ -129,6 +149,8 @@ def train_run(run: Run) -> list[dict]:
             spent["sequential_steps"] += result.sequential_steps
             spent["tokens"] += result.tokens
             spent["optimizer_steps"] += max((line.get("step", 0) for line in result.log_history), default=0)
+            if not getattr(result.arguments, "trains_updater", True):
+                continue  # the teacher's line comes with the phase that trains the student
             for part, scores in reversed(result.scores.items()):  # the teacher's line before the student's
                 name = result.arm if part == "student" else part
                 line = {**shared, "arm": name, **{key: _finite(scores[key]) for key in scores if key != "losses"}}
@@ -154,6 +176,7 @@ def _curve(result: PhaseResult, spent: dict) -> list[dict]:
             point = {
                 "seconds": round(spent["wall_clock_s"] + line.get("seconds", 0.0), 2),
                 "sequential_steps": spent["sequential_steps"] + line.get("sequential_steps", 0),
+                "tokens": spent["tokens"] + line.get("tokens", 0),
                 "step": spent["optimizer_steps"] + line["step"],
                 "loss": _finite(round(line["eval_rollout"], 4)),
             }
@@ -224,7 +247,9 @@ def subject_of(run: Run, arguments: list[PhaseArguments]) -> Subject:
         return PixelSubject(run.sources.get("mnist_dir"), run.num_heldout)
     if run.difficulty is None:
         raise ValueError(f"task {run.task!r} needs `difficulties`.")
-    return TaskSubject(run.task, run.difficulty, run.curriculum, run.seed, run.num_heldout)
+    # Runs of a group are there to choose settings by.
+    heldout_seed = HELDOUT_SEED + (2 if run.group else 1)
+    return TaskSubject(run.task, run.difficulty, run.curriculum, run.seed, run.num_heldout, heldout_seed)
 
 
 def run_grid(runs: list[Run], output: Path, jobs: int = 1) -> Iterator[list[dict]]:

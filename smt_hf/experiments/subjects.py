@@ -45,7 +45,7 @@ _EVAL_ROW, _EVAL_ROWS = 128, 32
 _STREAMS, _SHORTEST_STREAM, _LONGEST_STREAM = 64, 1024, 8192
 _TASK_ROWS, _TASK_EVAL_ROWS = 30_000, 128
 # Seeds of held-out rows lie above all seeds of training rows.
-_HELDOUT_SEED = 1_000_000
+HELDOUT_SEED = 1_000_000
 
 
 class Subject(ABC):
@@ -65,8 +65,8 @@ class Subject(ABC):
 
     @abstractmethod
     def evaluate(self, model: SMTForPreTraining, arguments: PhaseArguments) -> dict[str, dict]:
-        """Scores after a phase: of the `student`'s own rollout and, where its teacher is still in use, the
-        `teacher`."""
+        """Scores after a phase: of the own rollout of a `student` that it trained and, where its teacher is still in
+        use, the `teacher`."""
 
     @abstractmethod
     def facts(self) -> dict:
@@ -143,7 +143,9 @@ class TextSubject(Subject):
         return self._rows[arguments.context_length]
 
     def evaluate(self, model: SMTForPreTraining, arguments: PhaseArguments) -> dict[str, dict]:
-        scores = {"student": _stream_scores(score_student(model.student, self.streams, self.num_bytes))}
+        scores = {}
+        if getattr(arguments, "trains_updater", True):
+            scores["student"] = _stream_scores(score_student(model.student, self.streams, self.num_bytes))
         if arguments.phase == "smt":  # later phases change the readout, or the memories it reads
             scores["teacher"] = _stream_scores(score_teacher(model, self.streams, self.num_bytes))
         return scores
@@ -178,13 +180,23 @@ class TaskSubject(Subject):
         curriculum: easier difficulties to begin with; those not below `difficulty` are left out.
         seed: of the training rows.
         num_heldout: labels to score at least.
+        heldout_seed: of the rows to score; settings are chosen on others than those of the final scores.
     """
 
     metric = "accuracy"
 
     def __init__(
-        self, name: str, difficulty: int, curriculum: Iterable[int] = (), seed: int = 0, num_heldout: int = 4096
+        self,
+        name: str,
+        difficulty: int,
+        curriculum: Iterable[int] = (),
+        seed: int = 0,
+        num_heldout: int = 4096,
+        heldout_seed: int = HELDOUT_SEED + 1,
     ):
+        if seed >= HELDOUT_SEED:
+            raise ValueError(f"seeds from {HELDOUT_SEED:,} on are those of held-out rows: take a smaller one.")
+        self.heldout_seed = heldout_seed
         task = task_facts(name, difficulty)
         self.name, self.difficulty, self.chance, self.vocab_size = name, difficulty, task.chance, task.vocab_size
         self.num_transitions = task.num_transitions
@@ -192,13 +204,13 @@ class TaskSubject(Subject):
         levels = [*sorted(level for level in set(curriculum) if level < difficulty), difficulty]
         self.levels = [load_task(name, level, _TASK_ROWS, seed) for level in levels]
         self.level_names = levels
-        self.eval_rows = load_task(name, difficulty, _TASK_EVAL_ROWS, _HELDOUT_SEED)
+        self.eval_rows = load_task(name, difficulty, _TASK_EVAL_ROWS, HELDOUT_SEED)
         labels_a_row = int((self.eval_rows[0]["labels"] != -100).sum())
         self.heldout = self.heldout_rows(difficulty, math.ceil(num_heldout / labels_a_row))
 
     def heldout_rows(self, difficulty: int, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
         """`input_ids` and `labels` `(num_rows, T + 1)` that no training seed draws."""
-        rows = load_task(self.name, difficulty, num_rows, _HELDOUT_SEED + 1)
+        rows = load_task(self.name, difficulty, num_rows, self.heldout_seed)
         return np.stack(rows["input_ids"][:]).astype(np.int64), np.stack(rows["labels"][:]).astype(np.int64)
 
     def longer(self, factor: int) -> int | None:
@@ -229,7 +241,9 @@ class TaskSubject(Subject):
         return Levels(self.levels)
 
     def evaluate(self, model: SMTForPreTraining, arguments: PhaseArguments) -> dict[str, dict]:
-        scores = {"student": _probe_scores(score_student_probe(model.student, *self.heldout))}
+        scores = {}
+        if getattr(arguments, "trains_updater", True):
+            scores["student"] = _probe_scores(score_student_probe(model.student, *self.heldout))
         if arguments.phase == "smt":
             scores["teacher"] = _probe_scores(score_teacher_probe(model, *self.heldout))
         return scores
@@ -280,7 +294,9 @@ class PixelSubject(Subject):
         return self.train
 
     def evaluate(self, model: SMTForPreTraining, arguments: PhaseArguments) -> dict[str, dict]:
-        scores = {"student": self._scores(score_student_probe(model.student, self.heldout, self.heldout))}
+        scores = {}
+        if getattr(arguments, "trains_updater", True):
+            scores["student"] = self._scores(score_student_probe(model.student, self.heldout, self.heldout))
         if arguments.phase == "smt":
             scores["teacher"] = self._scores(score_teacher_probe(model, self.heldout, self.heldout))
         return scores

@@ -17,6 +17,7 @@ from typing import Any
 
 from .report_figures import draw_figures
 from .scores import (
+    BOTH_FAIL,
     MARGIN,
     METRICS,
     SOLVED,
@@ -223,11 +224,15 @@ def _task_table(task: str, lines: list[dict], verdicts: dict[str, Verdict | None
 def _summary(verdicts: dict[str, Verdict | None]) -> list[str]:
     compared = {cell: verdict for cell, verdict in verdicts.items() if verdict}
     cells = {
-        word: [f"{cell} ({verdict.signed()})" for cell, verdict in compared.items() if verdict.word == word]
-        for word in ("ahead", "level", "behind", "both fail")
+        word: [
+            f"{cell} ({verdict.signed()}{BOTH_FAIL if verdict.word.endswith(BOTH_FAIL) else ''})"
+            for cell, verdict in compared.items()
+            if verdict.word.split(",")[0] == word
+        ]
+        for word in ("ahead", "level", "behind")
     }
     counts = ", ".join(f"{word} in {len(cells[word])}" for word in ("ahead", "level", "behind"))
-    failed = [cell for cell, verdict in compared.items() if verdict.word == "both fail"]
+    failed = [cell for cell, verdict in compared.items() if verdict.word.endswith(BOTH_FAIL)]
     lines = [
         f"**Our best arm against the better BPTT: {counts} of {len(compared)} cells; both below {SOLVED} in: "
         f"{', '.join(failed) or 'none'}.**",

@@ -17,6 +17,7 @@ METRICS = {"bits_per_byte": "bits a byte", "bits_per_pixel": "bits a pixel", "ac
 KINDS = ("ours", "mixed", "published", "rival", "other", "teacher", "ngram")
 YARDSTICKS = ("teacher", "ngram")
 SOLVED = 0.9  # two accuracies below it: neither side can do the task
+BOTH_FAIL = ", both fail"
 MARGIN = 0.02  # a smaller difference decides nothing, however small the standard error of a few seeds
 _DIVERGED = 1e9  # bits a byte, or negative accuracy, of an arm that has no finite score
 
@@ -46,7 +47,7 @@ class Verdict:
     Args:
         ours, rival: the two arms.
         difference: ours minus rival, its error the root of the sum of the two squared.
-        word: "ahead", "level", "behind", or "both fail" for two accuracies below 0.9.
+        word: "ahead", "level" or "behind", with ", both fail" after it for two accuracies below 0.9.
     """
 
     ours: str
@@ -86,10 +87,9 @@ def judge(scores: dict[str, Score], metric: str) -> Verdict | None:
     noise = 2 * (difference.error or 0)
     margin = max(MARGIN, noise if math.isfinite(noise) else 0) + 1e-9  # in floats 0.92 - 0.9 is more than 0.02
     gain = by_arm[rival] - by_arm[ours]
+    word = "ahead" if gain > margin else "behind" if gain < -margin else "level"
     if metric == "accuracy" and min(by_arm[ours], by_arm[rival]) > -SOLVED:
-        word = "both fail"
-    else:
-        word = "ahead" if gain > margin else "behind" if gain < -margin else "level"
+        word += BOTH_FAIL
     return Verdict(ours, rival, difference, word)
 
 

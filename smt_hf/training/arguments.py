@@ -166,6 +166,11 @@ class SMTTrainingArguments(PhaseArguments):
     label_stride: int = _argument(
         1, "dmt: tokens between two labels of the dynamics loss [the paper's k]. Paper: 16. Ours: 1, labels are cheap."
     )
+    trains_updater: bool = _argument(
+        True,
+        "smt: false: the teacher and the readout of its memories alone, before a phase that trains the student; a "
+        "curriculum then goes by the teacher. Ours: solves in seconds what the student learns from it afterwards.",
+    )
     readout_trains_updater: bool = _argument(True, "The readout loss on the student's memories reaches the updater.")
     predictive_weight: float = _argument(1.0, "Weight of Eq. 2, the future decoded from the teacher's memory. Paper.")
     predictive_warmup_ratio: float = _argument(0.0, "Share of the phase over which `predictive_weight` is reached.")
@@ -212,8 +217,33 @@ class SMTTrainingArguments(PhaseArguments):
             )
         if self.num_supervised_transitions and self.phase != "smt":
             raise ValueError("`num_supervised_transitions` is for the smt phase; in dmt, set `label_stride`.")
-        if self.curriculum_threshold is not None and not (
-            self.on_policy_mode == "sequential" and self.on_policy_fraction > 0 and self.readout_weight > 0
+        if not self.trains_updater and (self.phase != "smt" or self.num_supervised_transitions):
+            raise ValueError("`trains_updater` false is for an smt phase without `num_supervised_transitions`.")
+        if not self.trains_updater and not (
+            self.teacher_readout_weight or self.predictive_weight or self.teacher_weight
+        ):
+            raise ValueError(
+                "an smt phase that does not train the updater needs a `teacher_readout_weight`, `predictive_weight` or "
+                "`teacher_weight` above 0."
+            )
+        if not self.trains_updater and self.curriculum_threshold is not None and not self.teacher_readout_weight:
+            raise ValueError(
+                "`curriculum_threshold` where the updater is not trained goes by the readout of the teacher's "
+                "memories: set `teacher_readout_weight` above 0."
+            )
+        if self.dynamics_starts_below is not None and (self.phase != "smt" or self.num_supervised_transitions):
+            raise ValueError(
+                "`dynamics_starts_below` waits for a teacher that is being trained on all positions: use it in the smt "
+                "phase without `num_supervised_transitions`."
+            )
+        if self.num_supervised_transitions:
+            for name in ("normalized_dynamics_weight", "consistency_weight", "teacher_readout_weight"):
+                if getattr(self, name):
+                    raise ValueError(f"`num_supervised_transitions` has no use for `{name}`: set it to 0.")
+        if (
+            self.trains_updater
+            and self.curriculum_threshold is not None
+            and not (self.on_policy_mode == "sequential" and self.on_policy_fraction > 0 and self.readout_weight > 0)
         ):
             raise ValueError(
                 "`curriculum_threshold` needs the student's own rollout: set `on_policy_mode` to sequential, and "

@@ -67,19 +67,21 @@ class Pace(TrainerCallback, ExportableState):
     Args:
         num_levels: of the training data, easiest first.
         threshold: nats a label; below it the next level begins.
+        first_level: index of the level to start with.
 
     Attributes:
         level: index of the level that is trained.
-        own_loss: running mean of the student's own rollout, nats a label. A curriculum that the *teacher* gated left
+        own_loss: running mean of the student's own rollout, nats a label (where it is not trained, of the readout of
+            the teacher's memories). A curriculum that the *teacher* gated left
             the student at chance: the teacher had solved every length before the student had learned to write.
         teacher_loss: running mean of the readout on the teacher's memories; `None` before the first step.
     """
 
     momentum = 0.9
 
-    def __init__(self, num_levels: int = 1, threshold: float | None = None):
+    def __init__(self, num_levels: int = 1, threshold: float | None = None, first_level: int = 0):
         self.num_levels, self.threshold = num_levels, threshold
-        self.level = 0
+        self.level = min(first_level, num_levels - 1)
         self.own_loss: float | None = None
         self.teacher_loss: float | None = None
 

@@ -18,7 +18,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from .arguments import BPTTTrainingArguments, DMTTrainingArguments, PhaseArguments, SMTTrainingArguments
-from .pacing import VIRTUAL_STEPS_A_SECOND, TrainingCost
+from .pacing import VIRTUAL_STEPS_A_SECOND, Pace, TrainingCost
 from .pretraining import SMTForPreTraining
 from .trainers import BPTTTrainer, DMTTrainer, SMTTrainer, load_student_optimizer
 
@@ -62,8 +62,12 @@ def arm_name(phases: list[PhaseArguments]) -> str:
     """Phases joined by underscores; a gradient that crosses more than one transition is named: `smt8_dmt`.
 
     BPTT alone is `bptt` if its window is the whole row, else `bptt_truncated`. A pipeline whose SMT supervises single
-    transitions a row is the paper's: `published_smt` after that phase, `published` with what follows.
+    transitions a row is the paper's: `published_smt` after that phase, `published` with what follows. A phase that does
+    not train the updater has no part in the name.
     """
+    phases = [arguments for arguments in phases if getattr(arguments, "trains_updater", True)]
+    if not phases:
+        return "teacher"
     if getattr(phases[0], "num_supervised_transitions", 0):
         return "published_smt" if len(phases) == 1 else "published"
     if [arguments.phase for arguments in phases] == ["bptt"]:
@@ -157,6 +161,7 @@ def run_phases(
     if isinstance(resume, str):
         _forget_what_follows(phases, resume)
     state: dict[str, dict[str, torch.Tensor]] | None = None
+    level = 0
     for index, arguments in enumerate(phases):
         folder = Path(str(arguments.output_dir))
         checkpoint = newest_checkpoint(folder) if resume else None
@@ -170,6 +175,7 @@ def run_phases(
                 eval_dataset=eval_rows,
                 processing_class=processing_class,
                 student_optimizer_state=state if arguments.continue_previous_phase else None,
+                curriculum_level=level,
             )
             trainer.train(resume_from_checkpoint=checkpoint)
             checkpoint = str(folder / f"checkpoint-{trainer.state.global_step}")
@@ -192,13 +198,16 @@ def run_phases(
         else:
             scores = json.loads((folder / _SCORES).read_text())
         trainer_state = json.loads((Path(str(checkpoint)) / "trainer_state.json").read_text())
+        callbacks = trainer_state["stateful_callbacks"]
+        if getattr(arguments, "trains_updater", True):  # what the student has got to
+            level = callbacks[Pace.__name__]["attributes"]["level"]
         yield PhaseResult(
             arm=arm_name(phases[: index + 1]),
             arguments=arguments,
             log_history=trainer_state["log_history"],
             scores=scores,
             is_new=is_new,
-            **trainer_state["stateful_callbacks"][TrainingCost.__name__]["attributes"],
+            **callbacks[TrainingCost.__name__]["attributes"],
         )
 
 

@@ -64,6 +64,7 @@ class Objective:
     teacher_readout_weight: float = 0.0
     num_supervised_transitions: int = 0
     carries_memory: bool = True
+    trains_updater: bool = True
     predictive_weight: float = 0.0
     predictive_warmup_ratio: float = 0.0
     num_predictive_positions: int = 0
@@ -141,7 +142,8 @@ class SMTForPreTrainingOutput(ModelOutput):
         memory: `(B, K, D)`, detached: the student's memory after the row's last transition (bptt: to be carried on).
         starts: `(B, C, K, D)`, detached: start states of the chunks (dmt in `aggregate` mode: to be stored).
         own_sums: `(2,)`, detached: readout loss (nats, summed over labels) of rows that the student rolled out from
-            `m_0` by itself, and their labels. What a curriculum is gated by.
+            `m_0` by itself, and their labels; where it is not trained, of the teacher's memories. What a curriculum is
+            gated by.
         label_moments: `(1 + 2 K, D)`, detached: number of memory labels seen, their sum and the sum of their squares
             by coordinate; `None` where nothing is normalised by them.
         sequential_steps: transitions that this forward computed one after the other.
@@ -208,7 +210,7 @@ class SMTForPreTraining(PreTrainedModel):
         model.student = student
         return model
 
-    def freeze_for(self, phase: str) -> None:
+    def freeze_for(self, phase: str, trains_updater: bool = True) -> None:
         """Freeze what `phase` does not train. To be called before the model is wrapped for a distributed run."""
         if phase not in PHASES:
             raise ValueError(f"unknown phase {phase!r}: choose one of {', '.join(PHASES)}.")
@@ -217,6 +219,8 @@ class SMTForPreTraining(PreTrainedModel):
         self.student.requires_grad_(True)
         if self.teacher is not None:
             self.teacher.requires_grad_(phase == "smt")
+        if not trains_updater:
+            self.student.model.updater.requires_grad_(False)
 
     @torch.no_grad()
     def update_label_moments(self, moments: torch.Tensor, momentum: float = 0.9) -> None:
@@ -275,6 +279,8 @@ class SMTForPreTraining(PreTrainedModel):
         tokens = _Row(input_ids, attention_mask, targets, document_ids, steps)
         if objective.phase == "bptt":
             supervised = self._unrolled_terms(tokens, objective, memory)
+        elif not objective.trains_updater:
+            supervised = self._teacher_only_terms(tokens, objective, numbers)
         elif objective.num_supervised_transitions:
             supervised = self._sparse_terms(tokens, objective, numbers)
         else:
@@ -302,7 +308,11 @@ class SMTForPreTraining(PreTrainedModel):
             num_items=num_items,
             memory=None if supervised.memory is None else supervised.memory.detach(),
             starts=None if supervised.starts is None else supervised.starts.detach(),
-            own_sums=None if supervised.own is None else _own_sums(terms["readout"], counts, supervised.own),
+            own_sums=(
+                None
+                if supervised.own is None
+                else _own_sums(terms["readout" if "readout" in terms else "teacher_readout"], counts, supervised.own)
+            ),
             label_moments=supervised.label_moments,
             sequential_steps=supervised.depth + self._own_steps(tokens, objective, progress),
             transitions=supervised.transitions,
@@ -313,6 +323,7 @@ class SMTForPreTraining(PreTrainedModel):
         if (
             objective.phase == "bptt"
             or objective.num_supervised_transitions
+            or not objective.trains_updater
             or not objective.on_policy_fraction
             or tokens.steps >= tokens.inputs.shape[1]
             or progress < objective.on_policy_warmup_ratio
@@ -320,7 +331,7 @@ class SMTForPreTraining(PreTrainedModel):
             return 0
         if objective.on_policy_mode == "parallel":
             return objective.on_policy_sweeps * tokens.steps
-        return tokens.inputs.shape[1]
+        return tokens.inputs.shape[1] - tokens.steps
 
     def _unrolled_terms(self, tokens: "_Row", objective: Objective, memory: torch.Tensor | None) -> "_Supervised":
         """BPTT over the row from `m_0` or a carried memory; truncated where its windows are shorter than the row."""
@@ -408,15 +419,24 @@ class SMTForPreTraining(PreTrainedModel):
             starts = torch.cat([first, labels[:, : tokens.length : tokens.steps][:, 1:]], dim=1)
         else:  # own memories take the place of all but the first
             starts = first.expand(-1, num_chunks, -1, -1)
-        own = self._own_starts(tokens, objective, example_ids, starts.detach(), stored_starts, progress)
         # One chunk starts at m_0 whatever the teacher says: it is the student's own rollout already.
         is_own = tokens.lengths - 1 <= objective.transition_steps
+        own = None
+        is_truncated = _is_truncated_rollout(objective, progress, starts)
+        if is_truncated:
+            is_own = torch.ones_like(is_own)
+            memories = truncated_rollout(
+                self.student, first[:, 0], tokens.steps, tokens.inputs, tokens.mask, tokens.documents
+            )
+        else:
+            own = self._own_starts(tokens, objective, example_ids, starts.detach(), stored_starts, progress)
         if own is not None:
             rows, own_starts = own
             starts = starts.index_copy(0, rows, torch.cat([first[rows], own_starts[:, 1:]], dim=1))
             if objective.on_policy_mode == "sequential":
                 is_own = is_own.index_fill(0, rows, True)
-        memories = rollout(self.student, starts, tokens.inputs, tokens.mask, tokens.documents)
+        if not is_truncated:
+            memories = rollout(self.student, starts, tokens.inputs, tokens.mask, tokens.documents)
         reached = memories[:, : tokens.length][:, stride - 1 :: stride]
         mask = None if tokens.transition_mask is None else tokens.transition_mask[:, stride - 1 :: stride]
         terms = {"dynamics": dynamics_loss(reached, labels[:, 1:], mask)}
@@ -442,8 +462,30 @@ class SMTForPreTraining(PreTrainedModel):
         )
         if not trains_teacher:
             return supervised
-        if teacher_logits is not None:
-            terms["teacher"] = next_token_loss(teacher_logits[:, 1:], tokens.labels[:, 1:])
+        terms |= self._teacher_terms(tokens, objective, example_ids, labels, teacher_logits)
+        if objective.consistency_weight:
+            assert errors is not None
+            ends, is_real = self._consistency_positions(tokens, objective, example_ids, errors.detach())
+            picked = memories.gather(1, (ends - 1)[..., None, None].expand(-1, -1, *memories.shape[2:]))
+            terms["consistency"] = self._future_loss(tokens, picked, ends, objective.future_length, is_real)
+        return supervised
+
+    def _teacher_only_terms(self, tokens: "_Row", objective: Objective, example_ids) -> "_Supervised":
+        """SMT before the updater is trained: no transitions, the teacher and the readout of its memories."""
+        positions = torch.arange(0, tokens.length + 1, device=example_ids.device)
+        labels, logits = self._labels(tokens, positions, objective.phase == "smt", objective.teacher_weight > 0)
+        return _Supervised(
+            terms=self._teacher_terms(tokens, objective, example_ids, labels, logits),
+            own=torch.ones_like(tokens.lengths, dtype=torch.bool) if objective.teacher_readout_weight else None,
+            depth=1,
+            transitions=tokens.batch * tokens.length,
+        )
+
+    def _teacher_terms(self, tokens: "_Row", objective: Objective, example_ids, labels, logits) -> dict:
+        """The terms of all the teacher's memories `(B, T + 1, K, D)`, without a student."""
+        terms = {}
+        if logits is not None:
+            terms["teacher"] = next_token_loss(logits[:, 1:], tokens.labels[:, 1:])
         if objective.teacher_readout_weight:
             terms["teacher_readout"] = self._readout_loss(labels, tokens.labels)
         if objective.predictive_weight or objective.uniformity_weight:
@@ -461,12 +503,7 @@ class SMTForPreTraining(PreTrainedModel):
             terms["predictive"] = self._future_loss(tokens, picked, chosen, objective.future_length, is_real)
         if objective.uniformity_weight:
             terms["uniformity"] = uniformity_loss(picked, is_real)
-        if objective.consistency_weight:
-            assert errors is not None
-            ends, is_real = self._consistency_positions(tokens, objective, example_ids, errors.detach())
-            picked = memories.gather(1, (ends - 1)[..., None, None].expand(-1, -1, *memories.shape[2:]))
-            terms["consistency"] = self._future_loss(tokens, picked, ends, objective.future_length, is_real)
-        return supervised
+        return terms
 
     def _consistency_positions(self, tokens: "_Row", objective: Objective, example_ids, errors: torch.Tensor):
         """Chunk ends whose future is decoded: `(B, S)` tokens read there, and whether there is such an end.
@@ -567,6 +604,20 @@ class _Supervised:
     starts: torch.Tensor | None = None
     own: torch.Tensor | None = None
     label_moments: torch.Tensor | None = None
+
+
+def _is_truncated_rollout(objective: Objective, progress: float, starts: torch.Tensor) -> bool:
+    """Whether all chunks go on from where the one before ends, so that one pass over the row yields the starts too.
+
+    On a GPU, T cheap steps without gradient and then k with one are faster than T with one.
+    """
+    return (
+        objective.on_policy_mode == "sequential"
+        and objective.on_policy_fraction == 1
+        and progress >= objective.on_policy_warmup_ratio
+        and starts.shape[1] > 1
+        and starts.device.type == "cpu"
+    )
 
 
 def _own_sums(losses: torch.Tensor, counts: torch.Tensor, own: torch.Tensor) -> torch.Tensor:

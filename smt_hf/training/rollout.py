@@ -72,12 +72,15 @@ def truncated_rollout(student, start, window, input_ids, attention_mask=None, do
 def sequential_starts(student, num_chunks, input_ids, attention_mask=None, document_ids=None) -> torch.Tensor:
     """Own states of all ages: roll from `m_0` over the whole row and keep the memory before every chunk.
 
-    T sequential steps without gradient. Returns `(B, C, K, D)`, the first of them `m_0`.
+    T - k sequential steps without gradient. Returns `(B, C, K, D)`, the first of them `m_0`.
     """
     start = student.model.start_memory().expand(input_ids.shape[0], 1, -1, -1)
-    memories = rollout(student, start, input_ids, attention_mask, document_ids)
     steps = input_ids.shape[1] // num_chunks
-    return torch.cat([start, memories[:, steps - 1 : -1 : steps]], dim=1)
+    read = slice(0, input_ids.shape[1] - steps)  # what the last chunk reads comes after its start
+    if num_chunks == 1:
+        return start
+    own = [None if tensor is None else tensor[:, read] for tensor in (input_ids, attention_mask, document_ids)]
+    return torch.cat([start, rollout(student, start, *own)[:, steps - 1 :: steps]], dim=1)
 
 
 @torch.no_grad()

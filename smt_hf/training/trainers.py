@@ -16,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from smt_hf.data.batching import CarriedWindows, EpochSampler, IndexedExamples, Levels, collate
 from smt_hf.student import SMTRecurrentForCausalLM
+from smt_hf.teachers import SMTWindowedTeacher
 
 from .arguments import BPTTTrainingArguments, DMTTrainingArguments, PhaseArguments, SMTTrainingArguments
 from .pacing import VIRTUAL_STEPS_A_SECOND, Pace, TrainingCost
@@ -69,6 +70,7 @@ class SMTTrainer(Trainer):
         eval_dataset: rows likewise. Evaluation adds `eval_rollout` (nats a token of the student's own rollout from
             `m_0`) and `eval_drift` to the terms of the phase.
         student_optimizer_state: name of a student parameter -> optimiser state to start from.
+        curriculum_level: of the levels of `train_dataset`, the one to start with.
 
     Raises:
         ValueError: the model has no teacher, or the arguments are of another phase.
@@ -85,6 +87,7 @@ class SMTTrainer(Trainer):
         train_dataset=None,
         eval_dataset=None,
         student_optimizer_state: dict[str, dict[str, torch.Tensor]] | None = None,
+        curriculum_level: int = 0,
         **kwargs,
     ):
         args = self.arguments_class() if args is None else args
@@ -94,9 +97,13 @@ class SMTTrainer(Trainer):
             )
         if getattr(args, "phase", None) != self.arguments_class.phase:
             raise ValueError(f"{type(self).__name__} takes {self.arguments_class.__name__}, got {type(args).__name__}.")
-        model.freeze_for(args.phase)
+        model.freeze_for(args.phase, getattr(args, "trains_updater", True))
+        if isinstance(model.teacher, SMTWindowedTeacher) and args.phase == "smt" and args.teacher_weight:
+            raise ValueError("the windowed teacher has no next-token head: set `teacher_weight` of the smt phase to 0.")
         self.pace = Pace(
-            len(train_dataset.levels) if isinstance(train_dataset, Levels) else 1, args.curriculum_threshold
+            len(train_dataset.levels) if isinstance(train_dataset, Levels) else 1,
+            args.curriculum_threshold,
+            curriculum_level,
         )
         super().__init__(
             model=model,
@@ -228,7 +235,7 @@ class SMTTrainer(Trainer):
             if self.pace.num_levels > 1:
                 logs["level"] = self.pace.level
         if "loss" in logs or "eval_loss" in logs:
-            logs = {**logs, "seconds": self.cost.seconds, "sequential_steps": self.cost.sequential_steps}
+            logs = {**logs, **{name: getattr(self.cost, name) for name in ("seconds", "sequential_steps", "tokens")}}
         super().log(logs, start_time)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

@@ -117,6 +117,19 @@ def test_a_grid_resumes_and_runs_what_is_named(ran, tmp_path):
     assert len((tmp_path / "lines.jsonl").read_text().splitlines()) == len(again)
 
 
+def test_a_grid_does_not_mix_settings(ran, tmp_path):
+    """Lines of the same name from other settings are no reason to skip a run, and not to be mixed with new ones."""
+    folder, _ = ran
+    changed = json.loads(json.dumps(GRID))
+    changed["arms"]["bptt"]["phases"][0]["bptt"]["learning_rate"] = 1e-3
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(changed))
+    (tmp_path / "lines.jsonl").write_text((folder / "lines.jsonl").read_text())
+    words = [sys.executable, str(ROOT / "recipes" / "experiment.py"), "--config", "grid.yaml"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode != 0 and "other settings" in done.stderr
+    assert (tmp_path / "lines.jsonl").read_text() == (folder / "lines.jsonl").read_text()
+
+
 def test_report_of_a_grid(ran):
     folder, _ = ran
     done = recipe("experiment.py", "--config", "grid.yaml", "--report", cwd=folder)

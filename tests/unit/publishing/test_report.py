@@ -51,12 +51,12 @@ def score(mean, error=None, num_seeds=1):
         (score(0.85, 0.04, 3), score(0.96, 0.03, 3), "behind"),
         (score(0.95, 0.03, 3), score(0.90), "level"),  # a single seed has no error of its own
         (score(0.95, 0.0, 3), score(0.94, 0.0, 3), "level"),
-        (score(0.6), score(0.2), "both fail"),
-        (score(0.2), score(0.89), "both fail"),
+        (score(0.6), score(0.2), "ahead, both fail"),
+        (score(0.2), score(0.89), "behind, both fail"),
         (score(0.9), score(0.2), "ahead"),
         (score(0.95), score(math.nan), "ahead"),
         (score(math.nan, math.nan, 3), score(0.95, 0.01, 3), "behind"),
-        (score(math.nan), score(math.nan), "both fail"),
+        (score(math.nan), score(math.nan), "level, both fail"),
     ],
 )
 def test_verdict_on_accuracy(ours, rival, word):
@@ -109,13 +109,12 @@ def test_summary_counts_cells_and_names_losses(tmp_path):
         if accuracy is not None
     ]
     text, _ = render(lines, tmp_path)
-    assert "ahead in 1, level in 1, behind in 1 of 4 cells; both below 0.9 in: retrieval 64." in text
-    assert "- behind: retrieval 32 (-0.080)" in text
-    assert "- both fail: retrieval 64 (-0.500)" in text
+    assert "ahead in 1, level in 1, behind in 2 of 4 cells; both below 0.9 in: retrieval 64." in text
+    assert "- behind: retrieval 32 (-0.080), retrieval 64 (-0.500, both fail)" in text
     assert "4 of the verdicts rest on one" in text
     assert "was not run: retrieval 128." in text
     words = [row["verdict"] for row in table_after(text, "### `retrieval`")]
-    assert words == ["ahead", "level", "behind", "both fail", "not compared"]
+    assert words == ["ahead", "level", "behind", "behind, both fail", "not compared"]
 
 
 def test_numbers_are_those_of_the_lines(tmp_path):

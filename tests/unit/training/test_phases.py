@@ -5,7 +5,9 @@ import json
 import pytest
 
 from smt_hf import BPTTTrainingArguments, SMTTrainingArguments
+from smt_hf.data import Levels
 from smt_hf.training import pacing
+from smt_hf.training.pacing import Pace
 from smt_hf.training.phases import lay_out, newest_checkpoint, run_phases
 from tests.conftest import make_composite
 from tests.unit.training.test_trainers import assert_same, some_rows
@@ -104,3 +106,29 @@ def test_a_phase_of_steps_is_complete_by_its_steps(tmp_path):
     _, (third,) = run(tmp_path, {"max_steps": 3}, resume=True)
     assert (first.is_new, second.is_new, third.is_new) == (True, False, True)
     assert (first.seconds, second.seconds, third.seconds) == (0.5, 0.5, 0.75)
+
+
+def test_the_teacher_alone_has_no_name_and_hands_on_no_level(tmp_path, monkeypatch):
+    """Its curriculum goes by its own loss; the student begins with the easiest rows, and dmt where smt has stopped."""
+    levels = []
+    monkeypatch.setattr(Pace, "on_train_begin", lambda self, *_, **__: levels.append(self.level))
+    rows = some_rows()
+    smt = {"kind": SMTTrainingArguments, "max_steps": 2, "teacher_readout_weight": 1.0}
+    settings = {
+        **smt,
+        "on_policy_mode": "sequential",
+        "curriculum_threshold": 99.0,
+        "on_policy_warmup_ratio": 0.0,
+        "on_policy_fraction": 1.0,
+    }
+    phases = [phase(**settings, trains_updater=False), phase(**settings), phase(max_steps=2, carries_memory=False)]
+    lay_out(phases, str(tmp_path))
+    model = make_composite()
+    before = {name: value.clone() for name, value in model.student.model.updater.state_dict().items()}
+    after = []
+    for result in run_phases(model, phases, lambda _: Levels([rows, rows, rows, rows]), rows[:8]):
+        after.append((result.arm, {**model.student.model.updater.state_dict()}))
+        if result.arm == "teacher":
+            assert_same(before, after[0][1], rtol=0, atol=0)
+    assert [arm for arm, _ in after] == ["teacher", "smt4", "smt4_bptt"]
+    assert levels == [0, 0, 2]

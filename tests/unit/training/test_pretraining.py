@@ -16,7 +16,7 @@ from smt_hf import (
 )
 from smt_hf.data import collate
 from smt_hf.teachers import SMTTeacherConfig, SMTTeacherEncoder, SMTWindowedTeacher, SMTWindowedTeacherConfig
-from smt_hf.training import SMTPreTrainingConfig
+from smt_hf.training import SMTPreTrainingConfig, pretraining
 from smt_hf.training.objectives import next_token_loss, uniformity_loss
 from smt_hf.training.pretraining import _STREAM_CHUNKS, _STREAM_ON_POLICY, _STREAM_TRANSITIONS, _Row
 from smt_hf.training.rollout import example_uniforms, rollout
@@ -79,6 +79,7 @@ EVERYTHING = [
     ("dmt", {"normalized_dynamics_weight": 0.5}),
     ("dmt", {"label_stride": 3, "transition_steps": 2, "normalized_dynamics_weight": 0.5}),
     ("bptt", {"carries_memory": False, "transition_steps": 5}),
+    ("smt", {"trains_updater": False, "teacher_readout_weight": 0.3}),
 ]
 
 
@@ -583,6 +584,56 @@ def test_truncated_rows_are_one_row():
     assert not torch.allclose(results[0][2], results[1][2], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kind", ["plain", "padded", "documents"])
+@pytest.mark.parametrize("transition_steps", [1, 5])
+def test_one_pass_is_starts_and_chunks(transition_steps, kind, stride, monkeypatch):
+    """Where all chunks start from own memories: one pass that is cut == own memories first, then all chunks."""
+    inputs = ragged_rows(13, 9, 6) if kind == "padded" else rows()
+    if kind == "documents":
+        inputs["document_ids"] = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3]).expand(6, -1)
+    settings = {"transition_steps": transition_steps, "label_stride": stride, "normalized_dynamics_weight": 0.5}
+    results = []
+    for is_one_pass in (True, False):
+        if not is_one_pass:
+            monkeypatch.setattr(pretraining, "_is_truncated_rollout", lambda *_: False)
+        model = make_composite().train()
+        model.freeze_for("dmt")
+        outputs = model(**inputs, objective=objective("dmt", **settings))
+        outputs.loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append((outputs, gradients))
+    (first, gradients), (second, naive) = results
+    for name in first.term_sums:
+        torch.testing.assert_close(first.term_sums[name], second.term_sums[name], rtol=1e-4, atol=1e-4, msg=name)
+    torch.testing.assert_close(first.own_sums, second.own_sums, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(first.memory, second.memory, rtol=1e-4, atol=1e-5)
+    assert first.sequential_steps == second.sequential_steps == (15 if transition_steps == 5 else 12)
+    assert gradients.keys() == naive.keys()
+    for name in naive:
+        torch.testing.assert_close(gradients[name], naive[name], rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_teacher_alone():
+    """Before the updater is trained: the terms of the teacher's memories, and no transition."""
+    model, inputs = make_composite().train(), rows()
+    setting = objective("smt", trains_updater=False, teacher_readout_weight=1.0)
+    model.freeze_for("smt", trains_updater=False)
+    outputs = model(**inputs, objective=setting)
+    whole = model(**inputs, objective=objective("smt", teacher_readout_weight=1.0))
+    assert set(outputs.term_sums) == {"teacher", "teacher_readout", "predictive", "uniformity"}
+    for name, value in outputs.term_sums.items():
+        torch.testing.assert_close(value, whole.term_sums[name], msg=name)
+    torch.testing.assert_close(outputs.own_sums[0], outputs.term_sums["teacher_readout"])
+    outputs.loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (".updater." not in name), name
+        # DDP waits for the gradient of every parameter that wants one.
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    model.freeze_for("dmt")
+    assert all(parameter.requires_grad for parameter in model.student.parameters())
+
+
 def test_own_sums():
     """What a curriculum is gated by: rows that the student rolled out from m_0 by itself, and no other."""
     inputs = ragged_rows(13, 12, 11, 9, 6, 5, 4, 3)
@@ -809,6 +860,12 @@ def test_windowed_teacher_in_all_phases():
             {"curriculum_threshold": 1.0, "on_policy_mode": "sequential", "num_supervised_transitions": 1},
             "num_supervised_transitions",
         ),
+        ("dmt", {"trains_updater": False}, "trains_updater"),
+        ("smt", {"trains_updater": False, "num_supervised_transitions": 1}, "trains_updater"),
+        ("smt", {"trains_updater": False, "predictive_weight": 0.0, "teacher_weight": 0.0}, "needs a"),
+        ("smt", {"trains_updater": False, "curriculum_threshold": 0.3}, "teacher_readout_weight"),
+        ("dmt", {"dynamics_starts_below": 1.0, "dynamics_full_below": 0.5}, "being trained"),
+        ("smt", {"num_supervised_transitions": 1, "consistency_weight": 1.0}, "consistency_weight"),
         ("bptt", {"max_seconds": 0.0}, "max_seconds"),
         ("bptt", {"max_seconds": 5.0, "warmup_steps": 10}, "warmup_steps"),
         ("bptt", {"transition_steps": 5}, "transition_steps"),
@@ -836,6 +893,8 @@ def test_arguments_allow():
     sequential = {"curriculum_threshold": 1.0, "on_policy_mode": "sequential"}
     assert objective("smt", **sequential).on_policy_fraction == 0.5
     assert objective("dmt", label_stride=5).label_stride == 5
+    alone = {"trains_updater": False, "teacher_readout_weight": 1.0, "curriculum_threshold": 0.3}
+    assert not objective("smt", **alone).trains_updater  # a curriculum without the student's own rollout
     assert objective("smt", dynamics_starts_below=2.0, dynamics_full_below=1.0)
     arguments = BPTTTrainingArguments(output_dir="unused", use_cpu=True, max_seconds=2.5, max_steps=7)
     assert arguments.max_seconds == 2.5 and arguments.max_steps > 1_000_000
