@@ -93,6 +93,10 @@ def pretrain(
         ValueError: bad input, with the way to mend it.
     """
     output_dir = Path(run.output_dir)
+    if rival is not None and rival.warmup_steps >= 1:
+        raise ValueError(
+            "`bptt_warmup_steps` must be a share of the phase, below 1, with `compare_bptt`: BPTT ends by the seconds."
+        )
     _check_output_dir(run, output_dir)
     resume = True if run.resume_from_checkpoint in ("True", "true") else run.resume_from_checkpoint or None
     lay_out(phases, str(output_dir))
@@ -284,7 +288,7 @@ def _remember(
         ],
         "data_hash": corpus_digest,
         "document_start_fraction": run.document_start_fraction,
-        **({"curriculum": run.curriculum} if run.curriculum else {}),
+        **({"curriculum": run.curriculum, "num_heldout": run.num_heldout} if run.task != "text" else {}),
         "seed": run.seed,
     }
     path = output_dir / _RUN
