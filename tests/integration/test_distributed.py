@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
-KINDS = ("smt", "dmt", "bptt", "bptt_full")
+KINDS = ("smt_teacher", "smt", "dmt", "bptt", "bptt_full")
 
 
 def launch(folder, processes, batch):

@@ -55,6 +55,11 @@ KINDS = {
         SMTTrainingArguments,
         {"future_length": 4, "context_length": 12, "num_supervised_transitions": 2},
     ),
+    "smt_teacher": (
+        SMTTrainer,
+        SMTTrainingArguments,
+        {"future_length": 4, "context_length": 12, "trains_updater": False, "teacher_readout_weight": 0.5},
+    ),
     "dmt_stride": (
         DMTTrainer,
         DMTTrainingArguments,
@@ -107,6 +112,8 @@ def test_terms_in_the_log(kind, tmp_path):
     terms = {"smt": {"readout", "dynamics", "predictive", "uniformity", "teacher"}, "dmt": {"readout", "dynamics"}}
     expected = terms.get(kind.split("_")[0], {"readout"})
     expected = expected - {"teacher"} if kind == "smt_sparse" else expected
+    if kind == "smt_teacher":
+        expected = expected - {"readout", "dynamics"} | {"teacher_readout"}
     if kind == "smt_ours":
         expected = expected | {"consistency", "teacher_readout"}
     if kind in ("smt_ours", "dmt_stride"):
