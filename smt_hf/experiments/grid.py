@@ -83,7 +83,7 @@ class Run:
     def digest(self) -> str:
         """Of the settings; the same key with another digest is another experiment."""
         names = ("phases", "student", "teacher", "curriculum", "num_threads", "num_heldout")
-        settings = [getattr(self, name) for name in names]
+        settings = [getattr(self, name) for name in names] + ([self.sources] if self.sources else [])
         return f"{zlib.crc32(json.dumps(settings, sort_keys=True, default=str).encode()):08x}"
 
 

@@ -234,8 +234,8 @@ def _summary(verdicts: dict[str, Verdict | None]) -> list[str]:
     counts = ", ".join(f"{word} in {len(cells[word])}" for word in ("ahead", "level", "behind"))
     failed = [cell for cell, verdict in compared.items() if verdict.word.endswith(BOTH_FAIL)]
     lines = [
-        f"**Our best arm against the better BPTT: {counts} of {len(compared)} cells; both below {SOLVED} in: "
-        f"{', '.join(failed) or 'none'}.**",
+        f"**Our best arm against the better BPTT: {counts} of {len(compared)} cells; among them, both are below "
+        f"{SOLVED} in: {', '.join(failed) or 'none'}.**",
         "\n".join(f"- {word}: {', '.join(some) or 'nowhere'}" for word, some in cells.items()),
     ]
     single = [cell for cell, verdict in compared.items() if verdict.difference.num_seeds == 1]

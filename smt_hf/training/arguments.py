@@ -49,7 +49,8 @@ class PhaseArguments(TrainingArguments):
     curriculum_threshold: float | None = _argument(
         None,
         "Nats a label of the student's own rollout below which the next level of a curriculum begins; data of one "
-        "level has none. Ours: gated by the teacher instead, the student stays at chance.",
+        "level has none. Ours: gated by the teacher instead, the student stays at chance. Where the student is not "
+        "trained yet (`trains_updater` false), of the readout of the teacher's memories.",
     )
     max_steps: int = _argument(600, "Optimiser steps of the phase. Ours: a quarter of 4 minutes on two CPU cores.")
     adam_beta2: float = _argument(0.95, "Paper.")
@@ -226,6 +227,10 @@ class SMTTrainingArguments(PhaseArguments):
                 "an smt phase that does not train the updater needs a `teacher_readout_weight`, `predictive_weight` or "
                 "`teacher_weight` above 0."
             )
+        if not self.trains_updater:
+            for name in ("normalized_dynamics_weight", "consistency_weight", "dynamics_starts_below"):
+                if getattr(self, name):
+                    raise ValueError(f"a phase that does not train the updater has no use for `{name}`: leave it out.")
         if not self.trains_updater and self.curriculum_threshold is not None and not self.teacher_readout_weight:
             raise ValueError(
                 "`curriculum_threshold` where the updater is not trained goes by the readout of the teacher's "

@@ -92,6 +92,11 @@ def lay_out(phases: list[PhaseArguments], output_dir: str) -> None:
             raise ValueError(
                 "`load_best_model_at_end` does not fit a pipeline, which goes on from a phase's last step."
             )
+    if not getattr(phases[-1], "trains_updater", True):
+        raise ValueError(
+            "the last phase trains the teacher and the readout alone (`trains_updater` false): let a phase follow that "
+            "trains the student."
+        )
     for arguments in phases[1:]:
         if arguments.continue_previous_phase and not str(arguments.optim).lower().split(".")[-1].startswith(
             _CARRIED_OPTIMIZERS
@@ -199,7 +204,8 @@ def run_phases(
             scores = json.loads((folder / _SCORES).read_text())
         trainer_state = json.loads((Path(str(checkpoint)) / "trainer_state.json").read_text())
         callbacks = trainer_state["stateful_callbacks"]
-        if getattr(arguments, "trains_updater", True):  # what the student has got to
+        # What the student has got to; a phase without levels has nothing to say.
+        if getattr(arguments, "trains_updater", True) and arguments.curriculum_threshold is not None:
             level = callbacks[Pace.__name__]["attributes"]["level"]
         yield PhaseResult(
             arm=arm_name(phases[: index + 1]),

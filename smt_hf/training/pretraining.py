@@ -147,7 +147,7 @@ class SMTForPreTrainingOutput(ModelOutput):
         label_moments: `(1 + 2 K, D)`, detached: number of memory labels seen, their sum and the sum of their squares
             by coordinate; `None` where nothing is normalised by them.
         sequential_steps: transitions that this forward computed one after the other.
-        transitions: transitions supervised, all rows together.
+        transitions: transitions supervised, all rows together (memories, where the teacher is trained alone).
     """
 
     loss: torch.Tensor | None = None
@@ -454,7 +454,7 @@ class SMTForPreTraining(PreTrainedModel):
         supervised = _Supervised(
             terms=terms,
             memory=memories[:, -1],
-            starts=starts,
+            starts=None if is_truncated else starts,  # there, nothing asks for them
             own=is_own if objective.readout_weight else None,
             label_moments=moments,
             depth=tokens.steps,

@@ -109,7 +109,7 @@ def test_summary_counts_cells_and_names_losses(tmp_path):
         if accuracy is not None
     ]
     text, _ = render(lines, tmp_path)
-    assert "ahead in 1, level in 1, behind in 2 of 4 cells; both below 0.9 in: retrieval 64." in text
+    assert "ahead in 1, level in 1, behind in 2 of 4 cells; among them, both are below 0.9 in: retrieval 64." in text
     assert "- behind: retrieval 32 (-0.080), retrieval 64 (-0.500, both fail)" in text
     assert "4 of the verdicts rest on one" in text
     assert "was not run: retrieval 128." in text

@@ -132,3 +132,8 @@ def test_the_teacher_alone_has_no_name_and_hands_on_no_level(tmp_path, monkeypat
             assert_same(before, after[0][1], rtol=0, atol=0)
     assert [arm for arm, _ in after] == ["teacher", "smt4", "smt4_bptt"]
     assert levels == [0, 0, 2]
+
+
+def test_the_teacher_alone_is_no_pipeline():
+    with pytest.raises(ValueError, match="trains_updater"):
+        lay_out([phase(kind=SMTTrainingArguments, max_steps=2, trains_updater=False)], "out")

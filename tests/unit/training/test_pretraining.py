@@ -864,6 +864,7 @@ def test_windowed_teacher_in_all_phases():
         ("smt", {"trains_updater": False, "num_supervised_transitions": 1}, "trains_updater"),
         ("smt", {"trains_updater": False, "predictive_weight": 0.0, "teacher_weight": 0.0}, "needs a"),
         ("smt", {"trains_updater": False, "curriculum_threshold": 0.3}, "teacher_readout_weight"),
+        ("smt", {"trains_updater": False, "consistency_weight": 1.0}, "consistency_weight"),
         ("dmt", {"dynamics_starts_below": 1.0, "dynamics_full_below": 0.5}, "being trained"),
         ("smt", {"num_supervised_transitions": 1, "consistency_weight": 1.0}, "consistency_weight"),
         ("bptt", {"max_seconds": 0.0}, "max_seconds"),
