@@ -72,8 +72,8 @@ class Pace(TrainerCallback, ExportableState):
     Attributes:
         level: index of the level that is trained.
         own_loss: running mean of the student's own rollout, nats a label (where it is not trained, of the readout of
-            the teacher's memories). A curriculum that the *teacher* gated left
-            the student at chance: the teacher had solved every length before the student had learned to write.
+            the teacher's memories). A curriculum of the student that the *teacher* gated left it at chance: the
+            teacher had solved every length before the student had learned to write.
         teacher_loss: running mean of the readout on the teacher's memories; `None` before the first step.
     """
 
