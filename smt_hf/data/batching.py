@@ -13,6 +13,13 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 
+def rows_at(rows: Sequence[dict], indices: list[int]) -> list[dict]:
+    """The rows of a batch, read in one go where `rows` can."""
+    if hasattr(rows, "__getitems__"):
+        return rows.__getitems__(indices)
+    return [rows[index] for index in indices]
+
+
 class IndexedExamples(Dataset):
     """Rows under global example numbers: number `i` is row `i % len(rows)` in epoch `i // len(rows)`."""
 
@@ -23,7 +30,11 @@ class IndexedExamples(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict:
-        return {**self.rows[index % len(self.rows)], "example_ids": index}
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        rows = rows_at(self.rows, [index % len(self.rows) for index in indices])
+        return [{**row, "example_ids": index} for row, index in zip(rows, indices)]
 
 
 class Levels(Dataset):
@@ -48,7 +59,11 @@ class Levels(Dataset):
         return len(self.levels[0])
 
     def __getitem__(self, index: int) -> dict:
-        return {"levels": [level[index] for level in self.levels]}
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        by_level = [rows_at(level, indices) for level in self.levels]
+        return [{"levels": list(rows)} for rows in zip(*by_level)]
 
 
 class EpochSampler(Sampler):

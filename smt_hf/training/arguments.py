@@ -22,6 +22,7 @@ _LOSS_WEIGHTS = {
     "uniformity_weight",
     "teacher_weight",
 }
+MATRIX_OPTIMIZERS = ("adamw", "muon")
 ON_POLICY_MODES = ("sequential", "parallel", "aggregate")
 
 
@@ -53,6 +54,10 @@ class PhaseArguments(TrainingArguments):
         "trained yet (`trains_updater` false), of the readout of the teacher's memories.",
     )
     max_steps: int = _argument(600, "Optimiser steps of the phase. Ours: a quarter of 4 minutes on two CPU cores.")
+    matrix_optimizer: str = _argument(
+        "adamw",
+        "What trains the weights of linear layers: `adamw`, or `muon` (the rest stays with AdamW, at the same rate).",
+    )
     adam_beta2: float = _argument(0.95, "Paper.")
     weight_decay: float = _argument(0.01, "Paper. Applied to the weights of linear layers only.")
     max_grad_norm: float = _argument(1.0, "Paper.")
@@ -88,6 +93,10 @@ class PhaseArguments(TrainingArguments):
                 raise ValueError("with `max_seconds`, `warmup_steps` must be a share of the phase, below 1.")
             self.max_steps = UNBOUNDED
         self._try_scheduler()
+        if self.matrix_optimizer not in MATRIX_OPTIMIZERS:
+            raise ValueError(
+                f"unknown `matrix_optimizer` {self.matrix_optimizer!r}: choose one of {', '.join(MATRIX_OPTIMIZERS)}."
+            )
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False
         for name in ("context_length", "transition_steps", "max_steps"):

@@ -4,6 +4,7 @@
 and `scores.json`, what the evaluation after the phase said.
 """
 
+import itertools
 import json
 import os
 import re
@@ -104,6 +105,12 @@ def lay_out(phases: list[PhaseArguments], output_dir: str) -> None:
             raise ValueError(
                 f"the optimiser state of `optim={arguments.optim}` is not handed from phase to phase: set "
                 "`continue_previous_phase` to false."
+            )
+    for before, arguments in itertools.pairwise(phases):
+        if arguments.continue_previous_phase and arguments.matrix_optimizer != before.matrix_optimizer:
+            raise ValueError(
+                f"the {arguments.phase} phase goes on with the optimiser of the phase before it: give both the same "
+                "`matrix_optimizer`, or set `continue_previous_phase` to false."
             )
     names: dict[str, int] = {}
     for arguments in phases:

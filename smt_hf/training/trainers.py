@@ -19,6 +19,7 @@ from smt_hf.student import SMTRecurrentForCausalLM
 from smt_hf.teachers import SMTWindowedTeacher
 
 from .arguments import BPTTTrainingArguments, DMTTrainingArguments, PhaseArguments, SMTTrainingArguments
+from .optimizer import muon_with_adamw
 from .pacing import VIRTUAL_STEPS_A_SECOND, Pace, TrainingCost
 from .pretraining import SMTForPreTraining
 from .rollout import example_uniforms
@@ -266,6 +267,10 @@ class SMTTrainer(Trainer):
         ]
 
     def create_optimizer(self, *args, **kwargs):
+        if self.optimizer is None and self.args.matrix_optimizer == "muon":
+            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+                raise ValueError("`matrix_optimizer=muon` needs whole matrices: not with DeepSpeed or FSDP, use adamw.")
+            self.optimizer = muon_with_adamw(self.model, self.get_decay_parameter_names(self.model), self.args)
         optimizer = super().create_optimizer(*args, **kwargs)
         # As torch's own load_state_dict: step counters live on the device only where the fused kernel wants them.
         on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)

@@ -60,6 +60,11 @@ KINDS = {
         SMTTrainingArguments,
         {"future_length": 4, "context_length": 12, "trains_updater": False, "teacher_readout_weight": 0.5},
     ),
+    "bptt_muon": (
+        BPTTTrainer,
+        BPTTTrainingArguments,
+        {"transition_steps": 12, "context_length": 12, "matrix_optimizer": "muon"},
+    ),
     "dmt_stride": (
         DMTTrainer,
         DMTTrainingArguments,
@@ -375,21 +380,50 @@ def test_a_shared_schedule_is_one_schedule(tmp_path):
     assert rates[0][0] < max(rates[0])
 
 
-def test_optimiser_state_is_handed_over(tmp_path):
+@pytest.mark.parametrize("kind", ["bptt_full", "bptt_muon"])
+def test_optimiser_state_is_handed_over(kind, tmp_path):
     """Two half phases with the state handed over == one phase."""
     settings = {"lr_scheduler_type": "constant", "warmup_steps": 0}
-    whole = make_trainer("bptt_full", tmp_path, max_steps=5, **settings)
+    whole = make_trainer(kind, tmp_path, max_steps=5, **settings)
     whole.train()
-    first = make_trainer("bptt_full", tmp_path / "first", max_steps=3, save_strategy="steps", **settings)
+    first = make_trainer(kind, tmp_path / "first", max_steps=3, save_strategy="steps", **settings)
     first.train()
     state = load_student_optimizer(str(tmp_path / "first" / "checkpoint-3"))
-    assert all(int(entry["step"]) == 3 for entry in state.values())
-    second = make_trainer("bptt_full", tmp_path, model=first.model, max_steps=2, **settings)
+    assert all(int(entry["step"]) == 3 for entry in state.values() if "step" in entry)
+    assert any("momentum_buffer" in entry for entry in state.values()) == (kind == "bptt_muon")
+    second = make_trainer(kind, tmp_path, model=first.model, max_steps=2, **settings)
     left = list(EpochSampler(40, seed=42))[24:]  # the rows of the fourth and fifth step
     second._get_train_sampler = lambda *_: left
     second._student_optimizer_state = state
     second.train()
     assert_same(weights_of(whole), weights_of(second), rtol=1e-5, atol=1e-6)
+
+
+def test_muon_and_adamw_side_by_side(tmp_path):
+    """One optimiser for both == torch's two, each on its own parameters."""
+    settings = {"lr_scheduler_type": "constant", "warmup_steps": 0, "max_grad_norm": 0.0, "max_steps": 1}
+    trainer = make_trainer("bptt_muon", tmp_path, **settings)
+    optimizer = trainer.create_optimizer()
+    model = trainer.model
+    model(torch.stack([torch.as_tensor(row["input_ids"]) for row in some_rows(8)]), trainer.objective).loss.backward()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad
+                 and parameter.grad is not None}  # fmt: skip
+    for _ in range(3):
+        optimizer.step()
+    linear = set(trainer.get_decay_parameter_names(model))
+    for name, gradient in gradients.items():
+        twin = torch.nn.Parameter(before[name].clone())
+        twin.grad = gradient
+        decay = trainer.args.weight_decay if name in linear else 0.0
+        if name in linear and not name.endswith("lm_head.weight"):
+            own = torch.optim.Muon([twin], lr=4e-3, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        else:
+            own = torch.optim.AdamW([twin], lr=4e-3, betas=(0.9, 0.95), weight_decay=decay)
+        for _ in range(3):
+            own.step()
+        torch.testing.assert_close(dict(model.named_parameters())[name], twin, rtol=1e-5, atol=1e-6, msg=name)
+    assert any("momentum_buffer" in state for state in optimizer.state.values())
 
 
 def test_weight_decay_is_for_linear_weights(tmp_path):
@@ -424,6 +458,8 @@ def test_refusals(tmp_path):
         SMTTrainer(make_composite(), TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
     with pytest.raises(ValueError, match="DMTTrainingArguments"):
         DMTTrainer(make_composite(), SMTTrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+    with pytest.raises(ValueError, match="matrix_optimizer"):
+        make_trainer("bptt", tmp_path, matrix_optimizer="sgd")
     with pytest.raises(ValueError, match="multiple of 5"):
         make_trainer("bptt", tmp_path, transition_steps=5, context_length=10)
 
@@ -452,6 +488,9 @@ def test_phases_share_what_they_continue(tmp_path):
     ]  # fmt: skip
     names = [phase.output_dir.removeprefix(str(tmp_path) + "/") for phase in phases]
     assert names == ["smt", "smt_2", "smt_3", "smt_4", "smt_5"]
+    phases[1].matrix_optimizer = "muon"
+    with pytest.raises(ValueError, match="same `matrix_optimizer`"):
+        lay_out(phases, str(tmp_path))
     alone = [arguments(10, True)]
     lay_out(alone, str(tmp_path))
     assert (alone[0].schedule_offset, alone[0].schedule_steps) == (0, 0)
