@@ -160,6 +160,20 @@ def test_collate_levels():
     assert without[0] == without[2] != without[1]  # from their content
 
 
+def test_a_batch_is_read_in_one_go():
+    """Rows of a batch, by any level and number == the rows one by one; a dataset is asked once a level."""
+    rows = [documents(*[length] * 6).with_format("numpy") for length in (3, 5)]
+    numbered = IndexedExamples(Levels(rows))
+    indices = [4, 0, 13, 7, 0]
+    for together, index in zip(numbered.__getitems__(indices), indices):
+        alone = numbered[index]
+        assert together["example_ids"] == alone["example_ids"] == index
+        for level, (first, second) in enumerate(zip(together["levels"], alone["levels"])):
+            expected = list(range((index % 6) * (3, 5)[level], (index % 6 + 1) * (3, 5)[level]))
+            assert first["input_ids"].tolist() == second["input_ids"].tolist() == expected
+    assert IndexedExamples([{"input_ids": [1, 2]}])[3] == {"input_ids": [1, 2], "example_ids": 3}
+
+
 def test_a_text_that_spells_a_special_token_is_text():
     rows = tokenize(Dataset.from_dict({"text": ["a<|endoftext|>"]}), byte_tokenizer())
     assert rows[0]["input_ids"] == [*b"a<|endoftext|>", 256]
