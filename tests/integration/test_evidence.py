@@ -14,7 +14,7 @@ EVIDENCE = ROOT / "model_cards" / "evidence"
 # Table -> the cell, and what a run may differ from the mean of the table's (its unit): seconds buy more steps on one
 # machine than on another.
 CELLS = {
-    "probes": (["task=retrieval", "difficulty=32", "arm=smt2_dmt12", "seed=0"], 0.15),
+    "probes": (["task=retrieval", "difficulty=32", "arm=smt_dmt", "seed=0"], 0.15),
     "bptt_sweep": (["task=stack", "arm=bptt", "variant=learning_rate=0.002, per_device_train_batch_size=32"], 0.25),
     "ablations": (["task=modular_arithmetic", "arm=smt_dmt", "variant=everything"], 0.15),
     "text": (["task=text", "arm=bptt_truncated", "seed=0"], 0.15),
