@@ -56,9 +56,8 @@ class PhaseArguments(TrainingArguments):
     max_steps: int = _argument(600, "Optimiser steps of the phase. Ours: a quarter of 4 minutes on two CPU cores.")
     matrix_optimizer: str = _argument(
         "adamw",
-        "What trains the weights of linear layers: `adamw`, or `muon` (the rest stays with AdamW, at the same rate; not "
-        "with DeepSpeed or FSDP). Ours: on the probes `muon` is far better for BPTT and for us; see "
-        "model_cards/evidence.",
+        "What trains the weights of linear layers: `adamw`, or `muon` (the rest stays with AdamW, at the same rate). "
+        "Not with DeepSpeed or FSDP. Ours: `muon` is far better for BPTT and for us; see model_cards/evidence.",
     )
     adam_beta2: float = _argument(0.95, "Paper.")
     weight_decay: float = _argument(0.01, "Paper. Applied to the weights of linear layers only.")
