@@ -57,7 +57,7 @@ class PhaseArguments(TrainingArguments):
     matrix_optimizer: str = _argument(
         "adamw",
         "What trains the weights of linear layers: `adamw`, or `muon` (the rest stays with AdamW, at the same rate). "
-        "Not with DeepSpeed or FSDP. Ours: `muon` is far better for BPTT and for us; see model_cards/evidence.",
+        "Not with DeepSpeed or FSDP. Ours: far better on text, worse on some probes; see model_cards/evidence.",
     )
     adam_beta2: float = _argument(0.95, "Paper.")
     weight_decay: float = _argument(0.01, "Paper. Applied to the weights of linear layers only.")
