@@ -98,6 +98,12 @@ class PhaseArguments(TrainingArguments):
             raise ValueError(
                 f"unknown `matrix_optimizer` {self.matrix_optimizer!r}: choose one of {', '.join(MATRIX_OPTIMIZERS)}."
             )
+        optim = str(getattr(self.optim, "value", self.optim))
+        if self.matrix_optimizer == "muon" and not optim.startswith("adamw_torch"):
+            raise ValueError(
+                f"`matrix_optimizer=muon` trains the rest by torch's AdamW and has no use for `optim={optim}`: leave "
+                "one of the two out."
+            )
         if not torch.accelerator.is_available():
             self.dataloader_pin_memory = False
         for name in ("context_length", "transition_steps", "max_steps"):

@@ -5,7 +5,7 @@ import sys
 
 from safetensors.torch import save_file
 
-from tests.unit.training.test_trainers import make_trainer
+from tests.unit.training.test_trainers import PLAIN_STEPS, make_trainer
 
 
 def main(folder: str, batch: str, *kinds: str) -> None:
@@ -16,10 +16,9 @@ def main(folder: str, batch: str, *kinds: str) -> None:
             f"{folder}/{kind}",
             per_device_train_batch_size=int(batch),
             max_grad_norm=0.0,
-            optim="sgd",
-            learning_rate=0.05,
             save_strategy="steps",
             save_steps=4,
+            **PLAIN_STEPS.get(kind, {"optim": "sgd", "learning_rate": 0.05}),
         )
         trainer.train()
         report[kind] = {

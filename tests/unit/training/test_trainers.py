@@ -72,6 +72,11 @@ KINDS = {
     ),
 }
 
+# Steps in proportion to the gradient show a wrong scale, which those of AdamW and Muon hide.
+PLAIN_STEPS = {"bptt_muon": {"learning_rate": 0.005}}
+# Muon orthogonalises in bfloat16: the last bits of a gradient decide how it rounds.
+TOLERANCES = {"bptt_muon": {"rtol": 0.0, "atol": 1e-3}}
+
 
 def some_rows(num=40, length=13, seed=0):
     generator = torch.Generator().manual_seed(seed)
@@ -134,8 +139,7 @@ def test_terms_in_the_log(kind, tmp_path):
     assert metrics["eval_rollout"] == pytest.approx(evaluation[-1]["eval_rollout"], rel=1e-4)
 
 
-# Muon orthogonalises in bfloat16, which rounds the last bits of a gradient up to something.
-@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"bptt_muon"}))
+@pytest.mark.parametrize("kind", list(KINDS))
 def test_accumulation(kind, tmp_path):
     """8 x 1 == 1 x 8: final weights and the terms in the log."""
     runs = []
@@ -146,12 +150,11 @@ def test_accumulation(kind, tmp_path):
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
             max_grad_norm=0.0,
-            optim="sgd",
-            learning_rate=0.05,
+            **PLAIN_STEPS.get(kind, {"optim": "sgd", "learning_rate": 0.05}),
         )
         trainer.train()
         runs.append((weights_of(trainer), [line for line in trainer.state.log_history if "loss" in line]))
-    assert_same(runs[0][0], runs[1][0])
+    assert_same(runs[0][0], runs[1][0], **TOLERANCES.get(kind, {}))
     for first, second in zip(runs[0][1], runs[1][1]):
         for name in set(first) - {"epoch", "learning_rate", "step", "grad_norm", "seconds", "sequential_steps"}:
             assert first[name] == pytest.approx(second[name], rel=2e-3, abs=1e-5), name
@@ -461,6 +464,8 @@ def test_refusals(tmp_path):
         DMTTrainer(make_composite(), SMTTrainingArguments(output_dir=str(tmp_path), use_cpu=True))
     with pytest.raises(ValueError, match="matrix_optimizer"):
         make_trainer("bptt", tmp_path, matrix_optimizer="sgd")
+    with pytest.raises(ValueError, match="no use for `optim"):
+        make_trainer("bptt_muon", tmp_path, optim="sgd")
     with pytest.raises(ValueError, match="multiple of 5"):
         make_trainer("bptt", tmp_path, transition_steps=5, context_length=10)
 
