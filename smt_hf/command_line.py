@@ -329,7 +329,7 @@ def parse_grid(argv: list[str]) -> ParsedGrid:
 
     `--config GRID.yaml [--only task=... difficulty=... arm=... seed=... variant=...] [--output FILE.jsonl] [--jobs N]
     [--report] [--train_file FILE] [--mnist_dir DIR]`. A seed or difficulty that the grid does not list is run all the
-    same when `--only` names it.
+    same when `--only` names it. Arms with a `sweep` run under the first seed, unless `--only` names the arm.
 
     Raises:
         ValueError: unknown keys (the closest valid one is named), values of the wrong type, malformed YAML.
@@ -438,6 +438,8 @@ def _runs_of_task(grid: dict, task: str, settings: dict, only: dict, flags: dict
             for arm, spec in grid["arms"].items():
                 if only.get("arm", arm) != arm:
                     continue
+                if "sweep" in spec and seed != grid.get("seeds", [0])[0] and "arm" not in only:
+                    continue  # settings are chosen under one seed
                 where = spec.get("only")
                 is_named = "arm" in only and "difficulty" in only
                 if where is not None and not is_named and difficulty not in (where.get(task) or []):
