@@ -338,7 +338,14 @@ class SMTTrainer(Trainer):
             save_file(state, os.path.join(output_dir, STUDENT_OPTIMIZER))
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            raise ValueError(
+                f"the optimiser state in {checkpoint} is of other parameter groups than this run's: resume with the "
+                f"`matrix_optimizer` and `optim` that wrote it (now {self.args.matrix_optimizer} and "
+                f"{getattr(self.args.optim, 'value', self.args.optim)}). torch says: {error}"
+            ) from error
         path = None if checkpoint is None else os.path.join(checkpoint, _ROLLOUT_STATE)
         if path is not None and os.path.exists(path):
             self._restore_carried(load_file(path))

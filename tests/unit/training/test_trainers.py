@@ -403,6 +403,13 @@ def test_optimiser_state_is_handed_over(kind, tmp_path):
     assert_same(weights_of(whole), weights_of(second), rtol=1e-5, atol=1e-6)
 
 
+def test_resume_with_the_other_optimizer(tmp_path):
+    make_trainer("bptt_muon", tmp_path, save_strategy="steps", save_steps=3).train()
+    resumed = make_trainer("bptt_full", tmp_path)
+    with pytest.raises(ValueError, match="resume with the `matrix_optimizer`"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
 def test_muon_and_adamw_side_by_side(tmp_path):
     """One optimiser for both == torch's two, each on its own parameters."""
     settings = {"lr_scheduler_type": "constant", "warmup_steps": 0, "max_grad_norm": 0.0, "max_steps": 1}
