@@ -1,8 +1,14 @@
 """Pretraining of nonlinear recurrent language models with credit assignment taken out of time."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from .student import SMTRecurrentCache, SMTRecurrentConfig, SMTRecurrentForCausalLM, SMTRecurrentModel
+from .student import (
+    SMTRecurrentCache,
+    SMTRecurrentConfig,
+    SMTRecurrentForCausalLM,
+    SMTRecurrentForSequenceClassification,
+    SMTRecurrentModel,
+)
 from .teachers import SMTTeacherConfig, SMTTeacherEncoder
 from .training import (
     BPTTTrainer,
@@ -19,6 +25,7 @@ __version__ = "0.1.0"
 AutoConfig.register(SMTRecurrentConfig.model_type, SMTRecurrentConfig, exist_ok=True)
 AutoModel.register(SMTRecurrentConfig, SMTRecurrentModel, exist_ok=True)
 AutoModelForCausalLM.register(SMTRecurrentConfig, SMTRecurrentForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(SMTRecurrentConfig, SMTRecurrentForSequenceClassification, exist_ok=True)
 
 __all__ = [
     "BPTTTrainer",
@@ -29,6 +36,7 @@ __all__ = [
     "SMTRecurrentCache",
     "SMTRecurrentConfig",
     "SMTRecurrentForCausalLM",
+    "SMTRecurrentForSequenceClassification",
     "SMTRecurrentModel",
     "SMTTeacherConfig",
     "SMTTeacherEncoder",

@@ -1,7 +1,17 @@
-"""The recurrent model. The three sibling files travel inside every checkpoint as its custom code."""
+"""The recurrent model. The four sibling files travel inside every checkpoint as its custom code."""
 
 from .cache_smt_recurrent import SMTRecurrentCache
 from .configuration_smt_recurrent import SMTRecurrentConfig
-from .modeling_smt_recurrent import SMTRecurrentForCausalLM, SMTRecurrentModel
+from .modeling_smt_recurrent import (
+    SMTRecurrentForCausalLM,
+    SMTRecurrentForSequenceClassification,
+    SMTRecurrentModel,
+)
 
-__all__ = ["SMTRecurrentCache", "SMTRecurrentConfig", "SMTRecurrentForCausalLM", "SMTRecurrentModel"]
+__all__ = [
+    "SMTRecurrentCache",
+    "SMTRecurrentConfig",
+    "SMTRecurrentForCausalLM",
+    "SMTRecurrentForSequenceClassification",
+    "SMTRecurrentModel",
+]

@@ -4,9 +4,15 @@ Shapes: B sequences, K memory tokens, D width, T tokens of one forward.
 """
 
 import copy
+import os
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+# Of the files that `SMTRecurrentCache.save` writes.
+_VERSION_KEY, _VERSION = "smt_recurrent_state", "1"
 
 
 class SMTRecurrentStateLayer(CacheLayerMixin):
@@ -38,11 +44,13 @@ class SMTRecurrentStateLayer(CacheLayerMixin):
     def update(self, key_states, value_states, *args, **kwargs):
         raise ValueError("A recurrent state has no keys and values to update; use `update_memory`.")
 
-    def update_memory(self, memories: torch.Tensor) -> None:
+    def update_memory(self, memories: torch.Tensor, num_tokens: int | None = None) -> None:
         """Move the state past T tokens.
 
         Args:
-            memories: `(B, T, K, D)`, the memory after each of the new tokens, padding included.
+            memories: `(B, T, K, D)`, the memory after each of the new tokens, padding included; or only after the last
+                of them, where nothing is recorded.
+            num_tokens: T, if `memories` does not hold all.
         """
         if self.record_past:
             if not self._history:
@@ -50,7 +58,7 @@ class SMTRecurrentStateLayer(CacheLayerMixin):
             self._history.extend(memories.unbind(1))
         # A copy: a view would keep the memories of the whole prompt alive.
         self.memory = memories[:, -1].clone() if memories.shape[1] > 1 else memories[:, 0]
-        self.cumulative_length += memories.shape[1]
+        self.cumulative_length += memories.shape[1] if num_tokens is None else num_tokens
         self.is_initialized = True
 
     @property
@@ -130,17 +138,89 @@ class SMTRecurrentStateLayer(CacheLayerMixin):
 class SMTRecurrentCache(Cache):
     """State of a batch: `layers[0].memory` is `(B, K, D)`, whatever the number of tokens read.
 
-    Made empty, it stands for "nothing read yet". `generate()` reorders, repeats, selects and crops it.
+    Made empty, it stands for "nothing read yet". `generate()` reorders, repeats, selects and crops it, and so may you:
+    `reorder`, `repeat`, `select` and `crop` change it in place, as their longer names in transformers do.
     """
 
     def __init__(self):
         super().__init__(layers=[SMTRecurrentStateLayer()])
+
+    @property
+    def memory(self) -> torch.Tensor | None:
+        """`(B, K, D)`, with its gradient; `None` before the first token."""
+        return self.layers[0].memory
 
     def detach_(self) -> "SMTRecurrentCache":
         """Cut the gradient between what was read so far and what comes next; returns itself."""
         for layer in self.layers:
             layer.detach_()
         return self
+
+    def detach(self) -> "SMTRecurrentCache":
+        """A copy without gradient: reading on from it changes nothing here."""
+        return copy.deepcopy(self)
+
+    def reorder(self, indices: torch.LongTensor) -> None:
+        """Row i becomes the former row `indices[i]`, `(B,)`."""
+        self.reorder_cache(indices)
+
+    def repeat(self, repeats: int) -> None:
+        """Every row `repeats` times, side by side: one prompt's state for several continuations."""
+        self.batch_repeat_interleave(repeats)
+
+    def select(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices`, in their order."""
+        self.batch_select_indices(indices)
+
+    def save(self, path: str | os.PathLike, overwrite: bool = False) -> None:
+        """Write the state to a safetensors file, which is complete or absent.
+
+        Raises:
+            ValueError: nothing has been read yet.
+            FileExistsError: there is such a file, and `overwrite` is false.
+        """
+        if self.memory is None:
+            raise ValueError("The state is empty: read a text first, there is nothing to save.")
+        if os.path.exists(path) and not overwrite:
+            raise FileExistsError(f"{path} exists: name another file or pass `overwrite=True`.")
+        facts = {"format": "pt", _VERSION_KEY: _VERSION, "num_tokens": str(self.get_seq_length())}
+        written = f"{os.fspath(path)}.{os.getpid()}.part"
+        try:
+            save_file({"memory": self.memory.detach().cpu().contiguous()}, written, metadata=facts)
+            os.replace(written, path)
+        finally:
+            if os.path.exists(written):
+                os.remove(written)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, config=None) -> "SMTRecurrentCache":
+        """The state that `save` wrote, on the CPU; the model moves it to its own device.
+
+        Args:
+            config: of the model that is to go on from it; the sizes are then compared.
+
+        Raises:
+            ValueError: not such a file, of another version, or of another size than `config` says.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = file.metadata() or {}
+                memory = file.get_tensor("memory") if "memory" in file.keys() else None  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a safetensors file, or is cut off: {error}.") from error
+        if facts.get(_VERSION_KEY) != _VERSION or memory is None or memory.dim() != 3:
+            raise ValueError(
+                f"{path} holds no recurrent state of version {_VERSION} (found {facts.get(_VERSION_KEY)}): write it by "
+                "`SMTRecurrentCache.save` of this release."
+            )
+        if config is not None and tuple(memory.shape[1:]) != (config.num_memory_tokens, config.hidden_size):
+            raise ValueError(
+                f"{path} holds {memory.shape[1]} memory tokens of width {memory.shape[2]}; the model has "
+                f"{config.num_memory_tokens} of {config.hidden_size}: it was saved from another model."
+            )
+        cache = cls()
+        cache.layers[0].update_memory(memory[:, None], num_tokens=int(facts["num_tokens"]))
+        return cache
 
     def __deepcopy__(self, memo):
         other = type(self)()

@@ -1,252 +1,38 @@
 """The recurrent student: `m_{t+1} = f(m_t, x_{t+1})`, `p(x_{t+1} | x_{<=t}) = softmax(g(m_t))`.
 
 Shapes: B sequences, T tokens, N = B or B x chunks (whatever is rolled out side by side), K memory tokens, D width,
-F future tokens, H heads, V vocabulary. Symbols and equations: arXiv:2606.06479.
+F future tokens, V vocabulary. Symbols and equations: arXiv:2606.06479.
 """
-
-from abc import ABC, abstractmethod
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 from transformers.utils import can_return_tuple
 
 from .cache_smt_recurrent import SMTRecurrentCache
 from .configuration_smt_recurrent import SMTRecurrentConfig
+from .layers_smt_recurrent import UPDATERS, SMTRecurrentOutProjection, SMTRecurrentReadout
 
 # transformers 5.24 renamed the state's field from `past_key_values` to `cache`; both names are understood here.
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-
-
-def rotary_angles(num_positions: int, head_dim: int, theta: float, device=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of the rotary positions `0 .. num_positions - 1`, each `(num_positions, head_dim / 2)`."""
-    frequencies = theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angles = torch.arange(num_positions, device=device, dtype=torch.float32)[:, None] * frequencies
-    return angles.cos(), angles.sin()
-
-
-def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions for `(..., positions, head_dim)`; `cos` and `sin` broadcast over what comes before."""
-    first, second = states.chunk(2, dim=-1)
-    cos, sin = cos.to(states.dtype), sin.to(states.dtype)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
-
-
-def positions_of(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """The states at `places`: `(N, S, D)`, `(N, M)` -> `(N, M, D)`."""
-    return states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
-
-
-class SMTRecurrentAttention(nn.Module):
-    """Multi-head attention in which only the last `num_queries` positions ask, or those at `places`."""
-
-    def __init__(self, config: SMTRecurrentConfig):
-        super().__init__()
-        self.num_heads = config.num_attention_heads
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.kv_proj = nn.Linear(config.hidden_size, 2 * config.hidden_size, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-
-    def forward(self, states, num_queries: int, is_causal: bool, rotary=None, places=None):
-        """`(N, S, D)` -> `(N, num_queries, D)`; with `places` `(N, num_queries)`, the positions that ask."""
-        batch, length, width = states.shape
-        queries = self.q_proj(states[:, length - num_queries :] if places is None else positions_of(states, places))
-        queries = queries.view(batch, num_queries, self.num_heads, self.head_dim).transpose(1, 2)
-        keys, values = (
-            self.kv_proj(states).view(batch, length, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        )
-        if rotary is not None:
-            cos, sin = rotary
-            asking = slice(length - num_queries, None) if places is None else places[:, None]
-            queries = rotate(queries, cos[asking], sin[asking])
-            keys = rotate(keys, cos, sin)
-        mask = None
-        if is_causal and places is not None:
-            mask = (torch.arange(length, device=states.device) <= places[..., None])[:, None]
-        elif is_causal and num_queries > 1:
-            mask = torch.ones(num_queries, length, dtype=torch.bool, device=states.device)
-            mask = mask.tril(length - num_queries)
-        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
-        return self.o_proj(mixed.transpose(1, 2).reshape(batch, num_queries, width))
-
-
-class SMTRecurrentMLP(nn.Module):
-    def __init__(self, config: SMTRecurrentConfig, width: int):
-        super().__init__()
-        assert config.intermediate_size is not None  # filled in by the configuration
-        self.up_proj = nn.Linear(width, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, width, bias=False)
-        self.activation = ACT2FN[config.hidden_act]
-
-    def forward(self, states):
-        return self.down_proj(self.activation(self.up_proj(states)))
-
-
-class SMTRecurrentBlock(nn.Module):
-    """Pre-norm Transformer block over a handful of positions."""
-
-    def __init__(self, config: SMTRecurrentConfig):
-        super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.attention = SMTRecurrentAttention(config)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = SMTRecurrentMLP(config, config.hidden_size)
-
-    def forward(self, states, num_queries: int | None = None, is_causal: bool = False, rotary=None, places=None):
-        """`(N, S, D)` -> `(N, num_queries, D)`, the last positions (`None`: all), or those at `places` `(N, M)`."""
-        num_queries = states.shape[1] if num_queries is None else num_queries
-        num_queries = num_queries if places is None else places.shape[1]
-        mixed = self.attention(self.attention_norm(states), num_queries, is_causal, rotary, places)
-        states = positions_of(states, places) if places is not None else states[:, states.shape[1] - num_queries :]
-        states = states + mixed
-        return states + self.mlp(self.mlp_norm(states))
-
-
-class SMTRecurrentOutProjection(nn.Linear):
-    """`W_out` of the updater: a class of its own because it is zero at birth."""
-
-
-class SMTRecurrentUpdater(nn.Module, ABC):
-    """`f(m, x) = RMSNorm(m + W_out h(m, x))` [Eq. 1]; subclasses compute `h`.
-
-    `W_out` is zero at birth, so that the first update keeps all information over any number of steps: without it,
-    gradients through eight steps learned nothing on retrieval.
-    """
-
-    def __init__(self, config: SMTRecurrentConfig, width: int):
-        super().__init__()
-        self.config = config
-        self.out_norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
-        self.out_proj = SMTRecurrentOutProjection(width, width, bias=False)
-
-    @abstractmethod
-    def layers_of(self, memory, embeds):
-        """Yield the stream after every layer, `(N, K, D)` or `(N, K * D)`."""
-
-    def forward(self, memory, embeds, layer_outputs: list | None = None):
-        """One transition: `(N, K, D)`, `(N, D)` -> `(N, K, D)`.
-
-        `layer_outputs`, if given, receives the stream of the last memory token after every layer but the last,
-        each `(N, D)`.
-        """
-        stream = None
-        for index, stream in enumerate(self.layers_of(memory, embeds)):
-            if layer_outputs is not None and index < self.config.num_hidden_layers - 1:
-                layer_outputs.append(stream.reshape(memory.shape[0], -1, memory.shape[-1])[:, -1])
-        change = self.out_proj(self.out_norm(stream)).view(memory.shape)
-        return F.rms_norm(memory + change, memory.shape[-1:], eps=self.config.rms_norm_eps)
-
-
-class SMTRecurrentTransformerUpdater(SMTRecurrentUpdater):
-    """Attention over the new token and the memory tokens, told apart by learned slot embeddings."""
-
-    def __init__(self, config: SMTRecurrentConfig):
-        super().__init__(config, config.hidden_size)
-        self.slot_embeddings = nn.Parameter(torch.empty(1 + config.num_memory_tokens, config.hidden_size))
-        self.layers = nn.ModuleList([SMTRecurrentBlock(config) for _ in range(config.num_hidden_layers)])
-
-    def layers_of(self, memory, embeds):
-        stream = torch.cat([embeds[:, None], memory], dim=1) + self.slot_embeddings
-        *inner, last = self.layers  # a slice would build a ModuleList at every token
-        for layer in inner:
-            stream = layer(stream)
-            yield stream
-        yield last(stream, num_queries=memory.shape[1])
-
-
-class SMTRecurrentMLPUpdater(SMTRecurrentUpdater):
-    """Residual feed-forward layers on the whole memory as one vector."""
-
-    def __init__(self, config: SMTRecurrentConfig):
-        width = config.num_memory_tokens * config.hidden_size
-        super().__init__(config, width)
-        self.token_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.norms = nn.ModuleList(
-            [nn.RMSNorm(width, eps=config.rms_norm_eps) for _ in range(config.num_hidden_layers)]
-        )
-        self.layers = nn.ModuleList([SMTRecurrentMLP(config, width) for _ in range(config.num_hidden_layers)])
-
-    def layers_of(self, memory, embeds):
-        stream = memory.flatten(1) + self.token_proj(embeds)
-        for norm, layer in zip(self.norms, self.layers):
-            stream = stream + layer(norm(stream))
-            yield stream
-
-
-class SMTRecurrentGRUUpdater(SMTRecurrentUpdater):
-    """GRU cells (Cho et al. 2014) on the whole memory as one vector, one after the other within a transition."""
-
-    def __init__(self, config: SMTRecurrentConfig):
-        width = config.num_memory_tokens * config.hidden_size
-        super().__init__(config, width)
-        self.input_projs = nn.ModuleList(
-            [nn.Linear(config.hidden_size, 3 * width) for _ in range(config.num_hidden_layers)]
-        )
-        self.state_projs = nn.ModuleList([nn.Linear(width, 3 * width) for _ in range(config.num_hidden_layers)])
-
-    def layers_of(self, memory, embeds):
-        stream = memory.flatten(1)
-        for input_proj, state_proj in zip(self.input_projs, self.state_projs):
-            input_reset, input_update, input_new = input_proj(embeds).chunk(3, dim=-1)
-            state_reset, state_update, state_new = state_proj(stream).chunk(3, dim=-1)
-            candidate = torch.tanh(input_new + torch.sigmoid(input_reset + state_reset) * state_new)
-            stream = torch.lerp(candidate, stream, torch.sigmoid(input_update + state_update))
-            yield stream
-
-
-UPDATERS: dict[str, Callable[[SMTRecurrentConfig], SMTRecurrentUpdater]] = {
-    "transformer": SMTRecurrentTransformerUpdater,
-    "mlp": SMTRecurrentMLPUpdater,
-    "gru": SMTRecurrentGRUUpdater,
-}
-
-
-class SMTRecurrentReadout(nn.Module):
-    """The decoder `g`: a causal Transformer over `[memory tokens, future tokens]` [Sec. 3.1].
-
-    The last memory position predicts the next token; fed with the true future tokens, the positions after it predict
-    the tokens further on (the predictive state loss, Eq. 2).
-    """
-
-    def __init__(self, config: SMTRecurrentConfig):
-        super().__init__()
-        self.config = config
-        self.slot_embeddings = nn.Parameter(torch.empty(config.num_memory_tokens, config.hidden_size))
-        self.layers = nn.ModuleList([SMTRecurrentBlock(config) for _ in range(config.num_readout_layers)])
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(self, memories, future_embeds=None, wanted=None):
-        """`(N, K, D)`, `(N, F, D)` -> `(N, 1 + F, D)`: the states that predict the next token and the F after it.
-
-        `wanted`, `(N, M)` in 0 .. F: only those of them, `(N, M, D)`; the last layer then does no more than that.
-        """
-        states = memories + self.slot_embeddings
-        if future_embeds is not None:
-            states = torch.cat([states, future_embeds], dim=1)
-        num_memory_tokens, length = memories.shape[1], states.shape[1]
-        head_dim = self.config.hidden_size // self.config.num_attention_heads
-        rotary = rotary_angles(length, head_dim, self.config.rope_theta, states.device)
-        *inner, last = self.layers
-        for layer in inner:
-            states = layer(states, is_causal=True, rotary=rotary)
-        places = None if wanted is None else wanted + num_memory_tokens - 1
-        states = last(states, length - num_memory_tokens + 1, is_causal=True, rotary=rotary, places=places)
-        return self.norm(states)
+# Tokens between two memories that gradient checkpointing keeps.
+CHECKPOINT_EVERY = 32
 
 
 class SMTRecurrentPreTrainedModel(PreTrainedModel):
     config_class = SMTRecurrentConfig
     config: SMTRecurrentConfig
     base_model_prefix = "model"
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
     _no_split_modules = [
         "SMTRecurrentTransformerUpdater",
         "SMTRecurrentMLPUpdater",
@@ -276,12 +62,13 @@ class SMTRecurrentPreTrainedModel(PreTrainedModel):
             init.normal_(module.initial_memory)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers, with all three Auto classes in `auto_map`: any of them loads the checkpoint by
+        """As in transformers, with all Auto classes in `auto_map`: any of them loads the checkpoint by
         `trust_remote_code=True` where `smt_hf` is not installed."""
         self.config.auto_map = {
             "AutoConfig": "configuration_smt_recurrent.SMTRecurrentConfig",
             "AutoModel": "modeling_smt_recurrent.SMTRecurrentModel",
             "AutoModelForCausalLM": "modeling_smt_recurrent.SMTRecurrentForCausalLM",
+            "AutoModelForSequenceClassification": "modeling_smt_recurrent.SMTRecurrentForSequenceClassification",
         }
         super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -295,13 +82,22 @@ class SMTRecurrentModel(SMTRecurrentPreTrainedModel):
         self.initial_memory = nn.Parameter(torch.empty(config.num_memory_tokens, config.hidden_size))
         self.updater = UPDATERS[config.updater_type](config)
         self.readout = SMTRecurrentReadout(config)
+        self.gradient_checkpointing = False
         self.post_init()
 
     def start_memory(self) -> torch.Tensor:
         """`m_0`, the memory of the empty prefix, `(K, D)`: learned, RMS-normalised like every memory."""
         return F.rms_norm(self.initial_memory, self.initial_memory.shape[-1:], eps=self.config.rms_norm_eps)
 
-    def unroll(self, memory, embeds, attention_mask=None, starts_document=None, layer_outputs: list | None = None):
+    def unroll(
+        self,
+        memory,
+        embeds,
+        attention_mask=None,
+        starts_document=None,
+        layer_outputs: list | None = None,
+        num_kept: int | None = None,
+    ):
         """The recurrence: the only loop over time.
 
         Args:
@@ -310,13 +106,29 @@ class SMTRecurrentModel(SMTRecurrentPreTrainedModel):
             attention_mask: `(N, T)`, false where a token is padding and leaves the memory as it is; `None`: no padding.
             starts_document: `(N, T)` bool, true where the memory goes back to `m_0` before the token is read.
             layer_outputs: if a list, it receives one list per token: see `SMTRecurrentUpdater.forward`.
+            num_kept: return the last so many memories only, and hold no others; `None`: all.
 
         Returns:
-            `(N, T, K, D)`: the memory after each token.
+            `(N, T or num_kept, K, D)`: the memory after each token.
         """
+        own = (attention_mask, starts_document)
+        # The streams of the layers are for looking at; they are held, not computed again.
+        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()) or layer_outputs is not None:
+            return self._steps(memory, embeds, *own, layer_outputs, num_kept)
+        pieces = []
+        for begin in range(0, embeds.shape[1], CHECKPOINT_EVERY):
+            part = slice(begin, begin + CHECKPOINT_EVERY)
+            of_part = [None if tensor is None else tensor[:, part] for tensor in own]
+            pieces.append(self._gradient_checkpointing_func(self._steps, memory, embeds[:, part], *of_part))
+            memory = pieces[-1][:, -1]
+        memories = torch.cat(pieces, dim=1)
+        return memories if num_kept is None else memories[:, -num_kept:]
+
+    def _steps(self, memory, embeds, attention_mask, starts_document, layer_outputs=None, num_kept=None):
         keep = None if attention_mask is None else attention_mask.bool()[:, :, None, None].unbind(1)
         reset = None if starts_document is None else starts_document[:, :, None, None].unbind(1)
         start = None if reset is None else self.start_memory()
+        first_kept = 0 if num_kept is None else embeds.shape[1] - num_kept
         memories = []
         for index, token in enumerate(embeds.unbind(1)):
             if reset is not None and start is not None:
@@ -324,7 +136,8 @@ class SMTRecurrentModel(SMTRecurrentPreTrainedModel):
             collected: list | None = None if layer_outputs is None else []
             updated = self.updater(memory, token, collected)
             memory = updated if keep is None else torch.where(keep[index], updated, memory)
-            memories.append(memory)
+            if index >= first_kept:
+                memories.append(memory)
             if layer_outputs is not None:
                 layer_outputs.append(collected)
         return torch.stack(memories, dim=1)
@@ -332,6 +145,14 @@ class SMTRecurrentModel(SMTRecurrentPreTrainedModel):
     def read(self, memories: torch.Tensor) -> torch.Tensor:
         """States that predict the next token: `(..., K, D)` -> `(..., D)`."""
         return self.readout(memories.flatten(0, -3)).view(*memories.shape[:-2], memories.shape[-1])
+
+    def final_memory(self, input_ids=None, attention_mask=None, inputs_embeds=None) -> torch.Tensor:
+        """The memory after the last token of every sequence, `(B, K, D)`: an embedding of the text.
+
+        Padding, `attention_mask` 0, changes nothing on either side.
+        """
+        outputs = self(input_ids, attention_mask, inputs_embeds=inputs_embeds, use_cache=True, logits_to_keep=1)
+        return getattr(outputs, CACHE_NAME).layers[0].memory
 
     @can_return_tuple
     def forward(
@@ -345,6 +166,7 @@ class SMTRecurrentModel(SMTRecurrentPreTrainedModel):
         output_attentions: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache: Cache | None = None,
+        document_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """
@@ -356,6 +178,7 @@ class SMTRecurrentModel(SMTRecurrentPreTrainedModel):
             inputs_embeds: `(B, T, D)` instead of `input_ids`.
             logits_to_keep: read out only the last so many positions, or the positions of a 1D index tensor; 0 is all.
             cache: the name that transformers 5.24 and newer give `past_key_values`.
+            document_ids: `(B, T)`, of packed rows: where it changes inside the row, the memory goes back to `m_0`.
 
         Returns:
             `last_hidden_state` `(B, T or kept, D)`, the readout's state that predicts the next token;
@@ -395,11 +218,21 @@ class SMTRecurrentModel(SMTRecurrentPreTrainedModel):
                 "`past_key_values.batch_repeat_interleave(n)` or `.batch_select_indices(indices)` first."
             )
         layer_outputs: list | None = [] if output_hidden_states else None
-        memories = self.unroll(memory.to(embeds.device), embeds, attention_mask, layer_outputs=layer_outputs)
+        # A prompt of any length is read in the memory of what is kept of it; a state that may be cropped needs it all.
+        num_kept = logits_to_keep if isinstance(logits_to_keep, int) and 0 < logits_to_keep < length else None
+        if state is not None and state.layers[0].record_past:
+            num_kept = None
+        starts_document = None if document_ids is None else document_starts(document_ids)
+        memories = self.unroll(
+            memory.to(embeds.device), embeds, attention_mask, starts_document, layer_outputs, num_kept
+        )
         if state is not None:
-            state.layers[0].update_memory(memories)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
-        last_hidden_state = self.read(memories[:, kept] if not isinstance(kept, int) else memories)
+            state.layers[0].update_memory(memories, num_tokens=length)
+        if isinstance(logits_to_keep, int):
+            kept = slice(-logits_to_keep if logits_to_keep else None, None)
+        else:
+            kept = logits_to_keep
+        last_hidden_state = self.read(memories[:, kept])
         hidden_states = None
         if layer_outputs is not None:
             middle = [torch.stack(layer, dim=1) for layer in zip(*layer_outputs)]
@@ -450,6 +283,7 @@ class SMTRecurrentForCausalLM(SMTRecurrentPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache: Cache | None = None,
+        document_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """As [`SMTRecurrentModel.forward`], with logits and a loss.
@@ -473,6 +307,7 @@ class SMTRecurrentForCausalLM(SMTRecurrentPreTrainedModel, GenerationMixin):
             output_attentions=output_attentions,
             logits_to_keep=logits_to_keep,
             cache=cache,
+            document_ids=document_ids,
             return_dict=True,
         )
         logits = self.lm_head(outputs.last_hidden_state)
@@ -484,6 +319,17 @@ class SMTRecurrentForCausalLM(SMTRecurrentPreTrainedModel, GenerationMixin):
             logits=logits,
             hidden_states=outputs.hidden_states,
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
+        )
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: continuous batching, `cache_implementation="paged"`, pages keys and values.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "Continuous batching (`cache_implementation='paged'`) is for attention models: a recurrent state needs no "
+            "pages. Call `generate()` on a left-padded batch."
         )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
@@ -503,6 +349,73 @@ class SMTRecurrentForCausalLM(SMTRecurrentPreTrainedModel, GenerationMixin):
                 model_kwargs[CACHE_NAME].activate_past_recording()
 
 
+class SMTRecurrentForSequenceClassification(SMTRecurrentPreTrainedModel):
+    """A class, or a number, for every text: a linear layer on what is read out of the memory after its last token."""
+
+    def __init__(self, config: SMTRecurrentConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = SMTRecurrentModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        cache: Cache | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        """As [`SMTRecurrentModel.forward`], one row of logits a sequence.
+
+        Args:
+            attention_mask: as there; without one, trailing `pad_token_id`s of `input_ids` are taken for padding.
+            labels: `(B,)` classes, `(B,)` or `(B, num_labels)` floats for a regression, `(B, num_labels)` floats for
+                several classes at once; `config.problem_type` says which, or is inferred.
+
+        Returns:
+            `loss` if there are labels, `logits` `(B, num_labels)`, `past_key_values`, `hidden_states`.
+        """
+        pad = self.config.pad_token_id
+        if attention_mask is None and input_ids is not None and pad is not None:
+            attention_mask = (input_ids != pad).flip(1).cumsum(1).flip(1) > 0  # from the last other token on
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            logits_to_keep=1,
+            cache=cache,
+            return_dict=True,
+        )
+        logits = self.score(outputs.last_hidden_state[:, -1])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, logits=logits, **kwargs)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
+        )
+
+
+def document_starts(document_ids: torch.Tensor) -> torch.Tensor:
+    """Where a row of packed documents goes on to another: `(B, T)` -> `(B, T)` bool, false at the first token."""
+    changes = document_ids[:, 1:] != document_ids[:, :-1]
+    return F.pad(changes, (1, 0))
+
+
 def _own_cache(cache) -> SMTRecurrentCache | None:
     """The cache itself, a new one for an empty foreign cache, an error for a foreign cache that holds tokens."""
     # By name: a checkpoint loaded as remote code has its own copy of the class.
@@ -511,13 +424,14 @@ def _own_cache(cache) -> SMTRecurrentCache | None:
     if isinstance(cache, Cache) and cache.get_seq_length() == 0:
         return SMTRecurrentCache()
     raise ValueError(
-        f"`past_key_values` is a {type(cache).__name__} that another model has filled; pass an SMTRecurrentCache "
-        "as returned by this model, or none."
+        f"`past_key_values` is a {type(cache).__name__} with keys and values; pass an SMTRecurrentCache as "
+        "returned by this model, or none. (Prefix tuning makes such a cache: use LoRA or prompt tuning instead.)"
     )
 
 
 SMTRecurrentConfig.register_for_auto_class()
 SMTRecurrentModel.register_for_auto_class("AutoModel")
 SMTRecurrentForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+SMTRecurrentForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 
-__all__ = ["SMTRecurrentForCausalLM", "SMTRecurrentModel"]
+__all__ = ["SMTRecurrentForCausalLM", "SMTRecurrentForSequenceClassification", "SMTRecurrentModel"]

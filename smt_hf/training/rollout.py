@@ -6,6 +6,8 @@ all sequences side by side. Shapes: B sequences, T tokens, C = T / k chunks, K m
 
 import torch
 
+from smt_hf.student.modeling_smt_recurrent import document_starts
+
 
 def rollout(student, starts, input_ids, attention_mask=None, document_ids=None) -> torch.Tensor:
     """Unroll the student inside every chunk, from the chunk's own start.
@@ -28,10 +30,7 @@ def rollout(student, starts, input_ids, attention_mask=None, document_ids=None) 
     def chunked(tensor):
         return None if tensor is None else tensor.reshape(batch * num_chunks, length // num_chunks)
 
-    new_document = None
-    if document_ids is not None:
-        new_document = torch.zeros_like(document_ids, dtype=torch.bool)
-        new_document[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    new_document = None if document_ids is None else document_starts(document_ids)
     memories = student.model.unroll(
         starts.flatten(0, 1),
         student.model.embed_tokens(chunked(input_ids)),

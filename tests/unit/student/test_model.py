@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
-from smt_hf import SMTRecurrentCache, SMTRecurrentConfig, SMTRecurrentForCausalLM, SMTRecurrentModel
+from smt_hf import SMTRecurrentCache, SMTRecurrentConfig, SMTRecurrentForCausalLM
 from smt_hf.student.modeling_smt_recurrent import CACHE_NAME
 from tests.conftest import UPDATERS, VOCAB, make_student, student_config
 
@@ -141,55 +141,6 @@ def test_masked_tokens_leave_the_memory(student, tokens):
     torch.testing.assert_close(second.logits, outputs.logits[:, 6:], atol=1e-5, rtol=1e-5)
 
 
-def test_generate(student, tokens):
-    prompt = tokens[:, :5]
-    settings = {"max_new_tokens": 7, "pad_token_id": 0}
-    greedy = student.generate(prompt, do_sample=False, **settings)
-    assert torch.equal(greedy, student.generate(prompt, do_sample=False, use_cache=False, **settings))
-    longhand = prompt
-    for _ in range(7):
-        longhand = torch.cat([longhand, student(longhand).logits[:, -1:].argmax(-1)], 1)
-    assert torch.equal(greedy, longhand)
-    beams = [
-        student.generate(prompt, do_sample=False, num_beams=3, use_cache=use_cache, **settings)
-        for use_cache in (True, False)
-    ]
-    assert torch.equal(*beams)
-    samples = []
-    for use_cache in (True, False):
-        torch.manual_seed(3)
-        samples.append(
-            student.generate(prompt, do_sample=True, num_return_sequences=2, use_cache=use_cache, **settings)
-        )
-    assert torch.equal(*samples)
-    lookup = student.generate(prompt[:1], do_sample=False, prompt_lookup_num_tokens=3, **settings)
-    assert torch.equal(lookup, greedy[:1])
-    assert torch.equal(student.generate(prompt, do_sample=False, prefill_chunk_size=2, **settings), greedy)
-
-
-@pytest.mark.parametrize("num_beams", [1, 3])
-def test_generate_left_padded(student, tokens, num_beams):
-    settings = {"max_new_tokens": 6, "do_sample": False, "num_beams": num_beams, "pad_token_id": 0}
-    padded = torch.zeros(2, 8, dtype=torch.long)
-    mask = torch.zeros_like(padded)
-    for row, length in enumerate((8, 3)):
-        padded[row, 8 - length :], mask[row, 8 - length :] = tokens[row, :length], 1
-    together = student.generate(padded, attention_mask=mask, **settings)
-    for row, length in enumerate((8, 3)):
-        alone = student.generate(tokens[row : row + 1, :length], **settings)
-        assert torch.equal(together[row, 8:], alone[0, length:])
-
-
-def test_generate_goes_on_from_a_returned_cache(student, tokens):
-    settings = {"do_sample": False, "pad_token_id": 0}
-    whole = student.generate(tokens, max_new_tokens=8, **settings)
-    first = student.generate(tokens, max_new_tokens=4, return_dict_in_generate=True, **settings)
-    cache = getattr(first, CACHE_NAME)
-    assert isinstance(cache, SMTRecurrentCache)
-    rest = student.generate(first.sequences, **{CACHE_NAME: cache}, max_new_tokens=4, **settings)
-    assert torch.equal(rest, whole)
-
-
 def test_inputs_embeds_labels_and_kept_logits(student, tokens):
     outputs = student(tokens, labels=tokens, output_hidden_states=True)
     expected = F.cross_entropy(outputs.logits[:, :-1].reshape(-1, VOCAB), tokens[:, 1:].reshape(-1))
@@ -223,33 +174,70 @@ def test_refusals(student, tokens):
         student(tokens, past_key_values=filled)
 
 
-def test_save_and_load(student, tokens, tmp_path):
-    student.save_pretrained(tmp_path)
-    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors", ".py"}
-    for loaded in (AutoModelForCausalLM.from_pretrained(tmp_path), SMTRecurrentForCausalLM.from_pretrained(tmp_path)):
-        assert type(loaded) is SMTRecurrentForCausalLM
-        assert torch.equal(loaded(tokens).logits, student(tokens).logits)
-    base = AutoModel.from_pretrained(tmp_path)
-    assert type(base) is SMTRecurrentModel
-    assert torch.equal(base(tokens).last_hidden_state, student.model(tokens).last_hidden_state)
-    assert type(AutoConfig.from_pretrained(tmp_path)) is SMTRecurrentConfig
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(student, tokens, use_reentrant):
+    """The same gradients, with less held for the backward pass; 70 tokens are no multiple of a piece."""
+    ids = torch.randint(1, VOCAB, (2, 70))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = mask[1, 40:50] = 0
+    student.train()
+
+    def gradients():
+        student.zero_grad()
+        held = []
+        keep = lambda tensor: (held.append(tensor.numel()), tensor)[1]  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = student(ids, attention_mask=mask, labels=ids).loss
+        loss.backward()
+        return loss.detach(), [parameter.grad.clone() for parameter in student.parameters()], sum(held)
+
+    loss, expected, plain = gradients()
+    student.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    student.enable_input_require_grads()
+    again, own, checkpointed = gradients()
+    torch.testing.assert_close(again, loss)
+    for one, other in zip(own, expected):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    assert checkpointed < 0.5 * plain
+    student.gradient_checkpointing_disable()
+    assert gradients()[2] >= plain
 
 
-def test_tied_embeddings(tokens, tmp_path):
-    tied = make_student(tie_word_embeddings=True)
-    assert tied.lm_head.weight is tied.model.embed_tokens.weight
-    tied.save_pretrained(tmp_path)
-    assert torch.equal(SMTRecurrentForCausalLM.from_pretrained(tmp_path)(tokens).logits, tied(tokens).logits)
+def test_packed_documents(student, tokens):
+    """The memory goes back to m_0 where a document ends; a row is then as its documents alone."""
+    document_ids = torch.tensor([[0] * 12, [0] * 5 + [1] * 7, [3, 7, *[1] * 10]])
+    logits = student(tokens, document_ids=document_ids).logits
+    for row, begin, end in ((0, 0, 12), (1, 0, 5), (1, 5, 12), (2, 0, 1), (2, 1, 2), (2, 2, 12)):
+        alone = student(tokens[row : row + 1, begin:end]).logits[0]
+        torch.testing.assert_close(logits[row, begin:end], alone, atol=1e-5, rtol=1e-5)
 
 
-def test_lora(tokens):
-    from peft import LoraConfig, get_peft_model
+def test_loss(student, tokens):
+    """-100 is ignored, a number of items is divided by, nothing to predict is no number."""
+    labels = tokens.clone()
+    labels[:, 3:8] = -100
+    logits = student(tokens).logits[:, :-1].reshape(-1, VOCAB)
+    expected = F.cross_entropy(logits, labels[:, 1:].reshape(-1), reduction="sum")
+    num_labels = (labels[:, 1:] != -100).sum()
+    torch.testing.assert_close(student(tokens, labels=labels).loss, expected / num_labels)
+    torch.testing.assert_close(student(tokens, labels=labels, num_items_in_batch=100).loss, expected / 100)
+    assert student(tokens, labels=torch.full_like(tokens, -100)).loss.isnan()
 
-    student = make_student()
-    targets = ["q_proj", "kv_proj", "o_proj", "up_proj", "down_proj"]
-    adapted = get_peft_model(student, LoraConfig(target_modules=targets, task_type="CAUSAL_LM"))
-    adapted(input_ids=tokens, labels=tokens).loss.backward()
-    assert all(p.grad is not None for n, p in adapted.named_parameters() if "lora_" in n)
+
+def test_tuples(student, tokens):
+    """`return_dict=False`, by argument and by configuration."""
+    expected = student(tokens, labels=tokens, output_hidden_states=True, use_cache=True)
+    outputs = student(tokens, labels=tokens, output_hidden_states=True, use_cache=True, return_dict=False)
+    assert [type(part) for part in outputs] == [torch.Tensor, torch.Tensor, SMTRecurrentCache, tuple]
+    assert torch.equal(outputs[0], expected.loss) and torch.equal(outputs[1], expected.logits)
+    student.config.return_dict = False
+    assert torch.equal(student(tokens)[0], expected.logits)
+
+
+def test_compiled_whole(student, tokens):
+    """No graph break in a forward without a state."""
+    compiled = torch.compile(student, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(tokens, use_cache=False).logits, student(tokens).logits)
 
 
 @pytest.mark.parametrize(

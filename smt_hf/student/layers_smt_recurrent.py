@@ -1,0 +1,232 @@
+"""The layers of the student: attention over a handful of positions, the three updaters `f`, the readout `g`.
+
+Shapes: N sequences or chunks side by side, S positions, K memory tokens, D width, F future tokens, M wanted positions.
+Equations: arXiv:2606.06479.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+
+from .configuration_smt_recurrent import SMTRecurrentConfig
+
+
+def rotary_angles(num_positions: int, head_dim: int, theta: float, device=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of the rotary positions `0 .. num_positions - 1`, each `(num_positions, head_dim / 2)`."""
+    frequencies = theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angles = torch.arange(num_positions, device=device, dtype=torch.float32)[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions for `(..., positions, head_dim)`; `cos` and `sin` broadcast over what comes before."""
+    first, second = states.chunk(2, dim=-1)
+    cos, sin = cos.to(states.dtype), sin.to(states.dtype)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+def positions_of(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """The states at `places`: `(N, S, D)`, `(N, M)` -> `(N, M, D)`."""
+    return states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
+
+
+class SMTRecurrentAttention(nn.Module):
+    """Multi-head attention in which only the last `num_queries` positions ask, or those at `places`."""
+
+    def __init__(self, config: SMTRecurrentConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.kv_proj = nn.Linear(config.hidden_size, 2 * config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, states, num_queries: int, is_causal: bool, rotary=None, places=None):
+        """`(N, S, D)` -> `(N, num_queries, D)`; with `places` `(N, num_queries)`, the positions that ask."""
+        batch, length, width = states.shape
+        queries = self.q_proj(states[:, length - num_queries :] if places is None else positions_of(states, places))
+        queries = queries.view(batch, num_queries, self.num_heads, self.head_dim).transpose(1, 2)
+        keys, values = (
+            self.kv_proj(states).view(batch, length, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        )
+        if rotary is not None:
+            cos, sin = rotary
+            asking = slice(length - num_queries, None) if places is None else places[:, None]
+            queries = rotate(queries, cos[asking], sin[asking])
+            keys = rotate(keys, cos, sin)
+        mask = None
+        if is_causal and places is not None:
+            mask = (torch.arange(length, device=states.device) <= places[..., None])[:, None]
+        elif is_causal and num_queries > 1:
+            mask = torch.ones(num_queries, length, dtype=torch.bool, device=states.device)
+            mask = mask.tril(length - num_queries)
+        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        return self.o_proj(mixed.transpose(1, 2).reshape(batch, num_queries, width))
+
+
+class SMTRecurrentMLP(nn.Module):
+    def __init__(self, config: SMTRecurrentConfig, width: int):
+        super().__init__()
+        assert config.intermediate_size is not None  # filled in by the configuration
+        self.up_proj = nn.Linear(width, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, width, bias=False)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, states):
+        return self.down_proj(self.activation(self.up_proj(states)))
+
+
+class SMTRecurrentBlock(nn.Module):
+    """Pre-norm Transformer block over a handful of positions."""
+
+    def __init__(self, config: SMTRecurrentConfig):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attention = SMTRecurrentAttention(config)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = SMTRecurrentMLP(config, config.hidden_size)
+
+    def forward(self, states, num_queries: int | None = None, is_causal: bool = False, rotary=None, places=None):
+        """`(N, S, D)` -> `(N, num_queries, D)`, the last positions (`None`: all), or those at `places` `(N, M)`."""
+        num_queries = states.shape[1] if num_queries is None else num_queries
+        num_queries = num_queries if places is None else places.shape[1]
+        mixed = self.attention(self.attention_norm(states), num_queries, is_causal, rotary, places)
+        states = positions_of(states, places) if places is not None else states[:, states.shape[1] - num_queries :]
+        states = states + mixed
+        return states + self.mlp(self.mlp_norm(states))
+
+
+class SMTRecurrentOutProjection(nn.Linear):
+    """`W_out` of the updater: a class of its own because it is zero at birth."""
+
+
+class SMTRecurrentUpdater(nn.Module, ABC):
+    """`f(m, x) = RMSNorm(m + W_out h(m, x))` [Eq. 1]; subclasses compute `h`.
+
+    `W_out` is zero at birth, so that the first update keeps all information over any number of steps: without it,
+    gradients through eight steps learned nothing on retrieval.
+    """
+
+    def __init__(self, config: SMTRecurrentConfig, width: int):
+        super().__init__()
+        self.config = config
+        self.out_norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
+        self.out_proj = SMTRecurrentOutProjection(width, width, bias=False)
+
+    @abstractmethod
+    def layers_of(self, memory, embeds):
+        """Yield the stream after every layer, `(N, K, D)` or `(N, K * D)`."""
+
+    def forward(self, memory, embeds, layer_outputs: list | None = None):
+        """One transition: `(N, K, D)`, `(N, D)` -> `(N, K, D)`.
+
+        `layer_outputs`, if given, receives the stream of the last memory token after every layer but the last,
+        each `(N, D)`.
+        """
+        stream = None
+        for index, stream in enumerate(self.layers_of(memory, embeds)):
+            if layer_outputs is not None and index < self.config.num_hidden_layers - 1:
+                layer_outputs.append(stream.reshape(memory.shape[0], -1, memory.shape[-1])[:, -1])
+        change = self.out_proj(self.out_norm(stream)).view(memory.shape)
+        return F.rms_norm(memory + change, memory.shape[-1:], eps=self.config.rms_norm_eps)
+
+
+class SMTRecurrentTransformerUpdater(SMTRecurrentUpdater):
+    """Attention over the new token and the memory tokens, told apart by learned slot embeddings."""
+
+    def __init__(self, config: SMTRecurrentConfig):
+        super().__init__(config, config.hidden_size)
+        self.slot_embeddings = nn.Parameter(torch.empty(1 + config.num_memory_tokens, config.hidden_size))
+        self.layers = nn.ModuleList([SMTRecurrentBlock(config) for _ in range(config.num_hidden_layers)])
+
+    def layers_of(self, memory, embeds):
+        stream = torch.cat([embeds[:, None], memory], dim=1) + self.slot_embeddings
+        *inner, last = self.layers  # a slice would build a ModuleList at every token
+        for layer in inner:
+            stream = layer(stream)
+            yield stream
+        yield last(stream, num_queries=memory.shape[1])
+
+
+class SMTRecurrentMLPUpdater(SMTRecurrentUpdater):
+    """Residual feed-forward layers on the whole memory as one vector."""
+
+    def __init__(self, config: SMTRecurrentConfig):
+        width = config.num_memory_tokens * config.hidden_size
+        super().__init__(config, width)
+        self.token_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.norms = nn.ModuleList(
+            [nn.RMSNorm(width, eps=config.rms_norm_eps) for _ in range(config.num_hidden_layers)]
+        )
+        self.layers = nn.ModuleList([SMTRecurrentMLP(config, width) for _ in range(config.num_hidden_layers)])
+
+    def layers_of(self, memory, embeds):
+        stream = memory.flatten(1) + self.token_proj(embeds)
+        for norm, layer in zip(self.norms, self.layers):
+            stream = stream + layer(norm(stream))
+            yield stream
+
+
+class SMTRecurrentGRUUpdater(SMTRecurrentUpdater):
+    """GRU cells (Cho et al. 2014) on the whole memory as one vector, one after the other within a transition."""
+
+    def __init__(self, config: SMTRecurrentConfig):
+        width = config.num_memory_tokens * config.hidden_size
+        super().__init__(config, width)
+        self.input_projs = nn.ModuleList(
+            [nn.Linear(config.hidden_size, 3 * width) for _ in range(config.num_hidden_layers)]
+        )
+        self.state_projs = nn.ModuleList([nn.Linear(width, 3 * width) for _ in range(config.num_hidden_layers)])
+
+    def layers_of(self, memory, embeds):
+        stream = memory.flatten(1)
+        for input_proj, state_proj in zip(self.input_projs, self.state_projs):
+            input_reset, input_update, input_new = input_proj(embeds).chunk(3, dim=-1)
+            state_reset, state_update, state_new = state_proj(stream).chunk(3, dim=-1)
+            candidate = torch.tanh(input_new + torch.sigmoid(input_reset + state_reset) * state_new)
+            stream = torch.lerp(candidate, stream, torch.sigmoid(input_update + state_update))
+            yield stream
+
+
+UPDATERS: dict[str, Callable[[SMTRecurrentConfig], SMTRecurrentUpdater]] = {
+    "transformer": SMTRecurrentTransformerUpdater,
+    "mlp": SMTRecurrentMLPUpdater,
+    "gru": SMTRecurrentGRUUpdater,
+}
+
+
+class SMTRecurrentReadout(nn.Module):
+    """The decoder `g`: a causal Transformer over `[memory tokens, future tokens]` [Sec. 3.1].
+
+    The last memory position predicts the next token; fed with the true future tokens, the positions after it predict
+    the tokens further on (the predictive state loss, Eq. 2).
+    """
+
+    def __init__(self, config: SMTRecurrentConfig):
+        super().__init__()
+        self.config = config
+        self.slot_embeddings = nn.Parameter(torch.empty(config.num_memory_tokens, config.hidden_size))
+        self.layers = nn.ModuleList([SMTRecurrentBlock(config) for _ in range(config.num_readout_layers)])
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, memories, future_embeds=None, wanted=None):
+        """`(N, K, D)`, `(N, F, D)` -> `(N, 1 + F, D)`: the states that predict the next token and the F after it.
+
+        `wanted`, `(N, M)` in 0 .. F: only those of them, `(N, M, D)`; the last layer then does no more than that.
+        """
+        states = memories + self.slot_embeddings
+        if future_embeds is not None:
+            states = torch.cat([states, future_embeds], dim=1)
+        num_memory_tokens, length = memories.shape[1], states.shape[1]
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        rotary = rotary_angles(length, head_dim, self.config.rope_theta, states.device)
+        *inner, last = self.layers
+        for layer in inner:
+            states = layer(states, is_causal=True, rotary=rotary)
+        places = None if wanted is None else wanted + num_memory_tokens - 1
+        states = last(states, length - num_memory_tokens + 1, is_causal=True, rotary=rotary, places=places)
+        return self.norm(states)
