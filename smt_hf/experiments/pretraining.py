@@ -21,6 +21,7 @@ from smt_hf.publishing.export import append_evidence, export_student, export_tea
 from smt_hf.publishing.figures import plot_curves, plot_loss_by_position
 from smt_hf.publishing.provenance import run_facts
 from smt_hf.student import SMTRecurrentConfig
+from smt_hf.training.adapters import LoraSettings
 from smt_hf.training.arguments import UNBOUNDED, BPTTTrainingArguments, PhaseArguments
 from smt_hf.training.phases import PhaseResult, arm_name, check_named_checkpoint, lay_out, run_phases
 from smt_hf.training.pretraining import SMTForPreTraining, SMTPreTrainingConfig
@@ -62,6 +63,11 @@ class PretrainArguments:
     text_column: str = _argument("text", "Column of the dataset that holds the text.")
     tokenizer_name: str | None = _argument(None, "Any Hugging Face tokenizer; default: one token a byte.")
     document_start_fraction: float = _argument(0.05, "Share of rows that start where a document starts. Ours.")
+    use_peft: bool = _argument(
+        False, "Train LoRA layers alone in dmt phases: a cheap second phase. They are merged as each phase ends."
+    )
+    lora_r: int = _argument(8, "Rank of the LoRA layers. Not searched.")
+    lora_alpha: int = _argument(16, "Their change is scaled by `lora_alpha / lora_r`. Not searched.")
     evidence_file: str | None = _argument(None, "JSON lines file to which the run appends a line an arm.")
     compare_bptt: bool = _argument(False, "Also train the same student by BPTT for the same measured seconds.")
     seed: int = _argument(0, "Of everything random.")
@@ -97,6 +103,14 @@ def pretrain(
         raise ValueError(
             "`bptt_warmup_steps` must be a share of the phase, below 1, with `compare_bptt`: BPTT ends by the seconds."
         )
+    lora = None
+    if run.use_peft:
+        lora = LoraSettings(run.lora_r, run.lora_alpha)
+        if "dmt" not in [arguments.phase for arguments in phases[1:]]:
+            raise ValueError(
+                "`use_peft` trains LoRA layers in dmt phases that follow another: give `--phases smt,dmt`, or leave it "
+                "out."
+            )
     _check_output_dir(run, output_dir)
     resume = True if run.resume_from_checkpoint in ("True", "true") else run.resume_from_checkpoint or None
     lay_out(phases, str(output_dir))
@@ -143,7 +157,7 @@ def pretrain(
     curves: dict[str, np.ndarray] = {}
     spent = {"wall_clock_s": 0.0, "sequential_steps": 0, "tokens": 0}
     for result in run_phases(
-        model, phases, subject.rows, subject.eval_rows, subject.tokenizer, subject.evaluate, resume
+        model, phases, subject.rows, subject.eval_rows, subject.tokenizer, subject.evaluate, resume, lora
     ):
         spent = {
             "wall_clock_s": spent["wall_clock_s"] + result.seconds,
@@ -182,6 +196,7 @@ def pretrain(
         "config": config.to_dict(),
         "phases": [phase_settings(arguments) for arguments in phases],
         **({"compare_bptt": [phase_settings(rival)]} if rival is not None else {}),
+        **({"lora": dataclasses.asdict(lora)} if lora is not None else {}),
         "seed": run.seed,
         **facts,
     }
@@ -289,6 +304,7 @@ def _remember(
         "data_hash": corpus_digest,
         "document_start_fraction": run.document_start_fraction,
         **({"curriculum": run.curriculum, "num_heldout": run.num_heldout} if run.task != "text" else {}),
+        **({"use_peft": True, "lora_r": run.lora_r, "lora_alpha": run.lora_alpha} if run.use_peft else {}),
         "seed": run.seed,
     }
     path = output_dir / _RUN

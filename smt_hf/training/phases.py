@@ -18,6 +18,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from safetensors.torch import load_file
 
+from .adapters import LoraSettings, add_lora
 from .arguments import BPTTTrainingArguments, DMTTrainingArguments, PhaseArguments, SMTTrainingArguments
 from .pacing import VIRTUAL_STEPS_A_SECOND, Pace, TrainingCost
 from .pretraining import SMTForPreTraining
@@ -149,6 +150,7 @@ def run_phases(
     processing_class=None,
     evaluate: Callable[[SMTForPreTraining, PhaseArguments], dict] | None = None,
     resume_from_checkpoint: str | bool | None = None,
+    lora: LoraSettings | None = None,
 ) -> Iterator[PhaseResult]:
     """Train the phases one after the other, yielding as each ends. The model is trained in place.
 
@@ -165,6 +167,7 @@ def run_phases(
         evaluate: scores of the model after a phase; a dict that JSON can hold. Called on the main process.
         resume_from_checkpoint: true: skip complete phases and go on from the newest complete checkpoint of the next;
             a path: go on from that checkpoint of a phase, and remove what came after it.
+        lora: dmt phases train LoRA layers alone, written to `adapter/` in their folder and then merged.
 
     Raises:
         ValueError: the path is not a complete checkpoint of one of the phases.
@@ -178,6 +181,7 @@ def run_phases(
         folder = Path(str(arguments.output_dir))
         checkpoint = newest_checkpoint(folder) if resume else None
         is_new = checkpoint is None or not _is_last(checkpoint, arguments)
+        adapted = add_lora(model.student, lora) if lora is not None and arguments.phase == "dmt" else None
         if is_new:
             model.train()
             trainer = TRAINERS[arguments.phase](
@@ -198,6 +202,10 @@ def run_phases(
             trainer.accelerator.free_memory()
         else:
             _load_weights(model, str(checkpoint))
+        if adapted is not None:
+            if is_new and arguments.process_index == 0:
+                adapted.save_pretrained(str(folder / "adapter"))
+            adapted.merge_and_unload()
         state = load_student_optimizer(str(checkpoint))
         model.eval()
         if evaluate is None or arguments.process_index != 0:

@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 from smt_hf.student import SMTRecurrentConfig, SMTRecurrentForCausalLM
 from smt_hf.teachers import SMTTeacherConfig, SMTTeacherEncoder, SMTWindowedTeacher, SMTWindowedTeacherConfig
 
+from .adapters import has_lora
 from .objectives import (
     dynamics_loss,
     masked_mean,
@@ -216,7 +217,9 @@ class SMTForPreTraining(PreTrainedModel):
             raise ValueError(f"unknown phase {phase!r}: choose one of {', '.join(PHASES)}.")
         if phase != "bptt" and self.teacher is None:
             raise ValueError(f"the {phase} phase needs a teacher and this model has none; use the bptt phase.")
-        self.student.requires_grad_(True)
+        adapted = has_lora(self.student)
+        for name, parameter in self.student.named_parameters():
+            parameter.requires_grad_("lora_" in name or not adapted)
         if self.teacher is not None:
             self.teacher.requires_grad_(phase == "smt")
         if not trains_updater:

@@ -18,6 +18,7 @@ from smt_hf.data.batching import CarriedWindows, EpochSampler, IndexedExamples, 
 from smt_hf.student import SMTRecurrentForCausalLM
 from smt_hf.teachers import SMTWindowedTeacher
 
+from .adapters import has_lora, merged_copy
 from .arguments import BPTTTrainingArguments, DMTTrainingArguments, PhaseArguments, SMTTrainingArguments
 from .optimizer import muon_with_adamw
 from .pacing import VIRTUAL_STEPS_A_SECOND, Pace, TrainingCost
@@ -276,7 +277,7 @@ class SMTTrainer(Trainer):
         on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
         given, self._student_optimizer_state = self._student_optimizer_state, None
         for name, parameter in self.model.student.named_parameters():
-            if given and name in given:
+            if given and name in given and parameter.requires_grad:
                 optimizer.state[parameter] = {
                     key: value.to(parameter.device) if value.dim() or on_device else value
                     for key, value in given[name].items()
@@ -317,6 +318,8 @@ class SMTTrainer(Trainer):
             return
         folder = os.path.join(self.args.output_dir if output_dir is None else output_dir, "student")
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False).student
+        if has_lora(student):
+            student, state_dict = merged_copy(student), None
         if state_dict is not None:
             prefix = "student."
             state_dict = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}

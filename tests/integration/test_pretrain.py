@@ -60,6 +60,7 @@ def test_what_it_leaves(finished):
     assert {
         "config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "README.md",
         "eval_results.json", "modeling_smt_recurrent.py", "configuration_smt_recurrent.py", "cache_smt_recurrent.py",
+        "layers_smt_recurrent.py",
     } <= student_files  # fmt: skip
     assert not {Path(name).suffix for name in student_files} & {".bin", ".pt", ".pkl"}
     assert {"model.safetensors", "config.json"} <= {path.name for path in (out / "teacher").iterdir()}
@@ -224,6 +225,8 @@ BAD = {
     "heads": (["--num_attention_heads", "3"], "num_attention_heads"),
     "teacher heads": (["--teacher_num_attention_heads", "5"], "teacher"),
     "future": (["--future_length", "32"], "future_length"),
+    "LoRA without dmt": (["--use_peft"], "smt,dmt"),
+    "LoRA rank": (["--use_peft", "--lora_r", "0"], "rank"),
     "chunks": (["--smt_transition_steps", "5"], "transition_steps"),
     "vocabulary": (["--vocab_size", "100"], "vocab_size"),
     "occupied": (["--output_dir", "occupied"], "not empty"),

@@ -1,0 +1,72 @@
+"""LoRA on the student (Hu et al. 2021, by PEFT): a cheap second phase, or a cheap fine-tuning."""
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from smt_hf.student import SMTRecurrentForCausalLM
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+# Every linear layer but the head, whatever the `updater_type`: those of the updater and of the readout.
+LORA_TARGET_MODULES = "all-linear"
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Args:
+    rank: of the two factors that a weight's change is written as.
+    alpha: the change is scaled by `alpha / rank`.
+    dropout: on the input of the change.
+    """
+
+    rank: int = 8
+    alpha: int = 16
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"LoRA needs a rank of at least 1, an alpha above 0 and a dropout in [0, 1), got {self.rank}, "
+                f"{self.alpha} and {self.dropout}."
+            )
+
+
+def add_lora(student: SMTRecurrentForCausalLM, settings: LoraSettings | None = None) -> "PeftModel":
+    """Put LoRA layers into `student`, in place, and freeze everything else.
+
+    Returns:
+        PEFT's view of the same student: `save_pretrained` writes the adapter alone, `merge_and_unload` puts its change
+        into the weights and takes the layers out again.
+    """
+    from peft import LoraConfig, get_peft_model  # slow to import, and few runs need it
+
+    settings = settings or LoraSettings()
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=LORA_TARGET_MODULES,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(student, config)
+
+
+def has_lora(student: nn.Module) -> bool:
+    """Whether LoRA layers are in the student."""
+    return any("lora_" in name for name, _ in student.named_parameters())
+
+
+def merged_copy(student: SMTRecurrentForCausalLM) -> SMTRecurrentForCausalLM:
+    """A copy of a student with LoRA layers, in which their change is part of the weights."""
+    merged = copy.deepcopy(student)
+    for parent in list(merged.modules()):
+        for name, child in list(parent.named_children()):
+            if hasattr(child, "merge") and hasattr(child, "get_base_layer"):
+                child.merge()
+                setattr(parent, name, child.get_base_layer())
+    merged._hf_peft_config_loaded = False
+    return merged
