@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from smt_hf.experiments.finetuning import FinetuneArguments, FinetuneTrainingArguments
 from smt_hf.experiments.grid import Run
 from smt_hf.experiments.pretraining import PretrainArguments
 from smt_hf.student import SMTRecurrentConfig
@@ -255,6 +256,34 @@ def parse_run(argv: list[str]) -> ParsedRun:
         inside: dict[str, Any] = next((settings for phase, settings in reversed(phases) if phase == "bptt"), {})
         rival = built_phase("bptt", inside)
     return ParsedRun(run, given["student"], given["teacher"], built_phases, rival)
+
+
+def parse_finetune(argv: list[str]) -> tuple[FinetuneArguments, FinetuneTrainingArguments]:
+    """All settings of a fine-tuning from its command line.
+
+    Raises:
+        ValueError: as `parse_run`.
+        SystemExit: after `--help`.
+    """
+    if "--help" in argv or "-h" in argv:
+        own = [entry for entry in vars(PhaseArguments)["__annotations__"] if entry not in _HIDDEN]
+        own += [name for name in vars(BPTTTrainingArguments)["__annotations__"] if name not in own]
+        lines = ["usage: accelerate launch recipes/finetune.py --checkpoint DIR_OR_REPO --train_file FILE [--flag ...]"]
+        lines += ["", "the run:", *_described(FinetuneArguments, "", {}), "", "the training:"]
+        lines += [*_described(FinetuneTrainingArguments, "", {}, own)]
+        print("\n".join([*lines, "", "Every other field of transformers' TrainingArguments is a flag too."]))
+        raise SystemExit(0)
+    flags = _read_flags(argv)
+    given = {**(_read_yaml(str(flags["config"])) if "config" in flags else {}), **flags}
+    of_run, of_training = _names(FinetuneArguments), _names(FinetuneTrainingArguments) - _HIDDEN
+    _check_keys(given, of_run | of_training, "argument")
+    for key, value in given.items():
+        is_switch = key not in of_run or FinetuneArguments.__dataclass_fields__[key].type is bool
+        if value is True and not is_switch and key != "resume_from_checkpoint":
+            raise ValueError(f"`--{key}` needs a value.")
+    run = _built(FinetuneArguments, {key: value for key, value in given.items() if key in of_run})
+    settings = {key: value for key, value in given.items() if key in of_training}
+    return run, _built(FinetuneTrainingArguments, {**settings, "seed": run.seed})
 
 
 def help_text() -> str:

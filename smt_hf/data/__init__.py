@@ -1,9 +1,10 @@
 """Text, synthetic tasks and pixels to rows of tokens to batches."""
 
 from .batching import CarriedWindows, EpochSampler, IndexedExamples, Levels, collate
+from .instructions import Instructions, holds_instructions, padded, tokenize_instructions
 from .packing import byte_tokenizer, heldout_streams, number_tokenizer, pack, tokenize
 from .pixels import PixelFacts, load_pixels
-from .sources import Corpus, load_corpus
+from .sources import Corpus, load_corpus, load_table
 from .tasks import TASKS, Task, load_task, task_facts
 
 __all__ = [
@@ -12,17 +13,22 @@ __all__ = [
     "Corpus",
     "EpochSampler",
     "IndexedExamples",
+    "Instructions",
     "Levels",
     "PixelFacts",
     "Task",
     "byte_tokenizer",
     "collate",
     "heldout_streams",
+    "holds_instructions",
     "load_corpus",
     "load_pixels",
+    "load_table",
     "load_task",
     "number_tokenizer",
     "pack",
+    "padded",
     "task_facts",
     "tokenize",
+    "tokenize_instructions",
 ]

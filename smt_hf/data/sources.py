@@ -123,6 +123,27 @@ def _rows(texts: list[str]):
 
 
 def _from_files(pattern: str, text_column: str) -> Dataset:
+    paths, table_format = _files(pattern)
+    if table_format is None:
+        return _documents([_read_text(entry) for entry in paths])
+    loaded = _loaded(pattern, table_format, data_files=[str(entry) for entry in paths], split="train")
+    return _text_only(loaded, text_column, pattern)
+
+
+def load_table(pattern: str) -> Dataset | None:
+    """The rows of json / jsonl / csv / parquet files with all their columns, or `None` where the files are text.
+
+    Raises:
+        ValueError: as `load_corpus`.
+    """
+    paths, table_format = _files(pattern)
+    if table_format is None:
+        return None
+    return _loaded(pattern, table_format, data_files=[str(entry) for entry in paths], split="train")
+
+
+def _files(pattern: str) -> tuple[list[Path], str | None]:
+    """The files that a pattern names, and the format of the table that they are, `None` for text."""
     path = Path(pattern).expanduser()
     if path.is_dir():
         hidden = lambda entry: any(part.startswith(".") for part in entry.relative_to(path).parts)  # noqa: E731
@@ -135,12 +156,9 @@ def _from_files(pattern: str, text_column: str) -> Dataset:
     if not paths:
         raise ValueError(f"all files in {pattern!r} are empty: there is nothing to train on.")
     formats = {_FORMATS.get(entry.suffix.lower()) for entry in paths}
-    if formats == {None}:
-        return _documents([_read_text(entry) for entry in paths])
     if len(formats) > 1:
         raise ValueError(f"{pattern!r} mixes formats: {', '.join(sorted({entry.suffix for entry in paths}))}.")
-    loaded = _loaded(pattern, formats.pop(), data_files=[str(entry) for entry in paths], split="train")
-    return _text_only(loaded, text_column, pattern)
+    return paths, formats.pop()
 
 
 def _loaded(what: str, *args, **kwargs):

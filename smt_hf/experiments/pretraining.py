@@ -111,7 +111,7 @@ def pretrain(
                 "`use_peft` trains LoRA layers in dmt phases that follow another: give `--phases smt,dmt`, or leave it "
                 "out."
             )
-    _check_output_dir(run, output_dir)
+    check_output_dir(run, output_dir)
     resume = True if run.resume_from_checkpoint in ("True", "true") else run.resume_from_checkpoint or None
     lay_out(phases, str(output_dir))
     if isinstance(resume, str):
@@ -122,7 +122,7 @@ def pretrain(
             print(f"{output_dir} is finished already, with the arguments in {_RUN}:\n{results_table(results)}")
             return results
     logging.disable_progress_bar()  # of saving; the phases have their own
-    num_threads = _set_threads(run.num_threads)
+    num_threads = set_threads(run.num_threads)
     is_main = phases[0].process_index == 0
     if rival is not None and arm_name(phases) == arm_name([rival]):
         warnings.warn("the pipeline is BPTT itself: there is nothing to compare it with.", stacklevel=2)
@@ -138,7 +138,7 @@ def pretrain(
     set_seed(run.seed)
     model = SMTForPreTraining(config)
     for arguments in phases:
-        _evaluate_ten_times(arguments)
+        evaluate_ten_times(arguments)
     if is_main and phases[0].phase == "dmt":
         warnings.warn(
             "the first phase is dmt: the student will imitate a teacher that was never trained.", stacklevel=2
@@ -157,7 +157,14 @@ def pretrain(
     curves: dict[str, np.ndarray] = {}
     spent = {"wall_clock_s": 0.0, "sequential_steps": 0, "tokens": 0}
     for result in run_phases(
-        model, phases, subject.rows, subject.eval_rows, subject.tokenizer, subject.evaluate, resume, lora
+        model,
+        phases,
+        subject.rows,
+        subject.eval_rows,
+        subject.tokenizer,
+        subject.evaluate,
+        resume,
+        {"dmt": lora} if lora else None,
     ):
         spent = {
             "wall_clock_s": spent["wall_clock_s"] + result.seconds,
@@ -216,7 +223,15 @@ def pretrain(
     return results
 
 
-def _check_output_dir(run: PretrainArguments, output_dir: Path) -> None:
+def check_output_dir(run, output_dir: Path) -> None:
+    """Refuse a folder that holds anything, unless the run is to go on in it or to start over.
+
+    Args:
+        run: arguments with `overwrite_output_dir` and `resume_from_checkpoint`.
+
+    Raises:
+        ValueError: what to pass instead.
+    """
     if run.overwrite_output_dir and run.resume_from_checkpoint:
         raise ValueError("pass either `--overwrite_output_dir` or `--resume_from_checkpoint`, not both.")
     if output_dir.is_file():
@@ -339,8 +354,9 @@ def _flat(settings, prefix: str = "") -> dict:
     return flat
 
 
-def _set_threads(num_threads: int | None) -> int:
-    """`accelerate launch` without a configuration exports OMP_NUM_THREADS=1, which would leave cores idle."""
+def set_threads(num_threads: int | None) -> int:
+    """Give torch its threads; returns how many. Default: this process's part of the cores."""
+    # `accelerate launch` without a configuration exports OMP_NUM_THREADS=1, which would leave cores idle.
     if num_threads is not None and num_threads < 1:
         raise ValueError(f"`num_threads` must be at least 1, got {num_threads}.")
     if num_threads is None:
@@ -351,7 +367,8 @@ def _set_threads(num_threads: int | None) -> int:
     return num_threads
 
 
-def _evaluate_ten_times(arguments: PhaseArguments) -> None:
+def evaluate_ten_times(arguments: PhaseArguments) -> None:
+    """Ten evaluations within a phase of steps that asks for none, in place."""
     if arguments.eval_strategy == IntervalStrategy.NO and arguments.max_steps > 0:
         arguments.eval_strategy = IntervalStrategy.STEPS
         arguments.eval_steps = max(arguments.max_steps // 10, 1)
@@ -415,16 +432,17 @@ def results_table(results: dict) -> str:
         )
     data, task = results["data"], results["task"]
     what = f"{data['heldout_streams']} streams x {task['difficulty']} tokens"
-    if metric != "bits_per_byte":
+    if task["name"] == "instructions":
+        what = f"answers of {data['heldout_streams']:,} examples, each"
+    elif metric != "bits_per_byte":
         what = f"{data['heldout_streams']:,} rows of {task['name']}, difficulty {task['difficulty']}, each"
         lines.append(
             f"{'chance':<18}{task['chance']:>11.1%}"
             if metric == "accuracy"
             else f"{'chance':<18}{task['chance']:>11.3f}"
         )
-    lines.append(
-        f"held out: {what} from m_0; * the exported student; teacher: the shared readout on the teacher's memories"
-    )
+    teacher = "; teacher: the shared readout on the teacher's memories" if "teacher" in results["arms"] else ""
+    lines.append(f"held out: {what} from m_0; * the exported student{teacher}")
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -24,6 +24,7 @@ def student_card(student, results: dict) -> ModelCard:
         pipeline_tag="text-generation",
         license="apache-2.0",
         tags=[*(["smt"] if results["config"]["teacher"] else []), "recurrent", "custom_code", results["student_arm"]],
+        base_model=results.get("base_model") if "/" in results.get("base_model", "") else None,
         model_name=f"smt_recurrent {results['student_arm']}",
         eval_results=[
             EvalResult(
@@ -48,6 +49,7 @@ def student_card(student, results: dict) -> ModelCard:
         metric=metric,
         unit=_METRICS[metric],
         is_text=results["task"]["name"] == "text",
+        is_instructions=results["task"]["name"] == "instructions",
         config=student.config,
         num_parameters=sum(parameter.numel() for parameter in student.parameters()),
     )

@@ -228,11 +228,11 @@ class SMTRecurrentModel(SMTRecurrentPreTrainedModel):
         )
         if state is not None:
             state.layers[0].update_memory(memories, num_tokens=length)
-        if isinstance(logits_to_keep, int):
-            kept = slice(-logits_to_keep if logits_to_keep else None, None)
-        else:
-            kept = logits_to_keep
-        last_hidden_state = self.read(memories[:, kept])
+        if isinstance(logits_to_keep, torch.Tensor):
+            memories = memories[:, logits_to_keep]
+        elif logits_to_keep:
+            memories = memories[:, -logits_to_keep:]
+        last_hidden_state = self.read(memories)
         hidden_states = None
         if layer_outputs is not None:
             middle = [torch.stack(layer, dim=1) for layer in zip(*layer_outputs)]

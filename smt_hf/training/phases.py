@@ -150,7 +150,7 @@ def run_phases(
     processing_class=None,
     evaluate: Callable[[SMTForPreTraining, PhaseArguments], dict] | None = None,
     resume_from_checkpoint: str | bool | None = None,
-    lora: LoraSettings | None = None,
+    lora: dict[str, LoraSettings] | None = None,
 ) -> Iterator[PhaseResult]:
     """Train the phases one after the other, yielding as each ends. The model is trained in place.
 
@@ -167,7 +167,7 @@ def run_phases(
         evaluate: scores of the model after a phase; a dict that JSON can hold. Called on the main process.
         resume_from_checkpoint: true: skip complete phases and go on from the newest complete checkpoint of the next;
             a path: go on from that checkpoint of a phase, and remove what came after it.
-        lora: dmt phases train LoRA layers alone, written to `adapter/` in their folder and then merged.
+        lora: by phase: it trains LoRA layers alone, which are written to `adapter/` in its folder and then merged.
 
     Raises:
         ValueError: the path is not a complete checkpoint of one of the phases.
@@ -181,7 +181,7 @@ def run_phases(
         folder = Path(str(arguments.output_dir))
         checkpoint = newest_checkpoint(folder) if resume else None
         is_new = checkpoint is None or not _is_last(checkpoint, arguments)
-        adapted = add_lora(model.student, lora) if lora is not None and arguments.phase == "dmt" else None
+        adapted = add_lora(model.student, lora[arguments.phase]) if lora and arguments.phase in lora else None
         if is_new:
             model.train()
             trainer = TRAINERS[arguments.phase](

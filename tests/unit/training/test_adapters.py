@@ -82,7 +82,7 @@ def test_settings_are_checked():
 
 def run(folder, resume=None, stop_after=None):
     common = {"output_dir": "x", "use_cpu": True, "disable_tqdm": True, "context_length": 12, "transition_steps": 4}
-    common |= {"per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 2}
+    common |= {"per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 2, "logging_steps": 1}
     phases = [
         SMTTrainingArguments(**common, future_length=4, max_steps=2),
         DMTTrainingArguments(**common, max_steps=4, learning_rate=0.02),
@@ -90,7 +90,7 @@ def run(folder, resume=None, stop_after=None):
     lay_out(phases, str(folder))
     model, rows, seen = make_composite(), some_rows(), []
     for result in run_phases(
-        model, phases, lambda _: rows, rows[:8], resume_from_checkpoint=resume, lora=LoraSettings(4, 8)
+        model, phases, lambda _: rows, rows[:8], resume_from_checkpoint=resume, lora={"dmt": LoraSettings(4, 8)}
     ):
         seen.append(({name: value.clone() for name, value in model.student.state_dict().items()}, result))
         if stop_after == len(seen):

@@ -1,0 +1,248 @@
+"""Supervised fine-tuning of a checkpoint on a text or on instructions: what `recipes/finetune.py` runs."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoTokenizer, set_seed
+from transformers.utils import logging
+
+from smt_hf.data import holds_instructions, load_table, padded, tokenize_instructions
+from smt_hf.evaluation import score_student_probe
+from smt_hf.evaluation.ngram import uniform_bits
+from smt_hf.evaluation.streams import count_bytes
+from smt_hf.publishing.export import export_student, write_json
+from smt_hf.publishing.figures import plot_curves
+from smt_hf.publishing.provenance import run_facts
+from smt_hf.student import SMTRecurrentForCausalLM
+from smt_hf.training.adapters import LoraSettings
+from smt_hf.training.arguments import BPTTTrainingArguments
+from smt_hf.training.phases import lay_out, run_phases
+from smt_hf.training.pretraining import SMTForPreTraining
+
+from .pretraining import check_output_dir, evaluate_ten_times, phase_settings, results_table, set_threads
+from .subjects import Subject, TextSubject
+
+_RESULTS = "eval_results.json"
+_WRITTEN = ("student", "adapter", "bptt", _RESULTS, "curves.png")
+
+
+def _argument(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class FinetuneArguments:
+    """What concerns the whole run; the training itself has `FinetuneTrainingArguments`."""
+
+    checkpoint: str | None = _argument(None, "Folder or Hub name of an SMTRecurrentForCausalLM.")
+    train_file: str | None = _argument(
+        None,
+        "Text, or a table (json, jsonl, csv, parquet) of `text`, of `messages`, or of `prompt` and `completion`.",
+    )
+    validation_file: str | None = _argument(None, "Held out, of the same kind; default: a tenth of the training file.")
+    text_column: str = _argument("text", "Column of a table that holds the text.")
+    config: str | None = _argument(None, "YAML file with any of these arguments; flags beat it.")
+    output_dir: str = _argument("runs/finetune", "Folder for everything that the run writes.")
+    use_peft: bool = _argument(False, "Train LoRA layers alone: `adapter/` holds them, `student/` the merged model.")
+    lora_r: int = _argument(8, "Rank of the LoRA layers. Not searched.")
+    lora_alpha: int = _argument(16, "Their change is scaled by `lora_alpha / lora_r`. Not searched.")
+    seed: int = _argument(0, "Of everything random.")
+    overwrite_output_dir: bool = _argument(False, "Remove what an earlier run left in `output_dir`.")
+    resume_from_checkpoint: str | None = _argument(None, "Go on from the run's newest complete checkpoint.")
+    num_threads: int | None = _argument(None, "CPU threads of this process; default: cores / local processes.")
+
+
+@dataclass
+class FinetuneTrainingArguments(BPTTTrainingArguments):
+    """Backpropagation through time on a model that has learned already."""
+
+    learning_rate: float = _argument(1e-3, "Peak learning rate. Not searched.")
+    max_steps: int = _argument(300, "Optimiser steps. Not searched.")
+    per_device_train_batch_size: int = _argument(16, "Streams, or examples, a device. Not searched.")
+    transition_steps: int = _argument(64, "Transitions that a gradient crosses. Not searched.")
+    context_length: int = _argument(512, "Transitions a row of text; examples of instructions must not be longer.")
+    continue_previous_phase: bool = _argument(False, "There is none.")
+
+
+class InstructionSubject(Subject):
+    """Examples whose answers are learned and scored; bits a byte of the answers.
+
+    Args:
+        train_file, validation_file: tables of `messages`, or of `prompt` and `completion`.
+        tokenizer: of the checkpoint.
+        context_length: longer examples are left out.
+    """
+
+    metric = "bits_per_byte"
+    name = "instructions"
+
+    def __init__(self, train_file: str, validation_file: str | None, tokenizer, context_length: int):
+        train = load_table(train_file)
+        heldout = None if validation_file is None else load_table(validation_file)
+        if train is None or (validation_file is not None and heldout is None):
+            raise ValueError("instructions are json, jsonl, csv or parquet: one of the files is plain text.")
+        if heldout is None:
+            if len(train) < 10:
+                raise ValueError(f"{train_file} has {len(train)} examples: give ten or more, or a `validation_file`.")
+            chosen = [index for index in range(len(train)) if index % 10 == 3]
+            left = [index for index in range(len(train)) if index % 10 != 3]
+            train, heldout = train.select(left), train.select(chosen)
+        self.tokenizer, self.vocab_size, self.difficulty = tokenizer, len(tokenizer), context_length
+        self.chance = uniform_bits()
+        self.file_name = Path(train_file).name
+        learned, scored = (tokenize_instructions(part, tokenizer, context_length + 1) for part in (train, heldout))
+        self.train, self.num_left_out = learned.rows, learned.num_too_long + scored.num_too_long
+        self.heldout = padded(scored.rows)
+        answers = [[token for token in labels if token != -100] for labels in scored.rows["labels"]]
+        self.num_bytes = sum(count_bytes(tokenizer, np.array([tokens])) for tokens in answers)
+        self.eval_rows = scored.rows.select(range(min(128, len(scored.rows))))
+        content = json.dumps([train[:], heldout[:]], sort_keys=True, default=str)
+        self.digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def fit(self, phases) -> None:
+        for arguments in phases:
+            arguments.carries_memory = False
+            arguments.transition_steps = min(arguments.transition_steps, arguments.context_length)
+
+    def rows(self, arguments):
+        return self.train
+
+    def evaluate(self, model: SMTForPreTraining, arguments) -> dict[str, dict]:
+        scores = score_student_probe(model.student, *self.heldout)
+        bits = scores.loss * scores.n / math.log(2) / self.num_bytes
+        return {"student": {"bits_per_byte": bits, "accuracy": scores.accuracy, "n": scores.n}}
+
+    def facts(self) -> dict:
+        return {
+            "name": self.file_name,
+            "hash": self.digest,
+            "training_tokens": sum(len(ids) for ids in self.train["input_ids"]),
+            "heldout_tokens": int((self.heldout[1] != -100).sum()),
+            "heldout_streams": len(self.heldout[0]),
+        }
+
+    def describe(self) -> str:
+        left_out = f", {self.num_left_out} too long and left out" if self.num_left_out else ""
+        return f"{self.file_name}: {len(self.train):,} examples, {len(self.heldout[0]):,} held out{left_out}"
+
+
+def finetune(run: FinetuneArguments, arguments: FinetuneTrainingArguments) -> dict:
+    """Load, train, score before and after, export. Everything that can be wrong is found before anything is written.
+
+    Returns:
+        The content of `eval_results.json`: arms `checkpoint` and `finetuned`.
+
+    Raises:
+        ValueError: bad input, with the way to mend it.
+    """
+    if not run.checkpoint or not run.train_file:
+        raise ValueError("name what to fine-tune and on what: `--checkpoint DIR_OR_REPO --train_file FILE`.")
+    lora = LoraSettings(run.lora_r, run.lora_alpha) if run.use_peft else None
+    output_dir = Path(run.output_dir)
+    check_output_dir(run, output_dir)
+    logging.disable_progress_bar()
+    num_threads = set_threads(run.num_threads)
+    lay_out([arguments], str(output_dir))
+    set_seed(run.seed)
+    student, tokenizer = load_checkpoint(run.checkpoint)
+    with arguments.main_process_first(desc="preparing the data"):
+        subject = _subject(run, arguments, tokenizer)
+    subject.fit([arguments])
+    if subject.vocab_size > student.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {subject.vocab_size} tokens and the model knows {student.config.vocab_size}: call "
+            "`model.resize_token_embeddings(len(tokenizer))` and save both first."
+        )
+    is_main = arguments.process_index == 0
+    if is_main:
+        if run.overwrite_output_dir and output_dir.is_dir():
+            for entry in output_dir.iterdir():
+                if entry.name in _WRITTEN:
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        output_dir.mkdir(parents=True, exist_ok=True)
+        print(f"{subject.describe()}\n{run.checkpoint}: {student.num_parameters():,} parameters; {num_threads} threads")
+    evaluate_ten_times(arguments)
+    model = SMTForPreTraining.from_student(student)
+    before = _scores(subject.evaluate(model.eval(), arguments)) if is_main else {}
+    resume = True if run.resume_from_checkpoint else None
+    (result,) = run_phases(
+        model,
+        [arguments],
+        subject.rows,
+        subject.eval_rows,
+        tokenizer,
+        subject.evaluate,
+        resume,
+        {"bptt": lora} if lora is not None else None,
+    )
+    if not is_main:
+        return {}
+    cost = {"wall_clock_s": result.seconds, "sequential_steps": result.sequential_steps, "tokens": result.tokens}
+    results = {
+        "arms": {"checkpoint": before, "finetuned": {**_scores(result.scores), **cost}},
+        "student_arm": "finetuned",
+        "base_model": _name_of(run.checkpoint),
+        "task": {"name": subject.name, "difficulty": subject.difficulty, "chance": subject.chance},
+        "metric": subject.metric,
+        "data": subject.facts(),
+        "config": {"student": model.student.config.to_dict(), "teacher": None},
+        "phases": [phase_settings(arguments)],
+        **({"lora": dataclasses.asdict(lora)} if lora is not None else {}),
+        "seed": run.seed,
+        **run_facts(num_threads, arguments),
+    }
+    print(f"\n{results_table(results)}\n")
+    plot_curves([("bptt", result.log_history)], output_dir / "curves.png")
+    adapter = Path(str(arguments.output_dir)) / "adapter"
+    if adapter.exists():
+        shutil.copytree(adapter, output_dir / "adapter", dirs_exist_ok=True)
+    export_student(model.student, tokenizer, output_dir / "student", results)
+    write_json(results, output_dir / _RESULTS)
+    print(f"written to {output_dir}: {', '.join(sorted(path.name for path in output_dir.iterdir()))}")
+    return results
+
+
+def load_checkpoint(checkpoint: str):
+    """Student and tokenizer of a folder or a Hub repository.
+
+    Raises:
+        ValueError: there is none, or it is of another model.
+    """
+    try:
+        student = SMTRecurrentForCausalLM.from_pretrained(checkpoint)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no checkpoint could be loaded from {checkpoint!r}: give a `student` folder, or a Hub repository that "
+            f"holds one. ({error})"
+        ) from error
+    return student, tokenizer
+
+
+def _subject(run: FinetuneArguments, arguments: FinetuneTrainingArguments, tokenizer) -> Subject:
+    table = load_table(str(run.train_file))
+    if table is not None and holds_instructions(table.column_names):
+        return InstructionSubject(str(run.train_file), run.validation_file, tokenizer, arguments.context_length)
+    return TextSubject(
+        [arguments],
+        run.seed,
+        run.train_file,
+        run.validation_file,
+        text_column=run.text_column,
+        tokenizer_name=str(run.checkpoint),
+    )
+
+
+def _scores(scores: dict) -> dict:
+    return {name: value for name, value in scores["student"].items() if name != "losses"}
+
+
+def _name_of(checkpoint: str) -> str:
+    """The repository's name, or the last part of a folder: cards say nothing of the machine that they are made on."""
+    return Path(checkpoint).resolve().name if Path(checkpoint).exists() else checkpoint

@@ -1,0 +1,91 @@
+"""Fine-tuning as a user runs it, on small checkpoints and files."""
+
+import json
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from smt_hf.command_line import parse_finetune
+from smt_hf.data import byte_tokenizer
+from smt_hf.experiments import finetune
+from tests.conftest import make_student
+
+QUICK = ["--max_steps", "30", "--learning_rate", "0.01", "--disable_tqdm", "true", "--num_threads", "1"]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    folder = tmp_path / "checkpoint"
+    make_student(vocab_size=258, updater_type="mlp").save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def run(*words, cwd, monkeypatch):
+    monkeypatch.chdir(cwd)
+    return finetune(*parse_finetune([*map(str, words), *QUICK]))
+
+
+def sums(path, num=60):
+    rows = [{"prompt": f"{n % 7}+{n % 5}=", "completion": str(n % 7 + n % 5)} for n in range(num)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("use_peft", [False, True])
+def test_instructions(checkpoint, tmp_path, monkeypatch, capsys, use_peft):
+    words = ["--checkpoint", checkpoint, "--train_file", sums(tmp_path / "sums.jsonl"), "--output_dir", "out"]
+    words += ["--use_peft", "--lora_r", "4"] if use_peft else []
+    results = run(*words, cwd=tmp_path, monkeypatch=monkeypatch)
+    before, after = (results["arms"][arm]["bits_per_byte"] for arm in ("checkpoint", "finetuned"))
+    assert after < before - 0.5 and results["base_model"] == "checkpoint"
+    printed = capsys.readouterr().out
+    assert "54 examples, 6 held out" in printed and f"{after:.3f}" in printed and "teacher" not in printed
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "student")
+    tokens = torch.randint(0, 258, (2, 9))
+    assert AutoTokenizer.from_pretrained(tmp_path / "out" / "student").eos_token_id == 256
+    card = ModelCard.load(tmp_path / "out" / "student" / "README.md")
+    assert "Fine-tuned" in card.text and "`checkpoint`" in card.text and str(tmp_path) not in card.content
+    assert ("LoRA of rank 4" in card.text) == use_peft == (tmp_path / "out" / "adapter").exists()
+    if use_peft:
+        base = AutoModelForCausalLM.from_pretrained(checkpoint)
+        adapted = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")
+        torch.testing.assert_close(adapted(input_ids=tokens).logits, student(tokens).logits, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="not empty"):
+        run(*words, cwd=tmp_path, monkeypatch=monkeypatch)
+    again = run(*words, "--resume_from_checkpoint", cwd=tmp_path, monkeypatch=monkeypatch)
+    assert again["arms"]["finetuned"]["bits_per_byte"] == pytest.approx(after, rel=1e-6)
+
+
+def test_text(checkpoint, text_file, tmp_path, monkeypatch):
+    words = ["--checkpoint", checkpoint, "--train_file", text_file, "--output_dir", "out", "--context_length", "64"]
+    results = run(*words, cwd=tmp_path, monkeypatch=monkeypatch)
+    arms = results["arms"]
+    assert arms["finetuned"]["bits_per_byte"] < arms["checkpoint"]["bits_per_byte"] - 0.5
+    assert results["task"]["name"] == "text"
+    assert {"student", "bptt", "eval_results.json", "curves.png"} == {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
+
+
+def test_bad_input(checkpoint, tmp_path, monkeypatch):
+    few = sums(tmp_path / "few.jsonl", 4)
+    small = tmp_path / "small"
+    make_student(vocab_size=40).save_pretrained(small)
+    byte_tokenizer().save_pretrained(small)
+    cases = [
+        ([], "--checkpoint DIR_OR_REPO"),
+        (["--checkpoint", tmp_path / "missing", "--train_file", few], "no checkpoint"),
+        (["--checkpoint", checkpoint, "--train_file", few], "ten or more"),
+        (["--checkpoint", small, "--train_file", sums(tmp_path / "sums.jsonl")], "resize_token_embeddings"),
+        (["--checkpoint", checkpoint, "--train_file", few, "--lora_q", "3"], "did you mean 'lora_r'"),
+        (["--checkpoint", checkpoint, "--train_file", few, "--use_peft", "--lora_r", "0"], "rank"),
+        (["--checkpoint"], "needs a value"),
+    ]
+    for words, message in cases:
+        with pytest.raises(ValueError, match=message):
+            run(*words, "--output_dir", "none", cwd=tmp_path, monkeypatch=monkeypatch)
+    assert not (tmp_path / "none").exists()
