@@ -1,0 +1,68 @@
+"""Perplexity from logits as an `evaluate` module, for what a Trainer's evaluation returns."""
+
+import datasets
+import evaluate
+import numpy as np
+
+_DESCRIPTION = """Exponential of the mean negative log-likelihood of labelled tokens, from the logits of a causal
+language model. It compares models with one tokenizer only; across tokenizers, take bits_per_byte."""
+
+_INPUTS = """
+Args:
+    predictions: list of logits, (tokens, vocabulary) a text.
+    references: list of labels, (tokens) a text; -100 is ignored.
+    shift: whether the logits at a token predict the next one, as those of transformers do. Default: true.
+
+Returns:
+    perplexity: float, lower is better.
+    loss: float, nats a label.
+    num_labels: int.
+
+Examples:
+    >>> metric = evaluate.load(metric_path("perplexity_from_logits"))
+    >>> metric.compute(predictions=[[[0.0, 0.0], [0.0, 0.0]]], references=[[0, 1]])
+    {'perplexity': 2.0, 'loss': 0.693147, 'num_labels': 1}
+"""
+
+
+class PerplexityFromLogits(evaluate.Metric):
+    """Mean over all labels of all texts."""
+
+    def _info(self):
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation="",
+            inputs_description=_INPUTS,
+            features=datasets.Features(
+                {
+                    "predictions": datasets.Sequence(datasets.Sequence(datasets.Value("float32"))),
+                    "references": datasets.Sequence(datasets.Value("int64")),
+                }
+            ),
+        )
+
+    def _compute(self, predictions, references, shift=True):
+        total, num_labels = 0.0, 0
+        for logits, labels in zip(predictions, references):
+            logits, labels = np.asarray(logits, dtype=np.float64), np.asarray(labels)
+            if len(logits) != len(labels):
+                raise ValueError(f"a text has {len(logits)} rows of logits and {len(labels)} labels: give as many.")
+            if shift:
+                logits, labels = logits[:-1], labels[1:]
+            logits, labels = logits[labels != -100], labels[labels != -100]
+            if not len(labels):
+                continue
+            if labels.min() < 0 or labels.max() >= logits.shape[1]:
+                raise ValueError(f"labels must lie in 0 .. {logits.shape[1] - 1}, or be -100.")
+            highest = logits.max(axis=1)
+            normalizers = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1))
+            total += float((normalizers - logits[np.arange(len(labels)), labels]).sum())
+            num_labels += len(labels)
+        if not num_labels:
+            raise ValueError("no label is left: all are -100, or every text has one token.")
+        loss = total / num_labels
+        return {
+            "perplexity": round(float(np.exp(loss)), 6),
+            "loss": round(loss, 6),
+            "num_labels": num_labels,
+        }
