@@ -8,6 +8,7 @@ from .student import (
     SMTRecurrentForCausalLM,
     SMTRecurrentForSequenceClassification,
     SMTRecurrentModel,
+    SMTRecurrentStep,
 )
 from .teachers import SMTTeacherConfig, SMTTeacherEncoder
 from .training import (
@@ -38,6 +39,7 @@ __all__ = [
     "SMTRecurrentForCausalLM",
     "SMTRecurrentForSequenceClassification",
     "SMTRecurrentModel",
+    "SMTRecurrentStep",
     "SMTTeacherConfig",
     "SMTTeacherEncoder",
     "SMTTrainer",

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from smt_hf.experiments.continuation import GenerateArguments
 from smt_hf.experiments.finetuning import FinetuneArguments, FinetuneTrainingArguments
 from smt_hf.experiments.grid import Run
 from smt_hf.experiments.pretraining import PretrainArguments
@@ -277,13 +278,37 @@ def parse_finetune(argv: list[str]) -> tuple[FinetuneArguments, FinetuneTraining
     given = {**(_read_yaml(str(flags["config"])) if "config" in flags else {}), **flags}
     of_run, of_training = _names(FinetuneArguments), _names(FinetuneTrainingArguments) - _HIDDEN
     _check_keys(given, of_run | of_training, "argument")
-    for key, value in given.items():
-        is_switch = key not in of_run or FinetuneArguments.__dataclass_fields__[key].type is bool
-        if value is True and not is_switch and key != "resume_from_checkpoint":
-            raise ValueError(f"`--{key}` needs a value.")
+    _check_values(given, FinetuneArguments)
     run = _built(FinetuneArguments, {key: value for key, value in given.items() if key in of_run})
     settings = {key: value for key, value in given.items() if key in of_training}
     return run, _built(FinetuneTrainingArguments, {**settings, "seed": run.seed})
+
+
+def parse_generate(argv: list[str]) -> GenerateArguments:
+    """All settings of a continuation from its command line.
+
+    Raises:
+        ValueError: as `parse_run`.
+        SystemExit: after `--help`.
+    """
+    if "--help" in argv or "-h" in argv:
+        lines = ["usage: python recipes/generate.py --checkpoint DIR_OR_REPO --prompt TEXT [--flag ...]", ""]
+        print("\n".join([*lines, *_described(GenerateArguments, "", {})]))
+        raise SystemExit(0)
+    flags = _read_flags(argv)
+    _check_keys(flags, _names(GenerateArguments), "argument")
+    _check_values(flags, GenerateArguments)
+    prompt = flags.pop("prompt", None)  # any text, which no parser is to read
+    arguments = _built(GenerateArguments, flags)
+    arguments.prompt = " ".join(prompt) if isinstance(prompt, list) else prompt
+    return arguments
+
+
+def _check_values(given: dict[str, Any], dataclass) -> None:
+    for key, value in given.items():
+        entry = dataclass.__dataclass_fields__.get(key)
+        if value is True and entry is not None and entry.type is not bool and key != "resume_from_checkpoint":
+            raise ValueError(f"`--{key}` needs a value.")
 
 
 def help_text() -> str:

@@ -6,6 +6,7 @@ from .modeling_smt_recurrent import (
     SMTRecurrentForCausalLM,
     SMTRecurrentForSequenceClassification,
     SMTRecurrentModel,
+    SMTRecurrentStep,
 )
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "SMTRecurrentForCausalLM",
     "SMTRecurrentForSequenceClassification",
     "SMTRecurrentModel",
+    "SMTRecurrentStep",
 ]

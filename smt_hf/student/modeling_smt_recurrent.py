@@ -349,6 +349,27 @@ class SMTRecurrentForCausalLM(SMTRecurrentPreTrainedModel, GenerationMixin):
                 model_kwargs[CACHE_NAME].activate_past_recording()
 
 
+class SMTRecurrentStep(nn.Module):
+    """One token of generation as a function of tensors alone, for `torch.compile`, `torch.export` and servers.
+
+    Args:
+        student: an [`SMTRecurrentForCausalLM`]; its weights are shared, not copied.
+    """
+
+    def __init__(self, student: SMTRecurrentForCausalLM):
+        super().__init__()
+        self.student = student
+
+    def start(self, batch_size: int) -> torch.Tensor:
+        """The memory before the first token, `(B, K, D)`."""
+        return self.student.model.start_memory().expand(batch_size, -1, -1)
+
+    def forward(self, token_ids: torch.LongTensor, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(B,)`, `(B, K, D)` -> logits of the next token `(B, V)`, the memory after this one `(B, K, D)`."""
+        memory = self.student.model.updater(memory, self.student.model.embed_tokens(token_ids))
+        return self.student.read_logits(memory), memory
+
+
 class SMTRecurrentForSequenceClassification(SMTRecurrentPreTrainedModel):
     """A class, or a number, for every text: a linear layer on what is read out of the memory after its last token."""
 
@@ -434,4 +455,9 @@ SMTRecurrentModel.register_for_auto_class("AutoModel")
 SMTRecurrentForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 SMTRecurrentForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 
-__all__ = ["SMTRecurrentForCausalLM", "SMTRecurrentForSequenceClassification", "SMTRecurrentModel"]
+__all__ = [
+    "SMTRecurrentForCausalLM",
+    "SMTRecurrentForSequenceClassification",
+    "SMTRecurrentModel",
+    "SMTRecurrentStep",
+]
