@@ -50,6 +50,10 @@ _NEED_A_VALUE = {
 }
 
 
+def _argument(default, help: str):
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -301,6 +305,38 @@ def parse_generate(argv: list[str]) -> GenerateArguments:
     prompt = flags.pop("prompt", None)  # any text, which no parser is to read
     arguments = _built(GenerateArguments, flags)
     arguments.prompt = " ".join(prompt) if isinstance(prompt, list) else prompt
+    return arguments
+
+
+@dataclasses.dataclass
+class PublishArguments:
+    """Arguments of `smt_hf.publishing.hub.publish`. The access token comes from `hf auth login` or HF_TOKEN."""
+
+    checkpoint: str | None = _argument(None, "The `student` folder of a run.")
+    repo_id: str | None = _argument(None, "`user/name`; created if it does not exist.")
+    private: bool = _argument(False, "Whether a repository that is created is private.")
+    revision: str | None = _argument(None, "Branch; default: main.")
+    commit_message: str = _argument("Publish a student", "Of the one commit.")
+    dry_run: bool = _argument(False, "Check and list what would be sent; send nothing.")
+
+
+def parse_publish(argv: list[str]) -> PublishArguments:
+    """All settings of a publication from its command line.
+
+    Raises:
+        ValueError: as `parse_run`, or no checkpoint or repository.
+        SystemExit: after `--help`.
+    """
+    if "--help" in argv or "-h" in argv:
+        lines = ["usage: python recipes/publish.py --checkpoint DIR --repo_id USER/NAME [--dry_run] [--flag ...]", ""]
+        print("\n".join([*lines, *_described(PublishArguments, "", {})]))
+        raise SystemExit(0)
+    flags = _read_flags(argv)
+    _check_keys(flags, _names(PublishArguments), "argument")
+    _check_values(flags, PublishArguments)
+    arguments = _built(PublishArguments, flags)
+    if not arguments.checkpoint or not arguments.repo_id:
+        raise ValueError("name what to publish and where: `--checkpoint DIR --repo_id USER/NAME`.")
     return arguments
 
 

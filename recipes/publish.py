@@ -1,0 +1,15 @@
+"""Send a checkpoint to the Hub: `python recipes/publish.py --checkpoint DIR --repo_id user/name --dry_run`."""
+
+import sys
+
+from smt_hf.command_line import parse_publish
+from smt_hf.publishing.hub import publish
+
+
+def main() -> None:
+    arguments = vars(parse_publish(sys.argv[1:]))
+    print(publish(arguments.pop("checkpoint"), **arguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""To the Hub: what would be sent, what is refused, and one commit that is complete or absent."""
+
+import json
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError
+
+# Formats that run code when they are loaded, or may.
+_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".h5", ".msgpack"}
+_SENT = {".safetensors", ".json", ".jsonl", ".md", ".py", ".txt", ".png", ".jinja", ".model"}
+_WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
+_CARD_FIELDS = ("license", "library_name", "pipeline_tag", "tags", "datasets", "model_name", "eval_results")
+_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
+_BUSY = (429, 500, 502, 503, 504)
+LARGEST_FILE = 50 * 10**9  # bytes; the Hub takes no larger ones
+ATTEMPTS, FIRST_WAIT = 5, 1.0  # of what the client does not try again by itself
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What was sent, or would be.
+
+    Args:
+        repo_id: of the repository.
+        files: path in the repository -> bytes.
+        url: of the commit; `None` after a dry run.
+    """
+
+    repo_id: str
+    files: dict[str, int]
+    url: str | None = None
+
+    def __str__(self) -> str:
+        width = max(map(len, self.files))
+        lines = [f"  {path:<{width}}  {size:>13,} bytes" for path, size in self.files.items()]
+        total = f"{len(self.files)} files, {sum(self.files.values()):,} bytes"
+        if self.url is None:
+            return "\n".join([f"would send to {self.repo_id}:", *lines, f"{total}. Nothing was sent."])
+        return "\n".join([f"sent to {self.repo_id}:", *lines, f"{total}: {self.url}"])
+
+
+def check_folder(folder: str | Path, largest_file: int = LARGEST_FILE) -> dict[str, int]:
+    """The files of an exported student, path -> bytes, if all of them may be published.
+
+    Raises:
+        ValueError: every reason why not: pickles and other files that do not belong there, files over the limit,
+            missing weights, code or tokenizer, an access token in a file, a card without metadata or at odds with its
+            results.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: give the `student` folder of a run.")
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+    problems = []
+    for path, (name, size) in zip(paths, files.items()):
+        if path.suffix in _PICKLES:
+            problems.append(f"{name} may run code when it is loaded: only safetensors are published.")
+        elif path.suffix not in _SENT:
+            problems.append(f"{name} is no part of a checkpoint: take it out.")
+        if size > largest_file:
+            problems.append(
+                f"{name} has {size:,} bytes, more than {largest_file:,}: save with a smaller `max_shard_size`."
+            )
+        elif path.suffix in {".json", ".md", ".py", ".txt"} and _TOKEN.search(path.read_bytes()):
+            problems.append(f"{name} holds what looks like an access token: take it out, and revoke it.")
+    for name in ("config.json", "tokenizer_config.json", "eval_results.json", "README.md"):
+        if name not in files:
+            problems.append(f"{name} is missing: export the student by a recipe.")
+    if not any(name.endswith(".safetensors") for name in files):
+        problems.append("there are no weights (*.safetensors).")
+    problems += _problems_of_shards(folder, files) + _problems_of_code(folder, files)
+    if "README.md" in files:
+        problems += _problems_of_card(folder)
+    if problems:
+        raise ValueError(f"{folder} cannot be published:\n- " + "\n- ".join(problems))
+    return files
+
+
+def _problems_of_shards(folder: Path, files: dict[str, int]) -> list[str]:
+    index = "model.safetensors.index.json"
+    if index not in files:
+        return []
+    shards = set(json.loads((folder / index).read_text())["weight_map"].values())
+    return [f"{shard} is named in {index} and missing." for shard in sorted(shards - files.keys())]
+
+
+def _problems_of_code(folder: Path, files: dict[str, int]) -> list[str]:
+    if "config.json" not in files:
+        return []
+    references = json.loads((folder / "config.json").read_text()).get("auto_map", {}).values()
+    if not references:
+        return [
+            "config.json has no `auto_map`: `trust_remote_code=True` would find no code. Save by `save_pretrained`."
+        ]
+    needed, seen = {f"{reference.split('.')[0]}.py" for reference in references}, set()
+    while needed - seen:
+        name = (needed - seen).pop()
+        seen.add(name)
+        if name in files:
+            needed |= {
+                f"{sibling}.py" for sibling in re.findall(r"^from \.(\w+) import", (folder / name).read_text(), re.M)
+            }
+    return [f"{name} is missing, which the code in the checkpoint imports." for name in sorted(needed - files.keys())]
+
+
+def _problems_of_card(folder: Path) -> list[str]:
+    try:
+        card = ModelCard.load(folder / "README.md")
+    except (ValueError, TypeError) as error:
+        return [f"README.md has no valid metadata: {error}"]
+    problems = [
+        f"README.md has no `{name}` in its metadata." for name in _CARD_FIELDS if not getattr(card.data, name, None)
+    ]
+    results_path = folder / "eval_results.json"
+    if results_path.exists():
+        results = json.loads(results_path.read_text())
+        scores = results["arms"][results["student_arm"]]
+        for metric in card.data.eval_results or []:
+            value = scores.get(metric.metric_type)
+            if value is None or round(value, 4) != metric.metric_value:
+                problems.append(
+                    f"README.md says {metric.metric_type} {metric.metric_value} and eval_results.json {value}: export "
+                    "again."
+                )
+    return problems
+
+
+def publish(
+    folder: str | Path,
+    repo_id: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Publish a student",
+    dry_run: bool = False,
+    token: str | None = None,
+    largest_file: int = LARGEST_FILE,
+    endpoint: str | None = None,
+) -> Publication:
+    """Send an exported student to the Hub in one commit: a reader sees the old state or the new one.
+
+    Weights that the repository has and the folder has not are removed in the same commit, since a loader would prefer
+    some of them. What the Hub is too busy for is tried again.
+
+    Args:
+        folder: a `student` folder.
+        repo_id: `user/name`; created if it does not exist.
+        private: of a repository that is created.
+        revision: branch; created if it does not exist. Default: main.
+        dry_run: check and list, send nothing.
+        token: default: the one that `hf auth login` stored, or HF_TOKEN.
+        endpoint: of another Hub; default: HF_ENDPOINT, or huggingface.co.
+
+    Raises:
+        ValueError: see `check_folder`; or the name is not one of the Hub's.
+        HfHubHTTPError: the Hub refuses, or stays busy. Nothing is half published.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+        raise ValueError(f"`repo_id` must be `user/name`, got {repo_id!r}.")
+    files = check_folder(folder, largest_file)
+    if dry_run:
+        return Publication(repo_id, files)
+    api = HfApi(endpoint=endpoint, token=token)
+    _patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+    if revision is not None and revision != "main":
+        _patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+    commit = _patiently(
+        lambda: api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            revision=revision,
+            allow_patterns=sorted(files),
+            delete_patterns=_WEIGHTS,
+        )
+    )
+    return Publication(repo_id, files, str(commit.commit_url))
+
+
+def _patiently(call):
+    for attempt in range(ATTEMPTS):
+        try:
+            return call()
+        except HfHubHTTPError as error:
+            status = error.response.status_code if error.response is not None else None
+            if status not in _BUSY or attempt == ATTEMPTS - 1:
+                raise
+            time.sleep(FIRST_WAIT * 2**attempt)
+    return None

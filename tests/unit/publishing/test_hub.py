@@ -1,0 +1,228 @@
+"""Publishing through the real client against a Hub on loopback: what arrives, what is refused, what failures leave."""
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from smt_hf.data import byte_tokenizer
+from smt_hf.publishing.export import export_student
+from smt_hf.publishing.hub import check_folder
+from tests.conftest import make_student
+from tests.loopback_hub import TOKEN, Hub
+
+ROOT = Path(__file__).parents[3]
+ARM = {"bits_per_byte": 2.5, "accuracy": 0.5, "wall_clock_s": 1.0, "sequential_steps": 3, "tokens": 100}
+
+
+def results_for(student):
+    return {
+        "arms": {"smt8": ARM},
+        "student_arm": "smt8",
+        "task": {"name": "text", "difficulty": 128, "chance": 8.0},
+        "metric": "bits_per_byte",
+        "data": {"name": "a text", "hash": "0", "training_tokens": 10, "heldout_tokens": 5, "heldout_streams": 1},
+        "config": {"student": student.config.to_dict(), "teacher": None},
+        "phases": [{"phase": "smt", "max_steps": 3}],
+        "seed": 0,
+        "commit": "0",
+        "hardware": "CPU",
+        "versions": {},
+        "num_threads": 1,
+        "world_size": 1,
+    }
+
+
+@pytest.fixture
+def folder(tmp_path):
+    student = make_student(vocab_size=258)
+    export_student(student, byte_tokenizer(), tmp_path / "student", results_for(student))
+    return tmp_path / "student"
+
+
+@pytest.fixture
+def hub():
+    with Hub() as running:
+        yield running
+
+
+def environment(hub, tmp_path, token=TOKEN):
+    """HF_HUB_OFFLINE may be set outside; the Hub on loopback is not the network."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    own = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    return {
+        **kept,
+        **own,
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1",
+        **({"HF_TOKEN": token} if token else {}),
+    }
+
+
+def publish(hub, folder, tmp_path, *words, token=TOKEN, repo="user/name"):
+    words = ["--checkpoint", folder, "--repo_id", repo, *words]
+    return subprocess.run(
+        [sys.executable, str(ROOT / "recipes" / "publish.py"), *map(str, words)],
+        env=environment(hub, tmp_path, token), cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+LOAD = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("user/name", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("user/name", trust_remote_code=True)
+assert "smt_hf" not in sys.modules
+inputs = tokenizer("from afar", return_tensors="pt")
+print(model.generate(**inputs, max_new_tokens=6, do_sample=False).tolist())
+"""
+
+
+def test_published_and_loaded_elsewhere(hub, folder, tmp_path):
+    """One commit; a clean process that knows nothing of us downloads it and generates the same tokens."""
+    listed = publish(hub, folder, tmp_path, "--dry_run")
+    assert listed.returncode == 0 and "Nothing was sent" in listed.stdout, listed.stderr
+    assert not hub.requests and "model.safetensors" in listed.stdout
+    done = publish(hub, folder, tmp_path)
+    assert done.returncode == 0 and f"{hub.endpoint}/user/name/commit/" in done.stdout, done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    commits = hub.repos["user/name"]["main"]
+    assert [commit["message"] for commit in commits] == ["initial commit", "Publish a student"]
+    sent = {path: content for path, content in commits[-1]["files"].items() if path != ".gitattributes"}
+    assert sent == {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.iterdir()}
+    loaded = subprocess.run(
+        [sys.executable, "-c", LOAD], env=environment(hub, tmp_path, None), cwd=tmp_path,
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert loaded.returncode == 0, loaded.stderr[-3000:]
+    student, tokenizer = make_student(vocab_size=258), byte_tokenizer()
+    student.generation_config.eos_token_id = 256
+    ids = student.generate(**tokenizer("from afar", return_tensors="pt"), max_new_tokens=6, do_sample=False)
+    assert loaded.stdout.strip().splitlines()[-1] == str(ids.tolist())
+
+
+def test_a_branch_and_an_update(hub, folder, tmp_path):
+    """A branch leaves main alone; new weights take the place of old ones of another name in one commit."""
+    assert publish(hub, folder, tmp_path).returncode == 0
+    student = make_student(vocab_size=258, updater_type="mlp")
+    student.save_pretrained(folder, max_shard_size="50KB")
+    (folder / "model.safetensors").unlink()
+    done = publish(hub, folder, tmp_path, "--revision", "v2", "--commit_message", "Shards")
+    assert done.returncode == 0, done.stderr
+    assert "model.safetensors" in hub.head("user/name")["files"]
+    files = hub.head("user/name", "v2")["files"]
+    assert "model.safetensors" not in files and "model.safetensors.index.json" in files
+    assert publish(hub, folder, tmp_path, "--revision", "v2").returncode == 0  # nothing changed
+
+
+# What the Hub does -> whether it passes.
+FAILURES = {
+    "create busy": (("POST", "/api/repos/create", 503, 2), True),
+    "too many requests": (("POST", "/preupload/", 429, 1), True),
+    "batch unavailable": (("POST", "/objects/batch", 503, 2), True),
+    "upload cut": (("PUT", "/lfs-upload/", "cut", 1), True),
+    "upload unavailable": (("PUT", "/lfs-upload/", 503, 2), True),
+    "commit unavailable": (("POST", "/commit/", 503, 1), True),
+    "commit never": (("POST", "/commit/", 503, 99), False),
+    "upload always cut": (("PUT", "/lfs-upload/", "cut", 99), False),
+    "commit in conflict": (("POST", "/commit/", 409, 1), False),
+    "no permission": (("POST", "/api/", 401, 99), False),
+    "forbidden": (("POST", "/preupload/", 403, 99), False),
+}
+PUBLISH_ALL = """
+import json, sys, time
+from smt_hf.publishing.hub import publish
+time.sleep = lambda seconds: None
+folder, *endpoints = sys.argv[1:]
+for endpoint in endpoints:
+    try:
+        publish(folder, "user/name", endpoint=endpoint)
+        print("sent")
+    except Exception as error:
+        print(type(error).__name__, str(error).replace(chr(10), " "))
+"""
+
+
+def test_failures(folder, tmp_path):
+    """What passes is tried again; what stays leaves the repository as it was."""
+    before = {"model.safetensors": b"old", "README.md": b"old"}
+    with contextlib.ExitStack() as stack:
+        hubs = {name: stack.enter_context(Hub()) for name in FAILURES}
+        for name, hub in hubs.items():
+            hub.repos["user/name"] = {}
+            hub.commit("user/name", "main", "old", before)
+            hub.fail(*FAILURES[name][0])
+        own = environment(next(iter(hubs.values())), tmp_path)
+        words = [sys.executable, "-c", PUBLISH_ALL, folder, *(hub.endpoint for hub in hubs.values())]
+        done = subprocess.run(list(map(str, words)), env=own, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        outcomes = dict(zip(hubs, done.stdout.splitlines()))
+        for name, (_, passes) in FAILURES.items():
+            head, num_commits = hubs[name].head("user/name"), len(hubs[name].repos["user/name"]["main"])
+            assert (outcomes[name] == "sent") == passes, (name, outcomes[name])
+            assert num_commits == (2 if passes else 1), name
+            if passes:
+                assert hubs[name].failures[0][-1] == 0, name  # it did fail before
+                assert head["files"]["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+            else:
+                assert head["files"] == before, name
+        assert "401" in outcomes["no permission"] and TOKEN not in done.stdout + done.stderr
+
+
+def spoiled(folder, name):
+    if name == "pickle":
+        torch.save({}, folder / "training_args.bin")
+        return "training_args.bin may run code"
+    if name == "stranger":
+        (folder / "notes.docx").write_text("x")
+        return "notes.docx is no part"
+    if name == "token":
+        (folder / "eval_results.json").write_text(
+            json.dumps({**json.loads((folder / "eval_results.json").read_text()), "x": "hf_" + "a" * 34})
+        )
+        return "access token"
+    if name == "no card":
+        (folder / "README.md").unlink()
+        return "README.md is missing"
+    if name == "no licence":
+        card = folder / "README.md"
+        card.write_text(card.read_text().replace("license: apache-2.0\n", ""))
+        return "no `license`"
+    if name == "other numbers":
+        card = folder / "README.md"
+        card.write_text(card.read_text().replace("value: 2.5", "value: 1.5"))
+        return "export again"
+    if name == "no code":
+        (folder / "layers_smt_recurrent.py").unlink()
+        return "layers_smt_recurrent.py is missing"
+    if name == "no weights":
+        (folder / "model.safetensors").unlink()
+        return "no weights"
+    assert name == "no shard"
+    make_student(vocab_size=258).save_pretrained(folder, max_shard_size="20KB")
+    next(folder.glob("model-00002*")).unlink()
+    return "is named in model.safetensors.index.json and missing"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pickle", "stranger", "token", "no card", "no licence", "other numbers", "no code", "no weights", "no shard"],
+)
+def test_what_is_refused(folder, name):
+    assert check_folder(folder)
+    message = spoiled(folder, name)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_folder(folder)
+
+
+def test_large_files_are_refused(folder):
+    with pytest.raises(ValueError, match="max_shard_size"):
+        check_folder(folder, largest_file=10_000)
+    with pytest.raises(ValueError, match="no folder"):
+        check_folder(folder / "missing")
