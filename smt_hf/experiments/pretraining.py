@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from smt_hf.publishing.export import append_evidence, export_student, export_teacher, write_json
 from smt_hf.publishing.figures import plot_curves, plot_loss_by_position
+from smt_hf.publishing.hub import publish
 from smt_hf.publishing.provenance import run_facts
 from smt_hf.student import SMTRecurrentConfig
 from smt_hf.training.adapters import LoraSettings
@@ -103,6 +104,7 @@ def pretrain(
         raise ValueError(
             "`bptt_warmup_steps` must be a share of the phase, below 1, with `compare_bptt`: BPTT ends by the seconds."
         )
+    pushed = _pushed(phases, rival)
     lora = None
     if run.use_peft:
         lora = LoraSettings(run.lora_r, run.lora_alpha)
@@ -217,10 +219,35 @@ def pretrain(
         export_teacher(model.teacher, subject.tokenizer, output_dir / "teacher")
     export_student(model.student, subject.tokenizer, output_dir / "student", results)
     write_json(results, output_dir / _RESULTS)
+    if pushed is not None:
+        arguments = phases[-1]
+        message = f"The student of {student_arm}"
+        print(
+            publish(
+                output_dir / "student",
+                pushed,
+                private=arguments.hub_private_repo,
+                revision=arguments.hub_revision,
+                commit_message=message,
+                token=arguments.hub_token,
+            )
+        )
     if run.evidence_file:
         append_evidence(results, Path(run.evidence_file))
     print(f"\nwritten to {output_dir}: {', '.join(sorted(path.name for path in output_dir.iterdir()))}")
     return results
+
+
+def _pushed(phases: list[PhaseArguments], rival: PhaseArguments | None) -> str | None:
+    """The repository that `--push_to_hub` names."""
+    if rival is not None:
+        rival.push_to_hub = False  # a rival is no result of the run
+    asked = {arguments.hub_model_id for arguments in phases if arguments.push_to_hub}
+    if not asked:
+        return None
+    if len(asked) > 1 or not str(asked.copy().pop()).count("/"):
+        raise ValueError("`push_to_hub` needs one `--hub_model_id user/name` for the whole run.")
+    return str(asked.pop())
 
 
 def check_output_dir(run, output_dir: Path) -> None:

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError
 # Formats that run code when they are loaded, or may.
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".h5", ".msgpack"}
 _SENT = {".safetensors", ".json", ".jsonl", ".md", ".py", ".txt", ".png", ".jinja", ".model"}
-_WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
 _CARD_FIELDS = ("license", "library_name", "pipeline_tag", "tags", "datasets", "model_name", "eval_results")
 _TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
 _BUSY = (429, 500, 502, 503, 504)
@@ -168,6 +168,8 @@ def publish(
     _patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
     if revision is not None and revision != "main":
         _patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+    there = _patiently(lambda: api.list_repo_files(repo_id, revision=revision))
+    old_weights = [name for name in there if name.endswith(_WEIGHTS) and "/" not in name and name not in files]
     commit = _patiently(
         lambda: api.upload_folder(
             repo_id=repo_id,
@@ -175,7 +177,7 @@ def publish(
             commit_message=commit_message,
             revision=revision,
             allow_patterns=sorted(files),
-            delete_patterns=_WEIGHTS,
+            delete_patterns=old_weights,
         )
     )
     return Publication(repo_id, files, str(commit.commit_url))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import IterableDataset, SequentialSampler
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from smt_hf.data.batching import CarriedWindows, EpochSampler, IndexedExamples, Levels, collate
@@ -23,6 +23,7 @@ from .arguments import BPTTTrainingArguments, DMTTrainingArguments, PhaseArgumen
 from .optimizer import muon_with_adamw
 from .pacing import VIRTUAL_STEPS_A_SECOND, Pace, TrainingCost
 from .pretraining import SMTForPreTraining
+from .pushing import StudentPushingTrainer
 from .rollout import example_uniforms
 
 _ROLLOUT_STATE = "rollout_state.safetensors"
@@ -60,7 +61,7 @@ class PhaseProgress(TrainerCallback):
             self.bar = None
 
 
-class SMTTrainer(Trainer):
+class SMTTrainer(StudentPushingTrainer):
     """Trains student and teacher together by supervised memory training.
 
     Args:

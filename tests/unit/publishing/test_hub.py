@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smt_hf.data import byte_tokenizer
 from smt_hf.publishing.export import export_student
@@ -226,3 +228,65 @@ def test_large_files_are_refused(folder):
         check_folder(folder, largest_file=10_000)
     with pytest.raises(ValueError, match="no folder"):
         check_folder(folder / "missing")
+
+
+SMALL = """
+    --hidden_size 16 --num_attention_heads 2 --intermediate_size 32 --teacher_hidden_size 24
+    --teacher_num_attention_heads 2 --per_device_train_batch_size 4 --context_length 32 --max_steps 4 --save_steps 2
+    --num_threads 1 --disable_tqdm true
+""".split()  # noqa: SIM905
+
+
+def test_a_run_that_pushes(hub, text_file, tmp_path):
+    """Every save on the way, then the student with its card, as one history without pickles."""
+    words = [sys.executable, str(ROOT / "recipes" / "pretrain.py"), "--train_file", text_file, "--output_dir", "out"]
+    words += ["--push_to_hub", "--hub_model_id", "user/name", "--hub_strategy", "all_checkpoints", *SMALL]
+    words += ["--hub_always_push", "true"]
+    done = subprocess.run(
+        list(map(str, words)), env=environment(hub, tmp_path), cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    commits = hub.repos["user/name"]["main"]
+    messages = [commit["message"] for commit in commits]
+    assert messages[-1] == "The student of smt8_bptt" and "Training in progress, step 2" in messages
+    files = commits[-1]["files"]
+    student = tmp_path / "out" / "student"
+    assert {path.name: path.read_bytes() for path in student.iterdir()}.items() <= files.items()
+    assert "checkpoint-2/model.safetensors" in files
+    assert not [path for commit in commits for path in commit["files"] if path.endswith((".bin", ".pt", ".pth"))]
+    assert TOKEN not in done.stdout + done.stderr and TOKEN.encode() not in b"".join(files.values())
+
+
+PUSH = """
+import sys
+from smt_hf import BPTTTrainer, BPTTTrainingArguments
+from smt_hf.data import byte_tokenizer
+from tests.conftest import make_student
+arguments = BPTTTrainingArguments(
+    output_dir="run", use_cpu=True, max_steps=2, context_length=8, transition_steps=8, eval_strategy="steps",
+    eval_steps=2, save_strategy="no", push_to_hub=True, hub_model_id="user/name", disable_tqdm=True, logging_steps=1,
+)
+rows = [{"input_ids": list(range(n, n + 9))} for n in range(64)]
+trainer = BPTTTrainer(
+    make_student(vocab_size=258), arguments, train_dataset=rows, eval_dataset=rows, processing_class=byte_tokenizer()
+)
+trainer.train()
+trainer.push_to_hub(license="apache-2.0")
+"""
+
+
+def test_a_trainer_that_pushes(hub, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", PUSH], env={**environment(hub, tmp_path), "PYTHONPATH": str(ROOT)}, cwd=tmp_path,
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (tmp_path / "read").mkdir()
+    for name, content in hub.head("user/name")["files"].items():
+        (tmp_path / "read" / name).write_bytes(content)
+    card = ModelCard.load(tmp_path / "read" / "README.md")
+    assert card.data.license == "apache-2.0" and "bptt" in card.data.tags
+    assert json.loads((tmp_path / "read" / "eval_results.json").read_text())["eval_rollout"] > 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "read")
+    assert AutoTokenizer.from_pretrained(tmp_path / "read").eos_token_id == 256
+    assert model(torch.tensor([[1, 2]])).logits.isfinite().all()

@@ -1,0 +1,94 @@
+"""What a Trainer sends to the Hub: the student, which loads by itself, and never what resumes a run."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard
+from transformers import Trainer
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress
+
+
+class StudentPushingTrainer(Trainer):
+    """A Trainer whose `push_to_hub` and `hub_strategy` send the `student/` folder of what it saves.
+
+    transformers would send the composite, and with it `training_args.bin`, a pickle. By `hub_strategy`: `end` sends the
+    student when training has ended, `every_save` at every save, `checkpoint` and `all_checkpoints` also keep it in
+    folders of the repository. Optimiser and data position stay on this machine.
+    """
+
+    hub_model_id: str | None
+    push_in_progress: Any
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        strategy = self.args.hub_strategy
+        if not self.is_world_process_zero() or strategy == HubStrategy.END:
+            return
+        is_pushing = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if is_pushing and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        message = f"Training in progress, step {self.state.global_step}"
+        # A copy: the checkpoint may be rotated away before it has been sent.
+        copied = Path(str(self.args.output_dir)) / "_pushed_student"
+        if is_pushing:
+            self._finish_current_push()
+        shutil.rmtree(copied, ignore_errors=True)
+        shutil.copytree(os.path.join(checkpoint_folder, "student"), copied)
+        jobs = [self._upload(copied, message, None, run_as_future=True)]
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            is_last = strategy == HubStrategy.CHECKPOINT
+            place = "last-checkpoint" if is_last else Path(checkpoint_folder).name
+            jobs.append(self._upload(copied, f"{message}, checkpoint", place, run_as_future=True))
+        self.push_in_progress = PushInProgress(jobs)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ):
+        """Send the student with its code, tokenizer, card and last evaluation, in one commit.
+
+        Args:
+            kwargs: of `create_model_card`, as `license="apache-2.0"`.
+            others: as in transformers.
+
+        Returns:
+            The commit, or a future of it if not `blocking`; `None` on other processes than the first.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)  # on all processes
+        if not self.is_world_process_zero():
+            return None
+        name = kwargs.pop("model_name", None) or str(self.hub_model_id).split("/")[-1]
+        self.create_model_card(model_name=name, **kwargs)
+        folder = Path(str(self.args.output_dir)) / "student"
+        card = ModelCard.load(Path(str(self.args.output_dir)) / "README.md")
+        card.data.pipeline_tag = "text-generation"
+        card.data.tags = [*(card.data.tags or []), "recurrent", "custom_code", *self._tag_names]
+        card.save(folder / "README.md")
+        evaluations = [line for line in self.state.log_history if "eval_loss" in line]
+        if evaluations:
+            (folder / "eval_results.json").write_text(json.dumps(evaluations[-1], indent=2) + "\n")
+        self._finish_current_push()
+        return self._upload(folder, commit_message, None, not blocking, token, revision)
+
+    def _upload(self, folder, message, place, run_as_future=False, token=None, revision=None):
+        return HfApi().upload_folder(
+            repo_id=str(self.hub_model_id),
+            folder_path=folder,
+            path_in_repo=place,
+            commit_message=message,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            run_as_future=run_as_future,
+        )
