@@ -337,15 +337,19 @@ def test_recipes_parse():
         assert path.name in table
 
 
-def test_readme_library_example(tmp_path, monkeypatch, text_file):
-    """The README's example of the library runs as it stands, with fewer steps; then its way to load a checkpoint."""
+def test_readme_python_examples(tmp_path, monkeypatch, text_file):
+    """The README's example of the library runs as it stands, with fewer steps; then those that use a checkpoint."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    load, library = blocks
+    load, state, library = blocks
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.txt").write_text(text_file.read_text())
     exec(library.replace("max_steps=600", "max_steps=2, use_cpu=True"), {})
     assert (tmp_path / "runs" / "library" / "student" / "model.safetensors").exists()
-    exec(
-        load.replace("runs/pretrain/student", "runs/library/student").replace("max_new_tokens=200", "max_new_tokens=5"),
-        {},
+    names: dict = {}
+    load = load.replace("runs/pretrain/student", "runs/library/student").replace(
+        "max_new_tokens=200", "max_new_tokens=5"
     )
+    exec(load, names)
+    exec(state, names)
+    assert names["again"].get_seq_length() == len("def main(") + len("argv)") and names["logits"].shape[1] == 5
+    assert names["model"].model.final_memory(**names["inputs"]).shape == (1, 4, 64)

@@ -290,3 +290,40 @@ def test_a_trainer_that_pushes(hub, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "read")
     assert AutoTokenizer.from_pretrained(tmp_path / "read").eos_token_id == 256
     assert model(torch.tensor([[1, 2]])).logits.isfinite().all()
+
+
+ELSEWHERE = """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("user/name", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("user/name", trust_remote_code=True)
+print("written: " + tokenizer.decode(model.generate(**tokenizer("2+2=", return_tensors="pt"), max_new_tokens=3)[0]))
+"""
+
+
+def test_the_readme_from_a_checkpoint_to_the_hub(hub, folder, tmp_path):
+    """Its commands as they stand: generate, fine-tune, list, publish; then loaded elsewhere."""
+    readme = (ROOT / "README.md").read_text()
+    section = readme[readme.index("## Load, generate, fine-tune, publish") :]
+    commands = re.search(r"```bash\n(.*?)```", section, flags=re.DOTALL).group(1)
+    commands = commands.replace("\\\n", "").strip().splitlines()
+    assert [re.search(r"recipes/(\w+)", command).group(1) for command in commands] == [
+        "generate", "finetune", "publish", "publish",
+    ]  # fmt: skip
+    (tmp_path / "runs" / "pretrain").mkdir(parents=True)
+    folder.rename(tmp_path / "runs" / "pretrain" / "student")
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    rows = [{"prompt": f"{n % 5}+{n % 3}=", "completion": str(n % 5 + n % 3)} for n in range(40)]
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = environment(hub, tmp_path)
+    own["PATH"] = f"{Path(sys.executable).parent}:{own['PATH']}"
+    for command in commands:
+        command = command.replace("USER/NAME", "user/name")
+        command += " --max_steps 3 --num_threads 1" if "finetune" in command else ""
+        done = subprocess.run(command, shell=True, env=own, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert len(hub.repos) == (command == commands[-1].replace("USER/NAME", "user/name"))
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE], env=environment(hub, tmp_path / "elsewhere", None), cwd=tmp_path / "runs",
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0 and "written: 2+2=" in done.stdout, done.stderr[-3000:]

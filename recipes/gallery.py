@@ -1,0 +1,17 @@
+"""One static page of the model cards and figures: `python recipes/gallery.py --output gallery.html`."""
+
+import argparse
+
+from smt_hf.publishing.gallery import render_gallery
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model_cards", default="model_cards", help="folder of cards")
+    parser.add_argument("--output", default="gallery.html", help="file to write")
+    arguments = parser.parse_args()
+    print(f"written: {render_gallery(arguments.model_cards, arguments.output)}")
+
+
+if __name__ == "__main__":
+    main()
