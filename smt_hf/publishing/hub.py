@@ -75,7 +75,7 @@ def check_folder(folder: str | Path, largest_file: int = LARGEST_FILE) -> dict[s
         problems.append("there are no weights (*.safetensors).")
     problems += _problems_of_shards(folder, files) + _problems_of_code(folder, files)
     if "README.md" in files:
-        problems += _problems_of_card(folder)
+        problems += problems_of_card(folder)
     if problems:
         raise ValueError(f"{folder} cannot be published:\n- " + "\n- ".join(problems))
     return files
@@ -108,7 +108,8 @@ def _problems_of_code(folder: Path, files: dict[str, int]) -> list[str]:
     return [f"{name} is missing, which the code in the checkpoint imports." for name in sorted(needed - files.keys())]
 
 
-def _problems_of_card(folder: Path) -> list[str]:
+def problems_of_card(folder: Path) -> list[str]:
+    """What is missing in `folder/README.md`, or at odds with `folder/eval_results.json`; empty if it is right."""
     try:
         card = ModelCard.load(folder / "README.md")
     except (ValueError, TypeError) as error:

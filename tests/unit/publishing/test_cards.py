@@ -5,10 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, metadata_load
+from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from smt_hf import SMTRecurrentConfig, SMTRecurrentForCausalLM
 from smt_hf.publishing.export import write_json
+from smt_hf.publishing.hub import problems_of_card
 from smt_hf.publishing.model_card import student_card
 
 ROOT = Path(__file__).parents[3]
@@ -30,6 +32,9 @@ def test_card_is_rendered_from_its_results(folder):
     student = SMTRecurrentForCausalLM(SMTRecurrentConfig(**known))
     card = ModelCard.load(folder / "README.md")
     assert card.text.strip() == student_card(student, results).text.strip()
+    assert problems_of_card(folder) == []
+    index = metadata_load(folder / "README.md")["model-index"]
+    assert model_index_to_eval_results(index)[1] == card.data.eval_results
     for metric in card.data.eval_results:
         assert metric.metric_value == round(results["arms"][results["student_arm"]][metric.metric_type], 4)
 
