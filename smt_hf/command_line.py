@@ -281,10 +281,16 @@ def parse_finetune(argv: list[str]) -> tuple[FinetuneArguments, FinetuneTraining
     flags = _read_flags(argv)
     given = {**(_read_yaml(str(flags["config"])) if "config" in flags else {}), **flags}
     of_run, of_training = _names(FinetuneArguments), _names(FinetuneTrainingArguments) - _HIDDEN
+    if "num_train_epochs" in given:
+        raise ValueError("a fine-tuning counts steps, not epochs: set `max_steps`.")
     _check_keys(given, of_run | of_training, "argument")
     _check_values(given, FinetuneArguments)
     run = _built(FinetuneArguments, {key: value for key, value in given.items() if key in of_run})
     settings = {key: value for key, value in given.items() if key in of_training}
+    if "context_length" in settings and "transition_steps" not in settings:
+        length = _whole_number("context_length", settings["context_length"])
+        default = FinetuneTrainingArguments.transition_steps
+        settings["transition_steps"] = next((k for k in range(min(default, length), 0, -1) if length % k == 0), 1)
     return run, _built(FinetuneTrainingArguments, {**settings, "seed": run.seed})
 
 
@@ -295,6 +301,12 @@ def parse_generate(argv: list[str]) -> GenerateArguments:
         ValueError: as `parse_run`.
         SystemExit: after `--help`.
     """
+    prompt = None
+    if "--prompt" in argv:  # the word after it is any text, which no parser is to read
+        at = argv.index("--prompt")
+        if at + 1 == len(argv):
+            raise ValueError("`--prompt` needs a value.")
+        prompt, argv = argv[at + 1], [*argv[:at], *argv[at + 2 :]]
     if "--help" in argv or "-h" in argv:
         lines = ["usage: python recipes/generate.py --checkpoint DIR_OR_REPO --prompt TEXT [--flag ...]", ""]
         print("\n".join([*lines, *_described(GenerateArguments, "", {})]))
@@ -302,9 +314,8 @@ def parse_generate(argv: list[str]) -> GenerateArguments:
     flags = _read_flags(argv)
     _check_keys(flags, _names(GenerateArguments), "argument")
     _check_values(flags, GenerateArguments)
-    prompt = flags.pop("prompt", None)  # any text, which no parser is to read
     arguments = _built(GenerateArguments, flags)
-    arguments.prompt = " ".join(prompt) if isinstance(prompt, list) else prompt
+    arguments.prompt = prompt
     return arguments
 
 
@@ -314,7 +325,7 @@ class PublishArguments:
 
     checkpoint: str | None = _argument(None, "The `student` folder of a run.")
     repo_id: str | None = _argument(None, "`user/name`; created if it does not exist.")
-    private: bool = _argument(False, "Whether a repository that is created is private.")
+    private: bool | None = _argument(None, "Whether a repository that is created is private; default: its owner's.")
     revision: str | None = _argument(None, "Branch; default: main.")
     commit_message: str = _argument("Publish a student", "Of the one commit.")
     dry_run: bool = _argument(False, "Check and list what would be sent; send nothing.")

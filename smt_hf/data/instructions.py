@@ -53,7 +53,7 @@ def tokenize_instructions(examples: Dataset, tokenizer, max_tokens: int) -> Inst
     for number, example in enumerate(examples):
         if has_template:
             messages = example["messages"] if "messages" in names else _as_messages(example)
-            ids, labels = _from_messages(messages, tokenizer)
+            ids, labels = _from_messages(messages, tokenizer, number)
         else:
             ids, labels = _from_pair(example["prompt"], example["completion"], tokenizer)
         if all(label == -100 for label in labels[1:]):
@@ -81,28 +81,33 @@ def _from_pair(prompt: str, completion: str, tokenizer) -> tuple[list[int], list
     return before + after, [-100] * len(before) + after
 
 
-def _from_messages(messages: list[dict], tokenizer) -> tuple[list[int], list[int]]:
-    """Turn by turn: what the template adds for an assistant's message after its opening is what is learned."""
+def _from_messages(messages: list[dict], tokenizer, number: int) -> tuple[list[int], list[int]]:
+    """Turn by turn: what the template adds for an assistant's message after its opening is what is learned.
+
+    Pieces are told apart as text and tokenised one by one, so that what is read never depends on the answer. Special
+    tokens in the text are taken for the template's own, as `apply_chat_template` does.
+    """
     ids: list[int] = []
     labels: list[int] = []
+    written = ""
     for end, message in enumerate(messages, start=1):
         if message["role"] != "assistant":
             continue
-        opened = _rendered(messages[: end - 1], tokenizer, add_generation_prompt=True)
-        closed = _rendered(messages[:end], tokenizer)
-        if closed[: len(opened)] != opened or opened[: len(ids)] != ids:
+        opened = tokenizer.apply_chat_template(messages[: end - 1], tokenize=False, add_generation_prompt=True)
+        closed = tokenizer.apply_chat_template(messages[:end], tokenize=False)
+        if not closed.startswith(opened) or not opened.startswith(written):
             raise ValueError(
-                "the chat template writes earlier turns otherwise once later ones follow: the answers cannot be told "
-                "apart. Give `prompt` and `completion`, a row an answer."
+                f"example {number}: the chat template writes earlier turns otherwise once later ones follow, so that "
+                "answers cannot be told apart. Give `prompt` and `completion`, a row an answer."
             )
-        labels += [-100] * (len(opened) - len(ids)) + closed[len(opened) :]
-        ids = closed
+        read, learned = (
+            tokenizer(text, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+            for text in (opened[len(written) :], closed[len(opened) :])
+        )
+        ids += read + learned
+        labels += [-100] * len(read) + learned
+        written = closed
     return ids, labels
-
-
-def _rendered(messages: list[dict], tokenizer, **settings) -> list[int]:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, **settings)
-    return tokenizer(text, add_special_tokens=False, return_attention_mask=False)["input_ids"]
 
 
 def padded(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:

@@ -34,12 +34,14 @@ class Corpus:
         name: for tables and model cards.
         train, heldout: `datasets.Dataset`s with a column `text`, a row a document.
         digest: SHA-256 over all documents in order, the first 16 hex digits; names what was trained on.
+        hub_name: of a dataset of the Hub.
     """
 
     name: str
     train: Dataset
     heldout: Dataset
     digest: str
+    hub_name: str | None = None
 
 
 def load_corpus(
@@ -176,7 +178,10 @@ def _from_hub(name: str, config_name: str | None, text_column: str) -> Corpus:
         raise ValueError(f"dataset {name!r} has no split `train`, only {', '.join(splits)}.")
     heldout = next((splits[split] for split in ("validation", "test") if split in splits), None)
     train = _text_only(splits["train"], text_column, name)
-    return _corpus(name, train, None if heldout is None else _text_only(heldout, text_column, name))
+    heldout = None if heldout is None else _text_only(heldout, text_column, name)
+    is_local = os.path.exists(name)
+    title = os.path.basename(os.path.normpath(name)) if is_local else name  # a path says where, not what
+    return _corpus(title, train, heldout, None if is_local else name)
 
 
 def _text_only(dataset: Dataset, text_column: str, name: str) -> Dataset:
@@ -193,7 +198,7 @@ def _text_only(dataset: Dataset, text_column: str, name: str) -> Dataset:
     return dataset if text_column == "text" else dataset.rename_column(text_column, "text")
 
 
-def _corpus(name: str, train: Dataset, heldout: Dataset | None) -> Corpus:
+def _corpus(name: str, train: Dataset, heldout: Dataset | None, hub_name: str | None = None) -> Corpus:
     if heldout is None and len(train) >= 10:
         chosen = range(3, len(train), 10)  # every tenth document
         left = [index for index in range(len(train)) if index % 10 != 3]
@@ -203,7 +208,8 @@ def _corpus(name: str, train: Dataset, heldout: Dataset | None) -> Corpus:
         cuts = [len(text) - max(len(text) // 10, 1) for text in texts]
         heldout = _documents([text[cut:] for text, cut in zip(texts, cuts)])
         train = _documents([text[:cut] for text, cut in zip(texts, cuts)])
-    return Corpus(name, train, heldout, _digest(text for part in (train, heldout) for text in part["text"]))
+    digest = _digest(text for part in (train, heldout) for text in part["text"])
+    return Corpus(name, train, heldout, digest, hub_name)
 
 
 def _digest(texts) -> str:

@@ -1,5 +1,6 @@
 """A prompt and its continuation, streamed: what `recipes/generate.py` runs."""
 
+import os
 import sys
 from dataclasses import dataclass, field
 
@@ -43,6 +44,8 @@ def continue_text(arguments: GenerateArguments) -> str:
     """
     if not arguments.checkpoint or arguments.prompt is None:
         raise ValueError("name a checkpoint and a prompt: `--checkpoint DIR_OR_REPO --prompt 'def main('`.")
+    if arguments.save_state and os.path.exists(arguments.save_state) and not arguments.overwrite_state:
+        raise FileExistsError(f"{arguments.save_state} exists: name another file or pass `--overwrite_state`.")
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     logging.disable_progress_bar()
     model, tokenizer = load_checkpoint(arguments.checkpoint)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoTokenizer, set_seed
 from transformers.utils import logging
 
 from smt_hf.data import holds_instructions, load_table, padded, tokenize_instructions
@@ -19,17 +19,28 @@ from smt_hf.evaluation.streams import count_bytes
 from smt_hf.publishing.export import export_student, write_json
 from smt_hf.publishing.figures import plot_curves
 from smt_hf.publishing.provenance import run_facts
-from smt_hf.student import SMTRecurrentForCausalLM
+from smt_hf.student import SMTRecurrentConfig, SMTRecurrentForCausalLM
 from smt_hf.training.adapters import LoraSettings
 from smt_hf.training.arguments import BPTTTrainingArguments
 from smt_hf.training.phases import lay_out, run_phases
-from smt_hf.training.pretraining import SMTForPreTraining
+from smt_hf.training.pretraining import SMTForPreTraining, SMTPreTrainingConfig
 
-from .pretraining import check_output_dir, evaluate_ten_times, phase_settings, results_table, set_threads
+from .pretraining import (
+    MAY_CHANGE,
+    check_output_dir,
+    check_same_run,
+    evaluate_ten_times,
+    phase_settings,
+    publish_student,
+    pushed_repository,
+    results_table,
+    set_threads,
+)
 from .subjects import Subject, TextSubject
 
 _RESULTS = "eval_results.json"
-_WRITTEN = ("student", "adapter", "bptt", _RESULTS, "curves.png")
+_RUN = "run.json"
+_WRITTEN = ("student", "adapter", "bptt", _RESULTS, _RUN, "curves.png")
 
 
 def _argument(default, help: str):
@@ -54,7 +65,7 @@ class FinetuneArguments:
     lora_alpha: int = _argument(16, "Their change is scaled by `lora_alpha / lora_r`. Not searched.")
     seed: int = _argument(0, "Of everything random.")
     overwrite_output_dir: bool = _argument(False, "Remove what an earlier run left in `output_dir`.")
-    resume_from_checkpoint: str | None = _argument(None, "Go on from the run's newest complete checkpoint.")
+    resume_from_checkpoint: bool = _argument(False, "Go on from the run's newest complete checkpoint.")
     num_threads: int | None = _argument(None, "CPU threads of this process; default: cores / local processes.")
 
 
@@ -144,6 +155,7 @@ def finetune(run: FinetuneArguments, arguments: FinetuneTrainingArguments) -> di
     if not run.checkpoint or not run.train_file:
         raise ValueError("name what to fine-tune and on what: `--checkpoint DIR_OR_REPO --train_file FILE`.")
     lora = LoraSettings(run.lora_r, run.lora_alpha) if run.use_peft else None
+    pushed = pushed_repository([arguments])
     output_dir = Path(run.output_dir)
     check_output_dir(run, output_dir)
     logging.disable_progress_bar()
@@ -160,17 +172,27 @@ def finetune(run: FinetuneArguments, arguments: FinetuneTrainingArguments) -> di
             "`model.resize_token_embeddings(len(tokenizer))` and save both first."
         )
     is_main = arguments.process_index == 0
-    if is_main:
+    settings = {
+        "weights": _digest(value.numpy().tobytes() for value in student.state_dict().values()),
+        "data_hash": subject.facts()["hash"],
+        "lora": None if lora is None else dataclasses.asdict(lora),
+        "training": {name: value for name, value in phase_settings(arguments).items() if name not in MAY_CHANGE},
+        "seed": run.seed,
+    }
+    if run.resume_from_checkpoint:
+        check_same_run(output_dir / _RUN, settings)
+    elif is_main:
         if run.overwrite_output_dir and output_dir.is_dir():
             for entry in output_dir.iterdir():
                 if entry.name in _WRITTEN:
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(settings, output_dir / _RUN)
+    if is_main:
         print(f"{subject.describe()}\n{run.checkpoint}: {student.num_parameters():,} parameters; {num_threads} threads")
     evaluate_ten_times(arguments)
     model = SMTForPreTraining.from_student(student)
     before = _scores(subject.evaluate(model.eval(), arguments)) if is_main else {}
-    resume = True if run.resume_from_checkpoint else None
     (result,) = run_phases(
         model,
         [arguments],
@@ -178,7 +200,7 @@ def finetune(run: FinetuneArguments, arguments: FinetuneTrainingArguments) -> di
         subject.eval_rows,
         tokenizer,
         subject.evaluate,
-        resume,
+        run.resume_from_checkpoint,
         {"bptt": lora} if lora is not None else None,
     )
     if not is_main:
@@ -205,7 +227,16 @@ def finetune(run: FinetuneArguments, arguments: FinetuneTrainingArguments) -> di
     export_student(model.student, tokenizer, output_dir / "student", results)
     write_json(results, output_dir / _RESULTS)
     print(f"written to {output_dir}: {', '.join(sorted(path.name for path in output_dir.iterdir()))}")
+    if pushed is not None:
+        print(publish_student(output_dir / "student", pushed, arguments, f"Fine-tuned from {results['base_model']}"))
     return results
+
+
+def _digest(parts) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
 
 
 def load_checkpoint(checkpoint: str):
@@ -215,13 +246,21 @@ def load_checkpoint(checkpoint: str):
         ValueError: there is none, or it is of another model.
     """
     try:
-        student = SMTRecurrentForCausalLM.from_pretrained(checkpoint)
+        config = AutoConfig.from_pretrained(checkpoint)
+        if config.model_type == SMTPreTrainingConfig.model_type:
+            raise ValueError("it holds student and teacher: give the `student` folder inside it.")
+        if config.model_type != SMTRecurrentConfig.model_type:
+            raise ValueError(f"it is a {config.model_type}, not a {SMTRecurrentConfig.model_type}.")
+        student, report = SMTRecurrentForCausalLM.from_pretrained(checkpoint, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"no checkpoint could be loaded from {checkpoint!r}: give a `student` folder, or a Hub repository that "
             f"holds one. ({error})"
         ) from error
+    wrong = {name: sorted(map(str, keys)) for name, keys in report.items() if keys}
+    if wrong:
+        raise ValueError(f"{checkpoint!r} does not hold the weights of its configuration: {wrong}.")
     return student, tokenizer
 
 

@@ -33,7 +33,7 @@ _RESULTS = "eval_results.json"
 _RUN = "run.json"
 _WRITTEN = ("student", "teacher", "compare_bptt", _RESULTS, _RUN, "curves.png", "loss_by_position.png")
 # Settings that a resumed run may change: they say what is written down, not what is trained.
-_MAY_CHANGE = {"logging_steps", "save_total_limit", "per_device_eval_batch_size", "logging_nan_inf_filter"}
+MAY_CHANGE = {"logging_steps", "save_total_limit", "per_device_eval_batch_size", "logging_nan_inf_filter"}
 
 
 def _argument(default, help: str):
@@ -104,7 +104,9 @@ def pretrain(
         raise ValueError(
             "`bptt_warmup_steps` must be a share of the phase, below 1, with `compare_bptt`: BPTT ends by the seconds."
         )
-    pushed = _pushed(phases, rival)
+    pushed = pushed_repository(phases)
+    if rival is not None:
+        rival.push_to_hub = False  # a rival is no result of the run
     lora = None
     if run.use_peft:
         lora = LoraSettings(run.lora_r, run.lora_alpha)
@@ -122,6 +124,8 @@ def pretrain(
         results = json.loads((output_dir / _RESULTS).read_text())
         if rival is None or arm_name([rival]) in results["arms"]:
             print(f"{output_dir} is finished already, with the arguments in {_RUN}:\n{results_table(results)}")
+            if pushed is not None and phases[0].process_index == 0:  # the Hub may have refused it the first time
+                print(publish_student(output_dir / "student", pushed, phases[-1], f"The student of {arm_name(phases)}"))
             return results
     logging.disable_progress_bar()  # of saving; the phases have their own
     num_threads = set_threads(run.num_threads)
@@ -220,28 +224,31 @@ def pretrain(
     export_student(model.student, subject.tokenizer, output_dir / "student", results)
     write_json(results, output_dir / _RESULTS)
     if pushed is not None:
-        arguments = phases[-1]
-        message = f"The student of {student_arm}"
-        print(
-            publish(
-                output_dir / "student",
-                pushed,
-                private=arguments.hub_private_repo,
-                revision=arguments.hub_revision,
-                commit_message=message,
-                token=arguments.hub_token,
-            )
-        )
+        print(publish_student(output_dir / "student", pushed, phases[-1], f"The student of {student_arm}"))
     if run.evidence_file:
         append_evidence(results, Path(run.evidence_file))
     print(f"\nwritten to {output_dir}: {', '.join(sorted(path.name for path in output_dir.iterdir()))}")
     return results
 
 
-def _pushed(phases: list[PhaseArguments], rival: PhaseArguments | None) -> str | None:
-    """The repository that `--push_to_hub` names."""
-    if rival is not None:
-        rival.push_to_hub = False  # a rival is no result of the run
+def publish_student(folder: Path, repo_id: str, arguments: PhaseArguments, message: str):
+    """`publish` with the Hub settings of TrainingArguments."""
+    return publish(
+        folder,
+        repo_id,
+        private=arguments.hub_private_repo,
+        revision=arguments.hub_revision,
+        commit_message=message,
+        token=arguments.hub_token,
+    )
+
+
+def pushed_repository(phases: list[PhaseArguments]) -> str | None:
+    """The repository that `--push_to_hub --hub_model_id` names, if any.
+
+    Raises:
+        ValueError: none is named, or not one for all phases.
+    """
     asked = {arguments.hub_model_id for arguments in phases if arguments.push_to_hub}
     if not asked:
         return None
@@ -340,7 +347,7 @@ def _remember(
     settings = {
         **{part: config.to_diff_dict().get(part) for part in ("student", "teacher")},
         "phases": [
-            {name: value for name, value in phase_settings(arguments).items() if name not in _MAY_CHANGE}
+            {name: value for name, value in phase_settings(arguments).items() if name not in MAY_CHANGE}
             for arguments in phases
         ],
         "data_hash": corpus_digest,
@@ -351,16 +358,7 @@ def _remember(
     }
     path = output_dir / _RUN
     if run.resume_from_checkpoint:
-        if not path.exists():
-            raise ValueError(f"{output_dir} holds no run that could be resumed ({_RUN} is missing).")
-        earlier, now = json.loads(path.read_text()), json.loads(json.dumps(settings))
-        earlier, now = _flat(earlier), _flat(now)
-        changed = [name for name in sorted(earlier.keys() | now) if earlier.get(name) != now.get(name)]
-        if changed:
-            differences = ", ".join(f"{name}: {earlier.get(name)} then, {now.get(name)} now" for name in changed)
-            raise ValueError(
-                f"the run in {output_dir} was started with other arguments ({differences}): resume it with the same."
-            )
+        check_same_run(path, settings)
         return
     if not is_main:
         return
@@ -370,6 +368,23 @@ def _remember(
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(settings, path)
+
+
+def check_same_run(path: Path, settings: dict) -> None:
+    """Compare what a resumed run trains with what `path`, written by the run that it resumes, says.
+
+    Raises:
+        ValueError: there is no such file, or what differs.
+    """
+    if not path.exists():
+        raise ValueError(f"{path.parent} holds no run that could be resumed ({path.name} is missing).")
+    earlier, now = _flat(json.loads(path.read_text())), _flat(json.loads(json.dumps(settings)))
+    changed = [name for name in sorted(earlier.keys() | now) if earlier.get(name) != now.get(name)]
+    if changed:
+        differences = ", ".join(f"{name}: {earlier.get(name)} then, {now.get(name)} now" for name in changed)
+        raise ValueError(
+            f"the run in {path.parent} was started with other arguments ({differences}): resume it with the same."
+        )
 
 
 def _flat(settings, prefix: str = "") -> dict:

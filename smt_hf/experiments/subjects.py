@@ -159,6 +159,7 @@ class TextSubject(Subject):
     def facts(self) -> dict:
         return {
             "name": self.corpus.name,
+            **({"hub_name": self.corpus.hub_name} if self.corpus.hub_name else {}),
             "hash": self.corpus.digest,
             "training_tokens": self.num_train_tokens,
             "heldout_tokens": int(self.streams[:, 1:].size),

@@ -22,7 +22,7 @@ def append_evidence(results: dict, path: Path) -> None:
     shared = {name: results[name] for name in ("commit", "hardware", "num_threads")}
     names = ("updater_type", "hidden_size", "num_hidden_layers", "num_memory_tokens", "intermediate_size")
     shared["student"] = {name: results["config"]["student"][name] for name in names}
-    shared |= {"versions": results["versions"]}
+    shared |= {"versions": results["versions"], **({"lora": results["lora"]} if "lora" in results else {})}
     with path.open("a") as file:
         for arm, scores in results["arms"].items():
             line = {"task": task["name"], "difficulty": task["difficulty"], "arm": arm, "seed": results["seed"]}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
+from yaml import YAMLError
 
 # Formats that run code when they are loaded, or may.
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".h5", ".msgpack"}
@@ -28,15 +29,19 @@ class Publication:
         repo_id: of the repository.
         files: path in the repository -> bytes.
         url: of the commit; `None` after a dry run.
+        has_sample: whether the results quote the held-out text.
     """
 
     repo_id: str
     files: dict[str, int]
     url: str | None = None
+    has_sample: bool = False
 
     def __str__(self) -> str:
         width = max(map(len, self.files))
         lines = [f"  {path:<{width}}  {size:>13,} bytes" for path, size in self.files.items()]
+        if self.has_sample:
+            lines.append("eval_results.json holds a passage of held-out text, `sample`: is it yours to publish?")
         total = f"{len(self.files)} files, {sum(self.files.values()):,} bytes"
         if self.url is None:
             return "\n".join([f"would send to {self.repo_id}:", *lines, f"{total}. Nothing was sent."])
@@ -97,7 +102,8 @@ def _problems_of_code(folder: Path, files: dict[str, int]) -> list[str]:
         return [
             "config.json has no `auto_map`: `trust_remote_code=True` would find no code. Save by `save_pretrained`."
         ]
-    needed, seen = {f"{reference.split('.')[0]}.py" for reference in references}, set()
+    needed = {f"{reference.split('.')[0]}.py" for reference in references}
+    seen: set[str] = set()
     while needed - seen:
         name = (needed - seen).pop()
         seen.add(name)
@@ -112,7 +118,7 @@ def problems_of_card(folder: Path) -> list[str]:
     """What is missing in `folder/README.md`, or at odds with `folder/eval_results.json`; empty if it is right."""
     try:
         card = ModelCard.load(folder / "README.md")
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, YAMLError) as error:
         return [f"README.md has no valid metadata: {error}"]
     problems = [
         f"README.md has no `{name}` in its metadata." for name in _CARD_FIELDS if not getattr(card.data, name, None)
@@ -120,6 +126,8 @@ def problems_of_card(folder: Path) -> list[str]:
     results_path = folder / "eval_results.json"
     if results_path.exists():
         results = json.loads(results_path.read_text())
+        if "arms" not in results or "student_arm" not in results:
+            return [*problems, "eval_results.json is not that of a recipe: export the student by one."]
         scores = results["arms"][results["student_arm"]]
         for metric in card.data.eval_results or []:
             value = scores.get(metric.metric_type)
@@ -150,7 +158,7 @@ def publish(
     Args:
         folder: a `student` folder.
         repo_id: `user/name`; created if it does not exist.
-        private: of a repository that is created.
+        private: whether a repository that is created is; default: as its owner has it. One that is public is refused.
         revision: branch; created if it does not exist. Default: main.
         dry_run: check and list, send nothing.
         token: default: the one that `hf auth login` stored, or HF_TOKEN.
@@ -163,10 +171,13 @@ def publish(
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
         raise ValueError(f"`repo_id` must be `user/name`, got {repo_id!r}.")
     files = check_folder(folder, largest_file)
+    has_sample = "sample" in json.loads((Path(folder) / "eval_results.json").read_text())
     if dry_run:
-        return Publication(repo_id, files)
+        return Publication(repo_id, files, None, has_sample)
     api = HfApi(endpoint=endpoint, token=token)
     _patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+    if private and not _patiently(lambda: api.repo_info(repo_id)).private:
+        raise ValueError(f"{repo_id} exists and is public: make it private on the Hub first, or leave `private` out.")
     if revision is not None and revision != "main":
         _patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
     there = _patiently(lambda: api.list_repo_files(repo_id, revision=revision))
@@ -181,7 +192,7 @@ def publish(
             delete_patterns=old_weights,
         )
     )
-    return Publication(repo_id, files, str(commit.commit_url))
+    return Publication(repo_id, files, str(commit.commit_url), has_sample)
 
 
 def _patiently(call):
@@ -192,5 +203,9 @@ def _patiently(call):
             status = error.response.status_code if error.response is not None else None
             if status not in _BUSY or attempt == ATTEMPTS - 1:
                 raise
-            time.sleep(FIRST_WAIT * 2**attempt)
+        except Exception as error:  # cut off or not answered in time; the client changes the library that says so
+            names = {kind.__name__ for kind in type(error).__mro__}
+            if "TransportError" not in names or attempt == ATTEMPTS - 1:
+                raise
+        time.sleep(FIRST_WAIT * 2**attempt)
     return None

@@ -24,7 +24,7 @@ def student_card(student, results: dict) -> ModelCard:
         library_name="transformers",
         pipeline_tag="text-generation",
         license="apache-2.0",
-        datasets=[re.sub(r"[^\w./]+", "-", data["name"]).strip("-")],
+        datasets=[data.get("hub_name") or "local-" + re.sub(r"[^\w.]+", "-", data["name"]).strip("-")],
         tags=[*(["smt"] if results["config"]["teacher"] else []), "recurrent", "custom_code", results["student_arm"]],
         base_model=results.get("base_model") if "/" in results.get("base_model", "") else None,
         model_name=f"smt_recurrent {results['student_arm']}",

@@ -208,6 +208,11 @@ class SMTRecurrentModel(SMTRecurrentPreTrainedModel):
         if attention_mask is not None:
             if attention_mask.dim() != 2:
                 raise ValueError(f"`attention_mask` must be (batch, tokens), got {tuple(attention_mask.shape)}.")
+            if attention_mask.shape[1] < length:
+                raise ValueError(
+                    f"`attention_mask` covers {attention_mask.shape[1]} tokens, the input has {length}: give as many, "
+                    "or those of all tokens so far."
+                )
             attention_mask = attention_mask[:, -length:].to(embeds.device)
         memory = None if state is None else state.layers[0].memory
         if memory is None:
@@ -220,23 +225,26 @@ class SMTRecurrentModel(SMTRecurrentPreTrainedModel):
         layer_outputs: list | None = [] if output_hidden_states else None
         # A prompt of any length is read in the memory of what is kept of it; a state that may be cropped needs it all.
         num_kept = logits_to_keep if isinstance(logits_to_keep, int) and 0 < logits_to_keep < length else None
-        if state is not None and state.layers[0].record_past:
+        if output_hidden_states or (state is not None and state.layers[0].record_past):
             num_kept = None
         starts_document = None if document_ids is None else document_starts(document_ids)
         memories = self.unroll(
-            memory.to(embeds.device), embeds, attention_mask, starts_document, layer_outputs, num_kept
+            memory.to(embeds.device, embeds.dtype), embeds, attention_mask, starts_document, layer_outputs, num_kept
         )
         if state is not None:
             state.layers[0].update_memory(memories, num_tokens=length)
-        if isinstance(logits_to_keep, torch.Tensor):
-            memories = memories[:, logits_to_keep]
-        elif logits_to_keep:
-            memories = memories[:, -logits_to_keep:]
-        last_hidden_state = self.read(memories)
+        kept: torch.Tensor | slice
+        if isinstance(logits_to_keep, int):
+            kept = slice(-logits_to_keep if logits_to_keep else None, None)
+        else:
+            kept = logits_to_keep
         hidden_states = None
-        if layer_outputs is not None:
+        if layer_outputs is None:
+            last_hidden_state = self.read(memories[:, kept])
+        else:
             middle = [torch.stack(layer, dim=1) for layer in zip(*layer_outputs)]
-            hidden_states = (embeds, *middle, last_hidden_state)
+            hidden_states = (embeds, *middle, self.read(memories))
+            last_hidden_state = hidden_states[-1][:, kept]
         return BaseModelOutputWithPast(
             last_hidden_state=last_hidden_state,
             hidden_states=hidden_states,
@@ -291,7 +299,9 @@ class SMTRecurrentForCausalLM(SMTRecurrentPreTrainedModel, GenerationMixin):
         `logits[:, i]` is read out of the memory after `input_ids[:, : i + 1]` and predicts `input_ids[:, i + 1]`.
 
         Args:
-            labels: `(B, T)`, usually the `input_ids`: shifted inside, -100 is ignored.
+            labels: `(B, T)`, usually the `input_ids`: shifted inside, -100 is ignored. Label smoothing of a plain
+                `transformers.Trainer` takes them before they get here and does not shift them: use our Trainers, which
+                refuse it.
 
         Returns:
             `loss` (nats a token) if there are labels, `logits` `(B, T or kept, V)`, `past_key_values`,

@@ -20,8 +20,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
         super().__init__([{"params": matrices, "weight_decay": weight_decay}, *others], {"lr": lr})
         # Both work on this optimiser's groups and state, which are the ones that are scheduled and saved.
         muon = torch.optim.Muon(self.param_groups[:1], lr=lr, adjust_lr_fn="match_rms_adamw")
-        adamw = torch.optim.AdamW(self.param_groups[1:], lr=lr, betas=betas, eps=eps, fused=True)
-        self._parts = (muon, adamw)
+        self._parts: list[torch.optim.Optimizer] = [muon]
+        if others:  # LoRA trains matrices alone
+            self._parts.append(torch.optim.AdamW(self.param_groups[1:], lr=lr, betas=betas, eps=eps, fused=True))
 
     @torch.no_grad()
     def step(self, closure=None):

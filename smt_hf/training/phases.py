@@ -197,14 +197,18 @@ def run_phases(
             checkpoint = str(folder / f"checkpoint-{trainer.state.global_step}")
             if not _is_complete(checkpoint):  # whatever the save strategy is
                 trainer._save_checkpoint(trainer.model, trial=None)
+            trainer._finish_current_push()
             trainer.save_state()
             trainer.accelerator.wait_for_everyone()
             trainer.accelerator.free_memory()
         else:
             _load_weights(model, str(checkpoint))
         if adapted is not None:
-            if is_new and arguments.process_index == 0:
-                adapted.save_pretrained(str(folder / "adapter"))
+            if arguments.process_index == 0 and (is_new or not (folder / "adapter").exists()):
+                shutil.rmtree(folder / "adapter.new", ignore_errors=True)
+                adapted.save_pretrained(str(folder / "adapter.new"))
+                shutil.rmtree(folder / "adapter", ignore_errors=True)
+                (folder / "adapter.new").rename(folder / "adapter")
             adapted.merge_and_unload()
         state = load_student_optimizer(str(checkpoint))
         model.eval()

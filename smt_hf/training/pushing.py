@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,18 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 
+@cache
+def _api() -> HfApi:
+    """One for the process: its futures run one after the other, so that two commits never meet."""
+    return HfApi()
+
+
 class StudentPushingTrainer(Trainer):
     """A Trainer whose `push_to_hub` and `hub_strategy` send the `student/` folder of what it saves.
 
-    transformers would send the composite, and with it `training_args.bin`, a pickle. By `hub_strategy`: `end` sends the
-    student when training has ended, `every_save` at every save, `checkpoint` and `all_checkpoints` also keep it in
-    folders of the repository. Optimiser and data position stay on this machine.
+    transformers would send the composite, and with it `training_args.bin`, a pickle. By `hub_strategy`: `end` sends
+    nothing on the way, `every_save` at every save, `checkpoint` and `all_checkpoints` also keep it in
+    folders of the repository, named after phase and step. Optimiser and data position stay on this machine.
     """
 
     hub_model_id: str | None
@@ -41,7 +48,8 @@ class StudentPushingTrainer(Trainer):
         jobs = [self._upload(copied, message, None, run_as_future=True)]
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             is_last = strategy == HubStrategy.CHECKPOINT
-            place = "last-checkpoint" if is_last else Path(checkpoint_folder).name
+            phase, step = Path(str(self.args.output_dir)).name, Path(checkpoint_folder).name
+            place = "last-checkpoint" if is_last else f"{phase}-{step}"
             jobs.append(self._upload(copied, f"{message}, checkpoint", place, run_as_future=True))
         self.push_in_progress = PushInProgress(jobs)
 
@@ -65,7 +73,9 @@ class StudentPushingTrainer(Trainer):
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
+            if private is not None:
+                self.args.hub_private_repo = private  # `init_hf_repo` takes it from there in every version
+            self.init_hf_repo(token=token)
         self.save_model(_internal_call=True)  # on all processes
         if not self.is_world_process_zero():
             return None
@@ -82,8 +92,15 @@ class StudentPushingTrainer(Trainer):
         self._finish_current_push()
         return self._upload(folder, commit_message, None, not blocking, token, revision)
 
+    def _finish_current_push(self) -> None:
+        """As in transformers, and an upload that the Hub has refused is an error, not a silence."""
+        super()._finish_current_push()
+        push, self.push_in_progress = getattr(self, "push_in_progress", None), None
+        for job in push.jobs if push is not None else ():
+            job.result()
+
     def _upload(self, folder, message, place, run_as_future=False, token=None, revision=None):
-        return HfApi().upload_folder(
+        return _api().upload_folder(
             repo_id=str(self.hub_model_id),
             folder_path=folder,
             path_in_repo=place,

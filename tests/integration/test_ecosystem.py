@@ -115,6 +115,9 @@ def test_continuation_refuses(tmp_path, capsys):
         parse_generate(["--promt", "a"])
     with pytest.raises(ValueError, match="no checkpoint"):
         continue_text(parse_generate(["--checkpoint", str(tmp_path), "--prompt", "a"]))
+    assert parse_generate(["--checkpoint", "x", "--prompt", "--x = 3"]).prompt == "--x = 3"
+    with pytest.raises(ValueError, match="needs a value"):
+        parse_generate(["--prompt"])
     with pytest.raises(SystemExit):
         parse_generate(["--help"])
     assert "--save_state" in capsys.readouterr().out

@@ -1,17 +1,19 @@
 """Fine-tuning as a user runs it, on small checkpoints and files."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from smt_hf.command_line import parse_finetune
 from smt_hf.data import byte_tokenizer
 from smt_hf.experiments import finetune
-from tests.conftest import make_student
+from tests.conftest import make_composite, make_student
 
 QUICK = ["--max_steps", "30", "--learning_rate", "0.01", "--disable_tqdm", "true", "--num_threads", "1"]
 
@@ -24,9 +26,9 @@ def checkpoint(tmp_path):
     return folder
 
 
-def run(*words, cwd, monkeypatch):
+def run(*words, cwd, monkeypatch, quick=QUICK):
     monkeypatch.chdir(cwd)
-    return finetune(*parse_finetune([*map(str, words), *QUICK]))
+    return finetune(*parse_finetune([*map(str, words), *quick]))
 
 
 def sums(path, num=60):
@@ -56,8 +58,15 @@ def test_instructions(checkpoint, tmp_path, monkeypatch, capsys, use_peft):
         torch.testing.assert_close(adapted(input_ids=tokens).logits, student(tokens).logits, atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="not empty"):
         run(*words, cwd=tmp_path, monkeypatch=monkeypatch)
+    if use_peft:
+        shutil.rmtree(tmp_path / "out" / "adapter")
+        shutil.rmtree(tmp_path / "out" / "bptt" / "adapter")  # cut off between the last checkpoint and the adapter
     again = run(*words, "--resume_from_checkpoint", cwd=tmp_path, monkeypatch=monkeypatch)
     assert again["arms"]["finetuned"]["bits_per_byte"] == pytest.approx(after, rel=1e-6)
+    assert use_peft == (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
+    with pytest.raises(ValueError, match="lora.alpha" if use_peft else "learning_rate"):
+        more = ["--lora_alpha", "3"] if use_peft else ["--weight_decay", "0.3", "--learning_rate", "0.02"]
+        run(*words, "--resume_from_checkpoint", *more, cwd=tmp_path, monkeypatch=monkeypatch, quick=QUICK[:2])
 
 
 def test_text(checkpoint, text_file, tmp_path, monkeypatch):
@@ -66,9 +75,14 @@ def test_text(checkpoint, text_file, tmp_path, monkeypatch):
     arms = results["arms"]
     assert arms["finetuned"]["bits_per_byte"] < arms["checkpoint"]["bits_per_byte"] - 0.5
     assert results["task"]["name"] == "text"
-    assert {"student", "bptt", "eval_results.json", "curves.png"} == {
+    assert {"student", "bptt", "eval_results.json", "curves.png", "run.json"} == {
         path.name for path in (tmp_path / "out").iterdir()
     }
+
+
+def test_steps_that_divide(checkpoint):
+    arguments = parse_finetune(["--checkpoint", "x", "--train_file", "y", "--context_length", "100"])[1]
+    assert arguments.context_length == 100 and arguments.transition_steps == 50
 
 
 def test_bad_input(checkpoint, tmp_path, monkeypatch):
@@ -76,6 +90,14 @@ def test_bad_input(checkpoint, tmp_path, monkeypatch):
     small = tmp_path / "small"
     make_student(vocab_size=40).save_pretrained(small)
     byte_tokenizer().save_pretrained(small)
+    llama, composite, broken = (tmp_path / name for name in ("llama", "composite", "broken"))
+    sizes = {"vocab_size": 258, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1)).save_pretrained(llama)
+    make_composite().save_pretrained(composite)
+    shutil.copytree(checkpoint, broken)
+    weights = load_file(broken / "model.safetensors")
+    del weights["model.initial_memory"]
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     cases = [
         ([], "--checkpoint DIR_OR_REPO"),
         (["--checkpoint", tmp_path / "missing", "--train_file", few], "no checkpoint"),
@@ -84,6 +106,11 @@ def test_bad_input(checkpoint, tmp_path, monkeypatch):
         (["--checkpoint", checkpoint, "--train_file", few, "--lora_q", "3"], "did you mean 'lora_r'"),
         (["--checkpoint", checkpoint, "--train_file", few, "--use_peft", "--lora_r", "0"], "rank"),
         (["--checkpoint"], "needs a value"),
+        (["--checkpoint", llama, "--train_file", few], "it is a llama"),
+        (["--checkpoint", composite, "--train_file", few], "`student` folder inside"),
+        (["--checkpoint", broken, "--train_file", few], "does not hold the weights"),
+        (["--checkpoint", checkpoint, "--train_file", few, "--num_train_epochs", "3"], "max_steps"),
+        (["--checkpoint", checkpoint, "--train_file", few, "--push_to_hub"], "hub_model_id"),
     ]
     for words, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -67,6 +67,16 @@ def own_score(student, tokenizer, context, answer):
     return logs.gather(1, ids[0, -num:, None]).sum().item()
 
 
+def test_nothing_is_cut_at_2048(harness, tmp_path):
+    """The harness's own window is that of the configuration."""
+    from lm_eval.models.huggingface import HFLM
+
+    student, tokenizer, *_ = harness
+    student.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert HFLM(pretrained=str(tmp_path), trust_remote_code=True, device="cpu").max_length == 8192
+
+
 def test_scores_are_our_own(harness):
     student, tokenizer, rows, samples = harness
     assert len(samples) == len(rows) == 6

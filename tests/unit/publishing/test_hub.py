@@ -131,6 +131,8 @@ FAILURES = {
     "upload cut": (("PUT", "/lfs-upload/", "cut", 1), True),
     "upload unavailable": (("PUT", "/lfs-upload/", 503, 2), True),
     "commit unavailable": (("POST", "/commit/", 503, 1), True),
+    "commit cut": (("POST", "/commit/", "cut", 1), True),
+    "create cut": (("POST", "/api/repos/create", "cut", 1), True),
     "commit never": (("POST", "/commit/", 503, 99), False),
     "upload always cut": (("PUT", "/lfs-upload/", "cut", 99), False),
     "commit in conflict": (("POST", "/commit/", 409, 1), False),
@@ -178,6 +180,12 @@ def test_failures(folder, tmp_path):
 
 
 def spoiled(folder, name):
+    if name == "bad YAML":
+        (folder / "README.md").write_text("---\nlicense: [\n---\n")
+        return "no valid metadata"
+    if name == "a log line":
+        (folder / "eval_results.json").write_text('{"eval_loss": 1.0}')
+        return "not that of a recipe"
     if name == "pickle":
         torch.save({}, folder / "training_args.bin")
         return "training_args.bin may run code"
@@ -214,7 +222,19 @@ def spoiled(folder, name):
 
 @pytest.mark.parametrize(
     "name",
-    ["pickle", "stranger", "token", "no card", "no licence", "other numbers", "no code", "no weights", "no shard"],
+    [
+        "bad YAML",
+        "a log line",
+        "pickle",
+        "stranger",
+        "token",
+        "no card",
+        "no licence",
+        "other numbers",
+        "no code",
+        "no weights",
+        "no shard",
+    ],
 )
 def test_what_is_refused(folder, name):
     assert check_folder(folder)
@@ -252,9 +272,17 @@ def test_a_run_that_pushes(hub, text_file, tmp_path):
     files = commits[-1]["files"]
     student = tmp_path / "out" / "student"
     assert {path.name: path.read_bytes() for path in student.iterdir()}.items() <= files.items()
-    assert "checkpoint-2/model.safetensors" in files
+    assert {"smt-checkpoint-2/model.safetensors", "bptt-checkpoint-2/model.safetensors"} <= files.keys()
     assert not [path for commit in commits for path in commit["files"] if path.endswith((".bin", ".pt", ".pth"))]
     assert TOKEN not in done.stdout + done.stderr and TOKEN.encode() not in b"".join(files.values())
+    # What the Hub has lost, a finished run sends again.
+    commits.pop()
+    done = subprocess.run(
+        [*map(str, words), "--resume_from_checkpoint"], env=environment(hub, tmp_path), cwd=tmp_path,
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0 and "finished already" in done.stdout, done.stderr[-3000:]
+    assert commits[-1]["message"] == "The student of smt8_bptt" and commits[-1]["files"] == files
 
 
 PUSH = """
@@ -264,14 +292,14 @@ from smt_hf.data import byte_tokenizer
 from tests.conftest import make_student
 arguments = BPTTTrainingArguments(
     output_dir="run", use_cpu=True, max_steps=2, context_length=8, transition_steps=8, eval_strategy="steps",
-    eval_steps=2, save_strategy="no", push_to_hub=True, hub_model_id="user/name", disable_tqdm=True, logging_steps=1,
+    eval_steps=2, save_strategy="no", hub_model_id="user/name", disable_tqdm=True, logging_steps=1,
 )
 rows = [{"input_ids": list(range(n, n + 9))} for n in range(64)]
 trainer = BPTTTrainer(
     make_student(vocab_size=258), arguments, train_dataset=rows, eval_dataset=rows, processing_class=byte_tokenizer()
 )
 trainer.train()
-trainer.push_to_hub(license="apache-2.0")
+trainer.push_to_hub(license="apache-2.0", private=True)
 """
 
 
@@ -327,3 +355,11 @@ def test_the_readme_from_a_checkpoint_to_the_hub(hub, folder, tmp_path):
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0 and "written: 2+2=" in done.stdout, done.stderr[-3000:]
+
+
+def test_a_public_repository_does_not_become_private_by_a_flag(hub, folder, tmp_path):
+    hub.repos["user/name"] = {}
+    hub.commit("user/name", "main", "old", {"README.md": b"old"})
+    done = publish(hub, folder, tmp_path, "--private", "true")
+    assert done.returncode != 0 and "exists and is public" in done.stderr
+    assert len(hub.repos["user/name"]["main"]) == 1

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from smt_hf import SMTRecurrentCache
 from smt_hf.student.modeling_smt_recurrent import CACHE_NAME
@@ -143,3 +144,52 @@ def test_refused_caches(student, tokens):
     for name in ("static", "quantized", "offloaded", "paged"):
         with pytest.raises(ValueError, match="cache_implementation"):
             generated(student, tokens, cache_implementation=name)
+
+
+def test_inputs_embeds(student, tokens):
+    embeds = student.get_input_embeddings()(tokens)
+    assert torch.equal(generated(student, None, inputs_embeds=embeds), generated(student, tokens)[:, 12:])
+
+
+def test_foreign_caches(student, tokens):
+    """An empty one is taken for none; one with keys and values is not."""
+    expected = generated(student, tokens)
+    assert torch.equal(generated(student, tokens, **{CACHE_NAME: DynamicCache()}), expected)
+    filled = DynamicCache()
+    filled.update(torch.zeros(3, 1, 2, 4), torch.zeros(3, 1, 2, 4), 0)
+    with pytest.raises(ValueError, match="SMTRecurrentCache"):
+        generated(student, tokens, **{CACHE_NAME: filled})
+
+
+def test_state_algebra_against_reading_again(student, tokens):
+    """Every change of a state's rows or length is that of the text it stands for."""
+
+    def read(rows):
+        cache = SMTRecurrentCache()
+        cache.activate_past_recording()
+        student(rows, past_key_values=cache)
+        return cache
+
+    def after(change):
+        cache = read(tokens)
+        change(cache)
+        return cache.memory
+
+    own = lambda rows: read(rows).memory  # noqa: E731
+    order = torch.tensor([2, 0, 0])
+    torch.testing.assert_close(after(lambda cache: cache.reorder(order)), own(tokens[order]))
+    torch.testing.assert_close(after(lambda cache: cache.repeat(2)), own(tokens.repeat_interleave(2, 0)))
+    torch.testing.assert_close(after(lambda cache: cache.select(torch.tensor([1]))), own(tokens[1:2]))
+    torch.testing.assert_close(after(lambda cache: cache.crop(-4)), own(tokens[:, :8]))
+    torch.testing.assert_close(copy.deepcopy(read(tokens)).memory, own(tokens))
+    cache = read(tokens)
+    for layer in cache.layers:
+        layer.offload()
+        layer.prefetch()
+    assert cache.memory.device.type == "cpu"
+    torch.testing.assert_close(
+        student(tokens, past_key_values=cache).logits, student(tokens.repeat(1, 2)).logits[:, 12:]
+    )
+    cache.reset()
+    assert cache.memory is None
+    torch.testing.assert_close(student(tokens, past_key_values=cache).logits, student(tokens).logits)

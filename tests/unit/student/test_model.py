@@ -155,8 +155,11 @@ def test_inputs_embeds_labels_and_kept_logits(student, tokens):
 
 
 def test_refusals(student, tokens):
-    with pytest.raises(ValueError, match="exactly one"):
-        student()
+    for inputs in ({}, {"input_ids": tokens, "inputs_embeds": student.get_input_embeddings()(tokens)}):
+        with pytest.raises(ValueError, match="exactly one"):
+            student(**inputs)
+    with pytest.raises(ValueError, match="covers 5 tokens"):
+        student(tokens, attention_mask=torch.ones(3, 5))
     with pytest.raises(ValueError, match="no tokens"):
         student(tokens[:, :0])
     with pytest.raises(ValueError, match="attentions"):
@@ -238,6 +241,60 @@ def test_compiled_whole(student, tokens):
     """No graph break in a forward without a state."""
     compiled = torch.compile(student, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(tokens, use_cache=False).logits, student(tokens).logits)
+
+
+def test_right_padding_without_a_mask(student, tokens):
+    """As lm-eval reads: what comes after a token changes nothing before it."""
+    padded = F.pad(tokens, (0, 5))
+    torch.testing.assert_close(student(padded).logits[:, :12], student(tokens).logits)
+
+
+def test_hidden_states(student, tokens):
+    """Embeddings, the stream between the layers, what is read out; whole, whatever logits are kept."""
+    outputs = student(tokens, output_hidden_states=True, logits_to_keep=2)
+    assert [tuple(states.shape) for states in outputs.hidden_states] == [(3, 12, 16)] * 3
+    assert outputs.logits.shape == (3, 2, VOCAB)
+    assert torch.equal(outputs.hidden_states[0], student.get_input_embeddings()(tokens))
+    torch.testing.assert_close(student.lm_head(outputs.hidden_states[-1]), student(tokens).logits)
+    torch.testing.assert_close(outputs.logits, student(tokens).logits[:, -2:])
+    generated = student.generate(
+        tokens, max_new_tokens=2, do_sample=False, output_hidden_states=True, return_dict_in_generate=True,
+        pad_token_id=0,
+    )  # fmt: skip
+    assert [[part.shape[1] for part in step] for step in generated.hidden_states] == [[12] * 3, [1] * 3]
+
+
+def test_embedding_accessors(student, tokens):
+    embeddings, head = torch.nn.Embedding(VOCAB, 16), torch.nn.Linear(16, VOCAB, bias=False)
+    before = student(tokens).logits
+    student.set_input_embeddings(embeddings)
+    student.set_output_embeddings(head)
+    assert student.get_input_embeddings() is embeddings and student.get_output_embeddings() is head
+    expected = naive_logits(student, tokens)
+    torch.testing.assert_close(student(tokens).logits, expected, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(expected, before)
+
+
+@pytest.mark.parametrize("of_model, of_state", [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_state_of_another_precision(student, tokens, of_model, of_state):
+    """A state kept by one precision of a model is gone on with by another."""
+    state = state_of(student(tokens, use_cache=True))
+    state.layers[0].memory = state.memory.to(getattr(torch, of_state))
+    logits = student.to(getattr(torch, of_model))(tokens, past_key_values=state).logits
+    assert logits.dtype == getattr(torch, of_model) and logits.isfinite().all()
+
+
+@pytest.mark.gpu
+def test_quantised(student, tokens, tmp_path):
+    """bitsandbytes in 8 bits finds the linear layers."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    student.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=BitsAndBytesConfig(load_in_8bit=True), device_map="auto"
+    )
+    assert loaded(tokens.to(loaded.device)).logits.isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from smt_hf import DMTTrainingArguments, SMTTrainingArguments
 from smt_hf.training.adapters import LORA_TARGET_MODULES, LoraSettings, add_lora, has_lora, merged_copy
 from smt_hf.training.phases import lay_out, run_phases
 from tests.conftest import make_composite
-from tests.unit.training.test_trainers import assert_same, some_rows
+from tests.unit.training.test_trainers import assert_same, make_trainer, some_rows
 
 
 def shake(student):
@@ -126,3 +126,14 @@ def test_a_second_phase_of_lora(tmp_path):
     again, seen = run(tmp_path, resume=True)
     assert [result.is_new for _, result in seen] == [False, True]
     assert_same(model.state_dict(), again.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def test_lora_with_muon(tmp_path):
+    """There are matrices alone, and nothing left for AdamW."""
+    trainer = make_trainer("dmt", tmp_path, matrix_optimizer="muon")
+    add_lora(trainer.model.student)
+    trainer.model.freeze_for("dmt")
+    before = {name: value.clone() for name, value in trainer.model.student.named_parameters()}
+    trainer.train()
+    changed = {name for name, value in trainer.model.student.named_parameters() if not torch.equal(before[name], value)}
+    assert changed and all("lora_" in name for name in changed)
