@@ -17,6 +17,7 @@ class Hub:
     """Use as a context manager; `endpoint` goes into HF_ENDPOINT.
 
     Attributes:
+        private: names of repositories that were created so.
         repos: name -> {branch: [commits]}; a commit is `{"id": ..., "message": ..., "files": {path: bytes}}`.
         blobs: SHA-256 -> bytes of what was uploaded by LFS, committed or not.
         requests: (method, path) of every request.
@@ -24,6 +25,7 @@ class Hub:
 
     def __init__(self):
         self.repos: dict[str, dict[str, list[dict]]] = {}
+        self.private: set[str] = set()
         self.blobs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.failures: list[tuple[str, str, int | str, int]] = []
@@ -130,6 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
         if name in self.hub.repos:
             return self.answer(409, {"error": "You already created this model repo", "url": url})
         self.hub.repos[name] = {}
+        self.hub.private |= {name} if asked.get("private") or asked.get("visibility") == "private" else set()
         self.hub.commit(name, "main", "initial commit", {".gitattributes": b"*.safetensors filter=lfs"})
         self.answer(200, {"url": url, "name": name, "id": name})
 
@@ -221,7 +224,8 @@ class _Handler(BaseHTTPRequestHandler):
         if commit is None:
             return self.answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         siblings = [{"rfilename": path} for path in commit["files"]]
-        facts = {"id": repo, "modelId": repo, "sha": commit["id"], "siblings": siblings, "tags": [], "private": False}
+        facts = {"id": repo, "modelId": repo, "sha": commit["id"], "siblings": siblings, "tags": []}
+        facts["private"] = repo.strip("/") in self.hub.private
         self.answer(200, facts)
 
     def resolve(self):

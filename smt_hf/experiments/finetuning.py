@@ -163,6 +163,7 @@ def finetune(run: FinetuneArguments, arguments: FinetuneTrainingArguments) -> di
     lay_out([arguments], str(output_dir))
     set_seed(run.seed)
     student, tokenizer = load_checkpoint(run.checkpoint)
+    student = student.float()  # a checkpoint may be of bfloat16; what is trained is not
     with arguments.main_process_first(desc="preparing the data"):
         subject = _subject(run, arguments, tokenizer)
     subject.fit([arguments])

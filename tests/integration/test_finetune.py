@@ -80,6 +80,18 @@ def test_text(checkpoint, text_file, tmp_path, monkeypatch):
     }
 
 
+def test_a_tied_checkpoint_of_bfloat16(tmp_path, monkeypatch):
+    """It is read whole, and trained and exported in full precision."""
+    student = make_student(vocab_size=258, updater_type="mlp", tie_word_embeddings=True)
+    student.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    byte_tokenizer().save_pretrained(tmp_path / "half")
+    words = ["--checkpoint", tmp_path / "half", "--train_file", sums(tmp_path / "sums.jsonl"), "--output_dir", "out"]
+    arms = run(*words, cwd=tmp_path, monkeypatch=monkeypatch)["arms"]
+    assert arms["finetuned"]["bits_per_byte"] < arms["checkpoint"]["bits_per_byte"] - 0.5
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "student")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+
+
 def test_steps_that_divide(checkpoint):
     arguments = parse_finetune(["--checkpoint", "x", "--train_file", "y", "--context_length", "100"])[1]
     assert arguments.context_length == 100 and arguments.transition_steps == 50

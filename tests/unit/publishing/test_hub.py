@@ -363,3 +363,6 @@ def test_a_public_repository_does_not_become_private_by_a_flag(hub, folder, tmp_
     done = publish(hub, folder, tmp_path, "--private", "true")
     assert done.returncode != 0 and "exists and is public" in done.stderr
     assert len(hub.repos["user/name"]["main"]) == 1
+    done = publish(hub, folder, tmp_path, "--private", "true", repo="user/new")
+    assert done.returncode == 0 and hub.private == {"user/new"}, done.stderr[-2000:]
+    assert len(hub.repos["user/new"]["main"]) == 2
