@@ -84,6 +84,7 @@ def test_generate(run, capsys):
                ((line["arm"].partition("_")[0], line["parameters"]) for line in lines))  # fmt: skip
 
 
+@pytest.mark.processes
 def test_memory_wall(run, tmp_path, capsys):
     figure = tmp_path / "pictures" / "wall.png"
     far = 3_200_000  # tokens that nobody reads in a second

@@ -123,6 +123,7 @@ def test_continuation_refuses(tmp_path, capsys):
     assert "--save_state" in capsys.readouterr().out
 
 
+@pytest.mark.processes
 def test_the_script_streams(tmp_path):
     folder = tmp_path / "checkpoint"
     make_student(vocab_size=258).save_pretrained(folder)

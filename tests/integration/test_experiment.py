@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import smt_hf  # noqa: F401 - registers the model
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[2]
 GRID = {
     "output": "lines.jsonl",

@@ -13,6 +13,8 @@ from tests.conftest import make_student
 
 pytest.importorskip("lm_eval", reason='needs the extra: pip install -e ".[eval]"')
 
+pytestmark = pytest.mark.processes
+
 TASK = """
 task: letters
 dataset_path: json

@@ -96,6 +96,7 @@ def test_finished_run_is_not_run_again(finished):
     assert (folder / "out" / "eval_results.json").read_text() == before
 
 
+@pytest.mark.processes
 def test_resumed_run_equals_the_first(finished):
     """Cut off in the second phase, gone on: the student has the same weights as the uninterrupted run's."""
     folder, words, _ = finished
@@ -115,6 +116,7 @@ def test_resumed_run_equals_the_first(finished):
         torch.testing.assert_close(resumed[name], whole[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.processes
 def test_cut_off_after_the_last_step(finished):
     """A complete last checkpoint is the end of its phase: nothing is trained again, the scores are made anew."""
     folder, words, _ = finished
@@ -134,6 +136,7 @@ def test_cut_off_after_the_last_step(finished):
             assert results["arms"][arm][cost] == first["arms"][arm][cost]
 
 
+@pytest.mark.processes
 def test_resume_from_a_named_checkpoint_and_refusals(finished, monkeypatch):
     folder, words, _ = finished
     named = folder / "named"
@@ -197,6 +200,7 @@ print("\\n" + str(tokens.tolist()))
 """
 
 
+@pytest.mark.processes
 def test_remote_code_in_a_clean_process(finished, tmp_path):
     folder, _, _ = finished
     student = folder / "out" / "student"
@@ -267,6 +271,7 @@ def test_bad_input_ends_the_process(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.processes
 def test_overwriting_spares_what_is_not_ours(tmp_path, text_file):
     out = tmp_path / "out"
     out.mkdir()
@@ -280,6 +285,7 @@ def test_overwriting_spares_what_is_not_ours(tmp_path, text_file):
     assert results["student_arm"] == "smt8"
 
 
+@pytest.mark.processes
 def test_any_tokenizer_and_a_dataset(tmp_path):
     """A BPE tokenizer of words, a dataset by name, another column, evidence lines; bits are still per byte."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers

@@ -109,6 +109,7 @@ def test_published_and_loaded_elsewhere(hub, folder, tmp_path):
     assert loaded.stdout.strip().splitlines()[-1] == str(ids.tolist())
 
 
+@pytest.mark.processes
 def test_a_branch_and_an_update(hub, folder, tmp_path):
     """A branch leaves main alone; new weights take the place of old ones of another name in one commit."""
     assert publish(hub, folder, tmp_path).returncode == 0
@@ -153,6 +154,7 @@ for endpoint in endpoints:
 """
 
 
+@pytest.mark.processes
 def test_failures(folder, tmp_path):
     """What passes is tried again; what stays leaves the repository as it was."""
     before = {"model.safetensors": b"old", "README.md": b"old"}
@@ -257,6 +259,7 @@ SMALL = """
 """.split()  # noqa: SIM905
 
 
+@pytest.mark.processes
 def test_a_run_that_pushes(hub, text_file, tmp_path):
     """Every save on the way, then the student with its card, as one history without pickles."""
     words = [sys.executable, str(ROOT / "recipes" / "pretrain.py"), "--train_file", text_file, "--output_dir", "out"]
@@ -303,6 +306,7 @@ trainer.push_to_hub(license="apache-2.0", private=True)
 """
 
 
+@pytest.mark.processes
 def test_a_trainer_that_pushes(hub, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", PUSH], env={**environment(hub, tmp_path), "PYTHONPATH": str(ROOT)}, cwd=tmp_path,
@@ -328,6 +332,7 @@ print("written: " + tokenizer.decode(model.generate(**tokenizer("2+2=", return_t
 """
 
 
+@pytest.mark.processes
 def test_the_readme_from_a_checkpoint_to_the_hub(hub, folder, tmp_path):
     """Its commands as they stand: generate, fine-tune, list, publish; then loaded elsewhere."""
     readme = (ROOT / "README.md").read_text()
@@ -357,6 +362,7 @@ def test_the_readme_from_a_checkpoint_to_the_hub(hub, folder, tmp_path):
     assert done.returncode == 0 and "written: 2+2=" in done.stdout, done.stderr[-3000:]
 
 
+@pytest.mark.processes
 def test_a_public_repository_does_not_become_private_by_a_flag(hub, folder, tmp_path):
     hub.repos["user/name"] = {}
     hub.commit("user/name", "main", "old", {"README.md": b"old"})
