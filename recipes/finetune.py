@@ -2,15 +2,12 @@
 
 import sys
 
-from accelerate import PartialState
-
-from smt_hf.command_line import parse_finetune
+from smt_hf.command_line import parse_finetune, run_to_end
 from smt_hf.experiments import finetune
 
 
 def main() -> None:
-    finetune(*parse_finetune(sys.argv[1:]))
-    PartialState().destroy_process_group()  # its threads would abort a process that ends before them
+    run_to_end(finetune, *parse_finetune(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ import inspect
 import itertools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import yaml
+from accelerate import PartialState
 from transformers import HfArgumentParser
 
 from smt_hf.experiments.continuation import GenerateArguments
@@ -20,6 +21,7 @@ from smt_hf.student import SMTRecurrentConfig
 from smt_hf.teachers import SMTTeacherConfig, SMTWindowedTeacherConfig
 from smt_hf.training.arguments import BPTTTrainingArguments, PhaseArguments
 from smt_hf.training.phases import ARGUMENTS
+from smt_hf.training.stopping import Interrupted
 
 # Set by the pipeline, or the run's own business.
 _HIDDEN = {"schedule_offset", "schedule_steps", "output_dir", "resume_from_checkpoint", "seed"}
@@ -261,6 +263,20 @@ def parse_run(argv: list[str]) -> ParsedRun:
         inside: dict[str, Any] = next((settings for phase, settings in reversed(phases) if phase == "bptt"), {})
         rival = built_phase("bptt", inside)
     return ParsedRun(run, given["student"], given["teacher"], built_phases, rival)
+
+
+def run_to_end(function: Callable[..., Any], *arguments) -> None:
+    """What a recipe's `main` does: call `function`, and end as a shell expects after a signal: 128 + its number."""
+    code = 0
+    try:
+        function(*arguments)
+    except Interrupted as stopped:
+        if PartialState().is_main_process:
+            print(f"\n{stopped}", flush=True)
+        code = 128 + stopped.signal_number
+    PartialState().destroy_process_group()  # its threads would abort a process that ends before them
+    if code:
+        raise SystemExit(code)
 
 
 def parse_finetune(argv: list[str]) -> tuple[FinetuneArguments, FinetuneTrainingArguments]:

@@ -63,6 +63,7 @@ class FinetuneArguments:
     use_peft: bool = _argument(False, "Train LoRA layers alone: `adapter/` holds them, `student/` the merged model.")
     lora_r: int = _argument(8, "Rank of the LoRA layers. Not searched.")
     lora_alpha: int = _argument(16, "Their change is scaled by `lora_alpha / lora_r`. Not searched.")
+    lora_parts: str = _argument("updater,readout", "Where they are put: updater, readout, or both.")
     seed: int = _argument(0, "Of everything random.")
     overwrite_output_dir: bool = _argument(False, "Remove what an earlier run left in `output_dir`.")
     resume_from_checkpoint: bool = _argument(False, "Go on from the run's newest complete checkpoint.")
@@ -154,7 +155,7 @@ def finetune(run: FinetuneArguments, arguments: FinetuneTrainingArguments) -> di
     """
     if not run.checkpoint or not run.train_file:
         raise ValueError("name what to fine-tune and on what: `--checkpoint DIR_OR_REPO --train_file FILE`.")
-    lora = LoraSettings(run.lora_r, run.lora_alpha) if run.use_peft else None
+    lora = LoraSettings(run.lora_r, run.lora_alpha, parts=tuple(run.lora_parts.split(","))) if run.use_peft else None
     pushed = pushed_repository([arguments])
     output_dir = Path(run.output_dir)
     check_output_dir(run, output_dir)

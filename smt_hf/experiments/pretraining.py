@@ -69,6 +69,7 @@ class PretrainArguments:
     )
     lora_r: int = _argument(8, "Rank of the LoRA layers. Not searched.")
     lora_alpha: int = _argument(16, "Their change is scaled by `lora_alpha / lora_r`. Not searched.")
+    lora_parts: str = _argument("updater,readout", "Where they are put: updater, readout, or both.")
     evidence_file: str | None = _argument(None, "JSON lines file to which the run appends a line an arm.")
     compare_bptt: bool = _argument(False, "Also train the same student by BPTT for the same measured seconds.")
     seed: int = _argument(0, "Of everything random.")
@@ -109,7 +110,7 @@ def pretrain(
         rival.push_to_hub = False  # a rival is no result of the run
     lora = None
     if run.use_peft:
-        lora = LoraSettings(run.lora_r, run.lora_alpha)
+        lora = LoraSettings(run.lora_r, run.lora_alpha, parts=tuple(run.lora_parts.split(",")))
         if "dmt" not in [arguments.phase for arguments in phases[1:]]:
             raise ValueError(
                 "`use_peft` trains LoRA layers in dmt phases that follow another: give `--phases smt,dmt`, or leave it "
@@ -353,7 +354,11 @@ def _remember(
         "data_hash": corpus_digest,
         "document_start_fraction": run.document_start_fraction,
         **({"curriculum": run.curriculum, "num_heldout": run.num_heldout} if run.task != "text" else {}),
-        **({"use_peft": True, "lora_r": run.lora_r, "lora_alpha": run.lora_alpha} if run.use_peft else {}),
+        **(
+            {"use_peft": True, "lora_r": run.lora_r, "lora_alpha": run.lora_alpha, "lora_parts": run.lora_parts}
+            if run.use_peft
+            else {}
+        ),
         "seed": run.seed,
     }
     path = output_dir / _RUN

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # Every linear layer but the head, whatever the `updater_type`: those of the updater and of the readout.
 LORA_TARGET_MODULES = "all-linear"
+LORA_PARTS = ("updater", "readout")
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,13 @@ class LoraSettings:
     rank: of the two factors that a weight's change is written as.
     alpha: the change is scaled by `alpha / rank`.
     dropout: on the input of the change.
+    parts: of `LORA_PARTS`, where the layers are put.
     """
 
     rank: int = 8
     alpha: int = 16
     dropout: float = 0.0
+    parts: tuple[str, ...] = LORA_PARTS
 
     def __post_init__(self):
         if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
@@ -33,6 +36,8 @@ class LoraSettings:
                 f"LoRA needs a rank of at least 1, an alpha above 0 and a dropout in [0, 1), got {self.rank}, "
                 f"{self.alpha} and {self.dropout}."
             )
+        if not self.parts or set(self.parts) - set(LORA_PARTS):
+            raise ValueError(f"LoRA layers go into {' and '.join(LORA_PARTS)}, got {', '.join(self.parts) or 'none'}.")
 
 
 def add_lora(student: SMTRecurrentForCausalLM, settings: LoraSettings | None = None) -> "PeftModel":
@@ -45,11 +50,19 @@ def add_lora(student: SMTRecurrentForCausalLM, settings: LoraSettings | None = N
     from peft import LoraConfig, get_peft_model  # slow to import, and few runs need it
 
     settings = settings or LoraSettings()
+    targets: str | list[str] = LORA_TARGET_MODULES
+    if set(settings.parts) != set(LORA_PARTS):
+        places = [f"model.{part}." for part in settings.parts]
+        targets = [
+            name
+            for name, module in student.named_modules()
+            if isinstance(module, nn.Linear) and name.startswith(tuple(places))
+        ]
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=LORA_TARGET_MODULES,
+        target_modules=targets,
         task_type="CAUSAL_LM",
     )
     return get_peft_model(student, config)

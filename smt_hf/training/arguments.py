@@ -75,6 +75,11 @@ class PhaseArguments(TrainingArguments):
     transition_steps: int = _argument(8, "Transitions that a gradient crosses [k]; divides `context_length`.")
     readout_weight: float = _argument(1.0, "Weight of the next-token loss on the student's memories. Ours.")
     readout_warmup_ratio: float = _argument(0.0, "Share of the phase over which `readout_weight` is reached. Ours.")
+    trainable: list[str] | None = _argument(
+        None,
+        "Parts that the phase trains, of teacher, embeddings, updater and readout; the others stay bit-equal. Default: "
+        "all that its losses reach.",
+    )
     continue_previous_phase: bool = _argument(
         False,
         "Go on with the previous phase's learning-rate schedule and the student's optimiser state instead of starting "
@@ -84,6 +89,11 @@ class PhaseArguments(TrainingArguments):
     schedule_steps: int = _argument(0, "Steps of the whole schedule, 0: of this phase. Set by the pipeline.")
 
     def __post_init__(self):
+        if self.trainable is not None:
+            words = [self.trainable] if isinstance(self.trainable, str) else self.trainable
+            self.trainable = [part for word in words for part in word.replace(",", " ").split()]
+            if not self.trainable:
+                raise ValueError("`trainable` names no part: leave it out to train all that the phase can.")
         if self.lr_scheduler_kwargs is None and str(self.lr_scheduler_type).endswith("cosine_with_min_lr"):
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         super().__post_init__()

@@ -7,7 +7,6 @@ and `scores.json`, what the evaluation after the phase said.
 import itertools
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,8 +19,10 @@ from safetensors.torch import load_file
 
 from .adapters import LoraSettings, add_lora
 from .arguments import BPTTTrainingArguments, DMTTrainingArguments, PhaseArguments, SMTTrainingArguments
+from .checkpoints import newest_checkpoint, step_of, what_is_missing
 from .pacing import VIRTUAL_STEPS_A_SECOND, Pace, TrainingCost
 from .pretraining import SMTForPreTraining
+from .stopping import Interrupted, StopOnSignal
 from .trainers import BPTTTrainer, DMTTrainer, SMTTrainer, load_student_optimizer
 
 TRAINERS: dict[str, type[SMTTrainer]] = {"smt": SMTTrainer, "dmt": DMTTrainer, "bptt": BPTTTrainer}
@@ -171,7 +172,17 @@ def run_phases(
 
     Raises:
         ValueError: the path is not a complete checkpoint of one of the phases.
+        Interrupted: SIGTERM or Ctrl-C came, and a complete checkpoint has been saved.
     """
+    with StopOnSignal() as stop:
+        yield from _run_phases(
+            model, phases, rows_for, eval_rows, processing_class, evaluate, resume_from_checkpoint, lora, stop
+        )
+
+
+def _run_phases(
+    model, phases, rows_for, eval_rows, processing_class, evaluate, resume_from_checkpoint, lora, stop: StopOnSignal
+) -> Iterator[PhaseResult]:
     resume: str | bool | None = resume_from_checkpoint
     if isinstance(resume, str):
         _forget_what_follows(phases, resume)
@@ -192,15 +203,18 @@ def run_phases(
                 processing_class=processing_class,
                 student_optimizer_state=state if arguments.continue_previous_phase else None,
                 curriculum_level=level,
+                callbacks=[stop],
             )
             trainer.train(resume_from_checkpoint=checkpoint)
             checkpoint = str(folder / f"checkpoint-{trainer.state.global_step}")
-            if not _is_complete(checkpoint):  # whatever the save strategy is
+            if what_is_missing(checkpoint):  # whatever the save strategy is
                 trainer._save_checkpoint(trainer.model, trial=None)
             trainer._finish_current_push()
             trainer.save_state()
             trainer.accelerator.wait_for_everyone()
             trainer.accelerator.free_memory()
+            if stop.agreed():
+                raise Interrupted(stop.agreed() or 0, checkpoint)
         else:
             _load_weights(model, str(checkpoint))
         if adapted is not None:
@@ -221,6 +235,8 @@ def run_phases(
             aside.replace(folder / _SCORES)
         else:
             scores = json.loads((folder / _SCORES).read_text())
+        if stop.agreed():
+            raise Interrupted(stop.agreed() or 0, None)
         trainer_state = json.loads((Path(str(checkpoint)) / "trainer_state.json").read_text())
         callbacks = trainer_state["stateful_callbacks"]
         # What the student has got to; a phase without levels has nothing to say.
@@ -234,23 +250,6 @@ def run_phases(
             is_new=is_new,
             **callbacks[TrainingCost.__name__]["attributes"],
         )
-
-
-def newest_checkpoint(folder: str | Path) -> str | None:
-    """The checkpoint of a phase with the highest step that is complete, or `None`."""
-    complete = [path for path in Path(folder).glob("checkpoint-*") if _is_complete(str(path))]
-    return str(max(complete, key=_step)) if complete else None
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("checkpoint-"))
-
-
-def _is_complete(checkpoint: str) -> bool:
-    # transformers writes trainer_state.json last: without it the save was cut off.
-    path = Path(checkpoint)
-    named_right = re.fullmatch(r"checkpoint-\d+", path.name) is not None
-    return named_right and all((path / name).exists() for name in ("trainer_state.json", "model.safetensors"))
 
 
 def _is_last(checkpoint: str, arguments: PhaseArguments) -> bool:
@@ -268,10 +267,11 @@ def check_named_checkpoint(phases: list[PhaseArguments], path: str) -> int:
     """
     folders = [Path(str(arguments.output_dir)).resolve() for arguments in phases]
     given = Path(path).resolve()
-    if given.parent not in folders or not _is_complete(str(given)):
+    problem = "it is not in a folder of one of the phases" if given.parent not in folders else what_is_missing(given)
+    if problem:
         raise ValueError(
-            f"{path!r} is not a complete checkpoint of this run: pass one of {', '.join(map(str, folders))} with "
-            "/checkpoint-N, or no path for the newest."
+            f"{path!r} is not a complete checkpoint of this run: {problem}. Pass one of "
+            f"{', '.join(map(str, folders))} with /checkpoint-N, or no path for the newest."
         )
     return folders.index(given.parent)
 
@@ -284,7 +284,7 @@ def _forget_what_follows(phases: list[PhaseArguments], checkpoint: str) -> None:
             shutil.rmtree(str(later.output_dir), ignore_errors=True)
         folder = Path(str(phases[index].output_dir))
         for path in folder.glob("checkpoint-*"):
-            if _step(path) > _step(Path(checkpoint)):
+            if step_of(path) > step_of(Path(checkpoint)):
                 shutil.rmtree(path)
         for name in (_SCORES, "trainer_state.json"):
             (folder / name).unlink(missing_ok=True)

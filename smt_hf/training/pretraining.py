@@ -4,6 +4,7 @@ accelerate prepares exactly one module, and DDP, FSDP and ZeRO hook its `forward
 Shapes: B sequences, T transitions (rows hold T + 1 tokens), C chunks, k = T / C, S positions, K memory tokens, D width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ from .objectives import (
 from .rollout import example_uniforms, parallel_starts, rollout, sequential_starts, truncated_rollout
 
 PHASES = ("smt", "dmt", "bptt")
+PARTS = ("teacher", "embeddings", "updater", "readout")
 # Terms with a weight; evaluation adds others that have none.
 _TERMS = (
     "readout",
@@ -211,19 +213,35 @@ class SMTForPreTraining(PreTrainedModel):
         model.student = student
         return model
 
-    def freeze_for(self, phase: str, trains_updater: bool = True) -> None:
-        """Freeze what `phase` does not train. To be called before the model is wrapped for a distributed run."""
+    def freeze_for(self, phase: str, trains_updater: bool = True, trainable: Sequence[str] | None = None) -> None:
+        """Freeze what `phase` does not train. To be called before the model is wrapped for a distributed run.
+
+        Args:
+            trains_updater: whether the phase has transitions at all.
+            trainable: of `PARTS`, those to train; default: all that the phase can. `embeddings` are the student's input
+                embeddings (with tied weights, its head too), `updater` has the initial memory, `readout` the head.
+
+        Raises:
+            ValueError: the phase is unknown, the model has no teacher for it, or a part is not trained by it.
+        """
         if phase not in PHASES:
             raise ValueError(f"unknown phase {phase!r}: choose one of {', '.join(PHASES)}.")
         if phase != "bptt" and self.teacher is None:
             raise ValueError(f"the {phase} phase needs a teacher and this model has none; use the bptt phase.")
+        possible = [
+            part for part in PARTS if (part != "teacher" or phase == "smt") and (part != "updater" or trains_updater)
+        ]
+        chosen = possible if trainable is None else list(trainable)
+        for part in chosen:
+            if part not in possible:
+                raise ValueError(f"`trainable` of the {phase} phase names {part!r}: choose from {', '.join(possible)}.")
         adapted = has_lora(self.student)
-        for name, parameter in self.student.named_parameters():
-            parameter.requires_grad_("lora_" in name or not adapted)
-        if self.teacher is not None:
-            self.teacher.requires_grad_(phase == "smt")
-        if not trains_updater:
-            self.student.model.updater.requires_grad_(False)
+        if adapted and trainable is not None:
+            raise ValueError("LoRA trains its own layers: leave `trainable` out, and choose with `lora_parts`.")
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_("lora_" in name if adapted else part_of(name) in chosen)
+        if not trains_updater and "teacher" in chosen:  # its label of the empty prefix
+            self.student.model.initial_memory.requires_grad_(not adapted)
 
     @torch.no_grad()
     def update_label_moments(self, moments: torch.Tensor, momentum: float = 0.9) -> None:
@@ -367,6 +385,10 @@ class SMTForPreTraining(PreTrainedModel):
         losses = losses.new_zeros(targets.shape).masked_scatter(is_labelled, losses)
         return masked_mean(losses, is_labelled)
 
+    @property
+    def _trains_teacher(self) -> bool:
+        return self.teacher is not None and any(parameter.requires_grad for parameter in self.teacher.parameters())
+
     def _labels(self, tokens: "_Row", positions: torch.Tensor, trains_teacher: bool, with_logits: bool):
         """The teacher's memories at `positions`, `(B, S, K, D)`, and its own logits or `None`."""
         assert self.teacher is not None  # refused by freeze_for
@@ -387,7 +409,7 @@ class SMTForPreTraining(PreTrainedModel):
         counts = (tokens.lengths - 1).clamp(min=1)[:, None]  # transitions of the row
         noise = example_uniforms(example_ids, objective.num_supervised_transitions, objective.seed, _STREAM_TRANSITIONS)
         before = (noise * counts).long()
-        labels, _ = self._labels(tokens, torch.cat([before, before + 1], dim=1), objective.phase == "smt", False)
+        labels, _ = self._labels(tokens, torch.cat([before, before + 1], dim=1), self._trains_teacher, False)
         starts, ends = labels.chunk(2, dim=1)
         if tokens.documents is not None:  # a document's first token is read by m_0
             earlier = tokens.documents.gather(1, (before - 1).clamp(min=0))
@@ -409,7 +431,8 @@ class SMTForPreTraining(PreTrainedModel):
         self, tokens: "_Row", objective: Objective, example_ids, stored_starts, progress: float
     ) -> "_Supervised":
         """SMT and DMT: chunks from the teacher's or own memories, every step supervised."""
-        trains_teacher = objective.phase == "smt"
+        is_smt = objective.phase == "smt"
+        trains_teacher = is_smt and self._trains_teacher
         m_0 = self.student.model.start_memory()
         stride = objective.label_stride
         positions = torch.arange(0, tokens.length + 1, stride, device=example_ids.device)
@@ -444,7 +467,7 @@ class SMTForPreTraining(PreTrainedModel):
         mask = None if tokens.transition_mask is None else tokens.transition_mask[:, stride - 1 :: stride]
         terms = {"dynamics": dynamics_loss(reached, labels[:, 1:], mask)}
         moments = errors = None
-        if objective.normalized_dynamics_weight or (trains_teacher and objective.consistency_weight):
+        if objective.normalized_dynamics_weight or (is_smt and objective.consistency_weight):
             errors = normalized_errors(reached, labels[:, 1:], self.label_variance())
             moments = _moments(labels[:, 1:].detach(), mask)
         if objective.normalized_dynamics_weight:
@@ -463,7 +486,7 @@ class SMTForPreTraining(PreTrainedModel):
             depth=tokens.steps,
             transitions=tokens.batch * tokens.length,
         )
-        if not trains_teacher:
+        if not is_smt:
             return supervised
         terms |= self._teacher_terms(tokens, objective, example_ids, labels, teacher_logits)
         if objective.consistency_weight:
@@ -476,7 +499,9 @@ class SMTForPreTraining(PreTrainedModel):
     def _teacher_only_terms(self, tokens: "_Row", objective: Objective, example_ids) -> "_Supervised":
         """SMT before the updater is trained: no transitions, the teacher and the readout of its memories."""
         positions = torch.arange(0, tokens.length + 1, device=example_ids.device)
-        labels, logits = self._labels(tokens, positions, objective.phase == "smt", objective.teacher_weight > 0)
+        labels, logits = self._labels(
+            tokens, positions, self._trains_teacher, self._trains_teacher and objective.teacher_weight > 0
+        )
         return _Supervised(
             terms=self._teacher_terms(tokens, objective, example_ids, labels, logits),
             own=torch.ones_like(tokens.lengths, dtype=torch.bool) if objective.teacher_readout_weight else None,
@@ -594,6 +619,15 @@ class SMTForPreTraining(PreTrainedModel):
             spread = dynamics_loss(labels, labels.mean(1, keepdim=True), tokens.transition_mask)
             terms["drift"] = dynamics_loss(memories, labels, tokens.transition_mask) / spread.clamp(min=1e-6)
         return terms
+
+
+def part_of(name: str) -> str:
+    """The one of `PARTS` that a parameter of the composite belongs to, by its name."""
+    if name.startswith("teacher."):
+        return "teacher"
+    if "embed_tokens" in name:
+        return "embeddings"
+    return "readout" if ".readout." in name or ".lm_head." in name else "updater"
 
 
 @dataclass

@@ -20,11 +20,13 @@ from smt_hf.teachers import SMTWindowedTeacher
 
 from .adapters import has_lora, merged_copy
 from .arguments import BPTTTrainingArguments, DMTTrainingArguments, PhaseArguments, SMTTrainingArguments
+from .checkpoints import CheckpointingTrainer
 from .optimizer import muon_with_adamw
 from .pacing import VIRTUAL_STEPS_A_SECOND, Pace, TrainingCost
 from .pretraining import SMTForPreTraining
 from .pushing import StudentPushingTrainer
 from .rollout import example_uniforms
+from .stopping import check_finite
 
 _ROLLOUT_STATE = "rollout_state.safetensors"
 STUDENT_OPTIMIZER = "student_optimizer.safetensors"
@@ -61,7 +63,7 @@ class PhaseProgress(TrainerCallback):
             self.bar = None
 
 
-class SMTTrainer(StudentPushingTrainer):
+class SMTTrainer(StudentPushingTrainer, CheckpointingTrainer):
     """Trains student and teacher together by supervised memory training.
 
     Args:
@@ -100,7 +102,7 @@ class SMTTrainer(StudentPushingTrainer):
             )
         if getattr(args, "phase", None) != self.arguments_class.phase:
             raise ValueError(f"{type(self).__name__} takes {self.arguments_class.__name__}, got {type(args).__name__}.")
-        model.freeze_for(args.phase, getattr(args, "trains_updater", True))
+        model.freeze_for(args.phase, getattr(args, "trains_updater", True), args.trainable)
         if isinstance(model.teacher, SMTWindowedTeacher) and args.phase == "smt" and args.teacher_weight:
             raise ValueError("the windowed teacher has no next-token head: set `teacher_weight` of the smt phase to 0.")
         self.pace = Pace(
@@ -130,6 +132,7 @@ class SMTTrainer(StudentPushingTrainer):
         if not args.disable_tqdm:
             self.add_callback(PhaseProgress(args.phase))
         self._student_optimizer_state = student_optimizer_state
+        self._resting_state: dict[str, dict[str, torch.Tensor]] = {}  # of what this phase has frozen
         self._term_sums: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
         self._num_items: dict[str, torch.Tensor | float] = {"train": 0.0, "eval": 0.0}
         self._own_sums: torch.Tensor | None = None
@@ -168,11 +171,23 @@ class SMTTrainer(StudentPushingTrainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self._record(outputs, "train" if model.training else "eval")
         if model.training:
+            if not loss.requires_grad:
+                raise ValueError(
+                    f"no loss of the {self.args.phase} phase reaches what it trains ({self.args.trainable}): give one "
+                    "of its losses a weight, or let it train more."
+                )
+            check_finite(outputs.term_sums, self.state.global_step + 1, self.args.phase, inputs.get("example_ids"))
             self.cost.sequential_steps += outputs.sequential_steps
             self.cost.tokens += outputs.transitions * self.args.world_size
             self._keep_for_pace(outputs)
             self._after_forward(inputs, outputs, carried)
         return (loss, outputs) if return_outputs else loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is not None:
+            check_finite({"the gradient": norm}, self.state.global_step + 1, self.args.phase, None)
+        return norm
 
     def _keep_for_pace(self, outputs) -> None:
         if outputs.own_sums is not None:
@@ -278,7 +293,9 @@ class SMTTrainer(StudentPushingTrainer):
         on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
         given, self._student_optimizer_state = self._student_optimizer_state, None
         for name, parameter in self.model.student.named_parameters():
-            if given and name in given and parameter.requires_grad:
+            if given and name in given and not parameter.requires_grad:
+                self._resting_state[name] = given[name]
+            elif given and name in given:
                 optimizer.state[parameter] = {
                     key: value.to(parameter.device) if value.dim() or on_device else value
                     for key, value in given[name].items()
@@ -289,7 +306,7 @@ class SMTTrainer(StudentPushingTrainer):
         """Optimiser state of the student by parameter name, for a phase that continues this one."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         assert optimizer is not None  # there is one after training
-        return {
+        return self._resting_state | {
             name: {key: value for key, value in optimizer.state[parameter].items() if isinstance(value, torch.Tensor)}
             for name, parameter in self.model.student.named_parameters()
             if parameter in optimizer.state

@@ -1,0 +1,94 @@
+"""Ending a run before its last step: on a signal, cleanly; on a number that is not finite, at once."""
+
+import signal
+import threading
+import time
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from transformers import TrainerCallback
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupted(Exception):
+    """The run was asked to end and did, after a complete checkpoint.
+
+    Args:
+        signal_number: what asked.
+        checkpoint: what it left, `None` between phases, where the last phase's checkpoint is all there is to save.
+    """
+
+    def __init__(self, signal_number: int, checkpoint: str | None):
+        super().__init__(signal_number, checkpoint)
+        self.signal_number, self.checkpoint = signal_number, checkpoint
+
+    def __str__(self) -> str:
+        where = f" after saving {self.checkpoint}" if self.checkpoint else ""
+        return f"stopped by {signal.Signals(self.signal_number).name}{where}: pass `--resume_from_checkpoint` to go on."
+
+
+class StopOnSignal(TrainerCallback):
+    """Inside the context, SIGTERM and Ctrl-C end the training after the step at hand, on all ranks at the same one,
+    with a checkpoint. A second Ctrl-C ends the process at once.
+
+    A job that is preempted or stopped by hand loses nothing; what a plain exception would leave is the last save.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        self._first = 0.0
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "StopOnSignal":
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+            self._before = {number: signal.signal(number, self._ask) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _ask(self, number: int, frame) -> None:
+        # A launcher passes on what its whole process group has got already, so that one Ctrl-C may arrive twice.
+        if self.signal_number is not None and number == signal.SIGINT and time.monotonic() - self._first > 2:
+            raise KeyboardInterrupt
+        if self.signal_number is None:
+            self.signal_number, self._first = number, time.monotonic()
+
+    def agreed(self) -> int | None:
+        """The signal that any rank has got. A collective call."""
+        if PartialState().num_processes > 1:
+            number = torch.tensor(self.signal_number or 0, device=PartialState().device)
+            largest = reduce(torch.nn.functional.one_hot(number, 65).float()).nonzero().max().item()
+            self.signal_number = int(largest) or None
+        return self.signal_number
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.agreed() is not None:
+            control.should_save = control.should_training_stop = True
+
+
+def check_finite(terms: dict[str, torch.Tensor], step: int, phase: str, example_ids: torch.Tensor | None) -> None:
+    """Refuse to go on from a loss that is not finite: one such gradient spoils every weight.
+
+    Args:
+        terms: name -> scalar.
+        step: optimiser step that is being computed.
+        example_ids: `(B,)`, the batch's.
+
+    Raises:
+        FloatingPointError: with the names of the terms, the step and the batch.
+    """
+    names = list(terms)
+    finite = torch.stack([torch.as_tensor(terms[name]).float() for name in names]).isfinite().tolist()  # one transfer
+    if all(finite):
+        return
+    bad = ", ".join(name for name, is_finite in zip(names, finite) if not is_finite)
+    batch = "" if example_ids is None else f", in the batch of examples {example_ids.tolist()}"
+    raise FloatingPointError(
+        f"{bad} of the {phase} phase is not finite at step {step}{batch}. Nothing of this step has been kept: lower "
+        f"`{phase}_learning_rate` or look at these examples, and pass `--resume_from_checkpoint` to go on from the "
+        "last complete checkpoint."
+    )
