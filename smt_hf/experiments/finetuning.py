@@ -205,6 +205,7 @@ def finetune(run: FinetuneArguments, arguments: FinetuneTrainingArguments) -> di
         run.resume_from_checkpoint,
         {"bptt": lora} if lora is not None else None,
     )
+    model = result.model
     if not is_main:
         return {}
     cost = {"wall_clock_s": result.seconds, "sequential_steps": result.sequential_steps, "tokens": result.tokens}

@@ -173,6 +173,7 @@ def pretrain(
         resume,
         {"dmt": lora} if lora else None,
     ):
+        model = result.model
         spent = {
             "wall_clock_s": spent["wall_clock_s"] + result.seconds,
             "sequential_steps": spent["sequential_steps"] + result.sequential_steps,
@@ -505,6 +506,7 @@ def _sample(student, text: TextSubject, prompt_tokens: int = 160, new_tokens: in
         max_new_tokens=new_tokens,
         do_sample=True,
         temperature=0.7,
+        synced_gpus=False,  # under ZeRO-3 transformers would wait for ranks that do not generate
         streamer=TextStreamer(text.tokenizer, skip_prompt=True),
     )
     return {"prompt": shown, "continuation": text.tokenizer.decode(generated[0, prompt_tokens:])}

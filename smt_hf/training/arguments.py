@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from transformers import TrainingArguments, get_scheduler
 
+from .launch import launched_with_deepspeed, settle_deepspeed
 from .pretraining import Objective
 
 UNBOUNDED = 10_000_000  # steps of a phase that ends by its seconds
@@ -96,6 +97,15 @@ class PhaseArguments(TrainingArguments):
                 raise ValueError("`trainable` names no part: leave it out to train all that the phase can.")
         if self.lr_scheduler_kwargs is None and str(self.lr_scheduler_type).endswith("cosine_with_min_lr"):
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # DeepSpeed and accelerate's launcher look for it, and for a GPU without it
+        if self.deepspeed or launched_with_deepspeed():
+            settle_deepspeed()
+        if self.fp16:
+            raise ValueError(
+                "`fp16` is not supported: the memory is carried over thousands of steps, and a loss scale hides what "
+                "overflows. Use `bf16`."
+            )
         super().__post_init__()
         if self.max_seconds is not None:
             if self.max_seconds <= 0:

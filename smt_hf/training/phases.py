@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from safetensors.torch import load_file
 
@@ -49,6 +50,7 @@ class PhaseResult:
         log_history: the Trainer's.
         scores: what `evaluate` returned after the phase.
         is_new: whether it was trained now, not found complete on disk.
+        model: student and teacher after the phase. The one that `run_phases` was given, unless the phase was sharded.
     """
 
     arm: str
@@ -59,6 +61,7 @@ class PhaseResult:
     log_history: list[dict]
     scores: dict
     is_new: bool
+    model: SMTForPreTraining
 
 
 def arm_name(phases: list[PhaseArguments]) -> str:
@@ -153,7 +156,8 @@ def run_phases(
     resume_from_checkpoint: str | bool | None = None,
     lora: dict[str, LoraSettings] | None = None,
 ) -> Iterator[PhaseResult]:
-    """Train the phases one after the other, yielding as each ends. The model is trained in place.
+    """Train the phases one after the other, yielding as each ends. The model is trained in place, but where a
+    phase is sharded: `PhaseResult.model` is the one to go on with.
 
     A phase is complete when its checkpoint at `max_steps` (or past `max_seconds`) is; what the checkpoint holds
     (weights, the student's optimiser state, cost, log) is all that later phases and results need, so that a run can be
@@ -205,6 +209,8 @@ def _run_phases(
                 curriculum_level=level,
                 callbacks=[stop],
             )
+            if adapted is not None and trainer._is_sharded:
+                raise ValueError("LoRA phases run on one process or under DDP: leave DeepSpeed, FSDP or LoRA out.")
             trainer.train(resume_from_checkpoint=checkpoint)
             checkpoint = str(folder / f"checkpoint-{trainer.state.global_step}")
             if what_is_missing(checkpoint):  # whatever the save strategy is
@@ -213,6 +219,12 @@ def _run_phases(
             trainer.save_state()
             trainer.accelerator.wait_for_everyone()
             trainer.accelerator.free_memory()
+            if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+                # What is left of the model belongs to the engine; the checkpoint has it whole.
+                model = SMTForPreTraining(model.config)
+                _load_weights(model, checkpoint)
+                model.to(arguments.device)
+                AcceleratorState._reset_state()  # accelerate refuses a second engine beside the first
             if stop.agreed():
                 raise Interrupted(stop.agreed() or 0, checkpoint)
         else:
@@ -248,6 +260,7 @@ def _run_phases(
             log_history=trainer_state["log_history"],
             scores=scores,
             is_new=is_new,
+            model=model,
             **callbacks[TrainingCost.__name__]["attributes"],
         )
 

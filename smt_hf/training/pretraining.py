@@ -40,6 +40,8 @@ _TERMS = (
     "uniformity",
     "teacher",
 )
+# Terms that the readout is a part of.
+_READ_OUT = ("readout", "predictive", "consistency", "teacher_readout")
 # Terms that `Objective.dynamics_starts_below` holds back.
 _HELD_BACK = ("dynamics", "normalized_dynamics")
 # What the random numbers of an example are for; see `example_uniforms`.
@@ -202,6 +204,15 @@ class SMTForPreTraining(PreTrainedModel):
         self.register_buffer("label_square", torch.ones(shape))
         self.register_buffer("label_updates", torch.zeros((), dtype=torch.long))
         self.post_init()
+        # FSDP asks for classes that are there; the updater is one of several.
+        there = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = [name for name in type(self)._no_split_modules if name in there]
+
+    def get_input_embeddings(self):
+        return self.student.get_input_embeddings()
+
+    def get_output_embeddings(self):
+        return self.student.get_output_embeddings()
 
     def _init_weights(self, module):
         """Nothing: the parts initialise themselves."""
@@ -213,13 +224,20 @@ class SMTForPreTraining(PreTrainedModel):
         model.student = student
         return model
 
-    def freeze_for(self, phase: str, trains_updater: bool = True, trainable: Sequence[str] | None = None) -> None:
+    def freeze_for(
+        self,
+        phase: str,
+        trains_updater: bool = True,
+        trainable: Sequence[str] | None = None,
+        objective: Objective | None = None,
+    ) -> None:
         """Freeze what `phase` does not train. To be called before the model is wrapped for a distributed run.
 
         Args:
             trains_updater: whether the phase has transitions at all.
             trainable: of `PARTS`, those to train; default: all that the phase can. `embeddings` are the student's input
                 embeddings (with tied weights, its head too), `updater` has the initial memory, `readout` the head.
+            objective: also freeze the heads that none of its losses reaches; a sharded optimiser would decay them.
 
         Raises:
             ValueError: the phase is unknown, the model has no teacher for it, or a part is not trained by it.
@@ -242,6 +260,14 @@ class SMTForPreTraining(PreTrainedModel):
             parameter.requires_grad_("lora_" in name if adapted else part_of(name) in chosen)
         if not trains_updater and "teacher" in chosen:  # its label of the empty prefix
             self.student.model.initial_memory.requires_grad_(not adapted)
+        if objective is None:
+            return
+        if isinstance(self.teacher, SMTTeacherEncoder) and not objective.teacher_weight:
+            self.teacher.lm_head.requires_grad_(False)
+        if not any(getattr(objective, f"{name}_weight") for name in _READ_OUT):
+            for name, parameter in self.student.named_parameters():
+                if part_of(f"student.{name}") == "readout":
+                    parameter.requires_grad_(False)
 
     @torch.no_grad()
     def update_label_moments(self, moments: torch.Tensor, momentum: float = 0.9) -> None:

@@ -82,7 +82,9 @@ def check_finite(terms: dict[str, torch.Tensor], step: int, phase: str, example_
         FloatingPointError: with the names of the terms, the step and the batch.
     """
     names = list(terms)
-    finite = torch.stack([torch.as_tensor(terms[name]).float() for name in names]).isfinite().tolist()  # one transfer
+    values = [torch.as_tensor(terms[name]).float() for name in names]
+    values = [value.full_tensor() if hasattr(value, "full_tensor") else value for value in values]
+    finite = torch.stack(values).isfinite().tolist()  # one transfer
     if all(finite):
         return
     bad = ", ".join(name for name, is_finite in zip(names, finite) if not is_finite)

@@ -21,11 +21,13 @@ from smt_hf.teachers import SMTWindowedTeacher
 from .adapters import has_lora, merged_copy
 from .arguments import BPTTTrainingArguments, DMTTrainingArguments, PhaseArguments, SMTTrainingArguments
 from .checkpoints import CheckpointingTrainer
+from .launch import check_launch
 from .optimizer import muon_with_adamw
 from .pacing import VIRTUAL_STEPS_A_SECOND, Pace, TrainingCost
 from .pretraining import SMTForPreTraining
 from .pushing import StudentPushingTrainer
 from .rollout import example_uniforms
+from .sharding import give_state, whole_state
 from .stopping import check_finite
 
 _ROLLOUT_STATE = "rollout_state.safetensors"
@@ -102,7 +104,7 @@ class SMTTrainer(StudentPushingTrainer, CheckpointingTrainer):
             )
         if getattr(args, "phase", None) != self.arguments_class.phase:
             raise ValueError(f"{type(self).__name__} takes {self.arguments_class.__name__}, got {type(args).__name__}.")
-        model.freeze_for(args.phase, getattr(args, "trains_updater", True), args.trainable)
+        model.freeze_for(args.phase, getattr(args, "trains_updater", True), args.trainable, args.objective())
         if isinstance(model.teacher, SMTWindowedTeacher) and args.phase == "smt" and args.teacher_weight:
             raise ValueError("the windowed teacher has no next-token head: set `teacher_weight` of the smt phase to 0.")
         self.pace = Pace(
@@ -118,6 +120,7 @@ class SMTTrainer(StudentPushingTrainer, CheckpointingTrainer):
             eval_dataset=eval_dataset,
             **kwargs,
         )
+        check_launch(self.accelerator, bool(args.deepspeed), bool(args.fsdp))
         if train_dataset is not None:
             self.train_dataset = self._numbered(train_dataset)
         self.objective = args.objective()
@@ -289,28 +292,25 @@ class SMTTrainer(StudentPushingTrainer, CheckpointingTrainer):
                 raise ValueError("`matrix_optimizer=muon` needs whole matrices: not with DeepSpeed or FSDP, use adamw.")
             self.optimizer = muon_with_adamw(self.model, self.get_decay_parameter_names(self.model), self.args)
         optimizer = super().create_optimizer(*args, **kwargs)
-        # As torch's own load_state_dict: step counters live on the device only where the fused kernel wants them.
-        on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-        given, self._student_optimizer_state = self._student_optimizer_state, None
-        for name, parameter in self.model.student.named_parameters():
-            if given and name in given and not parameter.requires_grad:
-                self._resting_state[name] = given[name]
-            elif given and name in given:
-                optimizer.state[parameter] = {
-                    key: value.to(parameter.device) if value.dim() or on_device else value
-                    for key, value in given[name].items()
-                }
+        if not self._is_sharded:
+            self._take_over()
         return optimizer
 
+    @property
+    def _is_sharded(self) -> bool:
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
+    def _take_over(self) -> None:
+        """The optimiser state that an earlier phase has handed on."""
+        given, self._student_optimizer_state = self._student_optimizer_state, None
+        if given:
+            give_state(self, given)
+            trained = {name for name, parameter in self.model.student.named_parameters() if parameter.requires_grad}
+            self._resting_state = {name: state for name, state in given.items() if name not in trained}
+
     def student_optimizer_state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Optimiser state of the student by parameter name, for a phase that continues this one."""
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        assert optimizer is not None  # there is one after training
-        return self._resting_state | {
-            name: {key: value for key, value in optimizer.state[parameter].items() if isinstance(value, torch.Tensor)}
-            for name, parameter in self.model.student.named_parameters()
-            if parameter in optimizer.state
-        }
+        """Optimiser state of the student by parameter name, for a phase that continues this one. A collective call."""
+        return self._resting_state | whole_state(self)
 
     lr_scheduler: Any
 
@@ -328,6 +328,13 @@ class SMTTrainer(StudentPushingTrainer, CheckpointingTrainer):
         return self.lr_scheduler
 
     # Saving -------------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers; where FSDP saves shards, whole weights and the student are written beside them."""
+        is_whole = not self.is_fsdp_enabled or "FULL" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+        if not is_whole:
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         """The composite, and beside it the student alone as a model that loads by itself."""
@@ -350,12 +357,12 @@ class SMTTrainer(StudentPushingTrainer, CheckpointingTrainer):
         tensors = self._carried_tensors()
         if tensors and self.args.should_save:
             save_file(tensors, os.path.join(output_dir, _ROLLOUT_STATE))
+        state = {
+            f"{name}/{key}": value.cpu().contiguous()
+            for name, own in self.student_optimizer_state().items()
+            for key, value in own.items()
+        }
         if self.args.should_save:
-            state = {
-                f"{name}/{key}": value.cpu().contiguous()
-                for name, own in self.student_optimizer_state().items()
-                for key, value in own.items()
-            }
             save_file(state, os.path.join(output_dir, STUDENT_OPTIMIZER))
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
@@ -397,10 +404,14 @@ def load_student_optimizer(checkpoint: str) -> dict[str, dict[str, torch.Tensor]
 
 
 class _StepEnd(TrainerCallback):
-    """Tells the trainer that an optimiser step is over."""
+    """Tells the trainer that training begins, when a sharded optimiser is there, and that an optimiser step is over."""
 
     def __init__(self, trainer: SMTTrainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.trainer._is_sharded and state.global_step == 0:
+            self.trainer._take_over()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.after_step()

@@ -90,12 +90,14 @@ def some_levels(*lengths, num=40):
     return Levels([some_rows(num, length, seed) for seed, length in enumerate(lengths)])
 
 
-def make_trainer(kind, tmp_path, model=None, rows=None, **settings):
+def make_trainer(kind, tmp_path, model=None, rows=None, before=None, **settings):
     trainer_class, arguments_class, more = KINDS[kind]
     defaults = {"per_device_train_batch_size": 8, "max_steps": 6, "logging_steps": 2, "disable_tqdm": True}
     arguments = arguments_class(
         output_dir=str(tmp_path), **{**defaults, "save_strategy": "no", "use_cpu": True, **more, **settings}
     )
+    if before is not None:
+        before(arguments)
     model = make_composite() if model is None else model
     rows = some_rows() if rows is None else rows
     return trainer_class(model=model, args=arguments, train_dataset=rows, eval_dataset=some_rows(10, seed=1))

@@ -1,0 +1,61 @@
+"""What a launch has turned out to be, against what was asked for."""
+
+import os
+import warnings
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+# Set by `accelerate launch`, for a single process too.
+_LAUNCHED = "ACCELERATE_MIXED_PRECISION"
+
+
+def launched_with_deepspeed() -> bool:
+    """Whether the launch configuration asks for DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+
+
+def check_launch(accelerator: Accelerator, wants_deepspeed: bool = False, wants_fsdp: bool = False) -> None:
+    """Refuse to train as something else than what the launch asked for: several switches of the libraries fall back
+    to plain data parallelism, or to one process, without a word.
+
+    Args:
+        wants_deepspeed, wants_fsdp: whether the training arguments ask for it; a launch configuration is read from the
+            environment that `accelerate launch` makes.
+
+    Raises:
+        RuntimeError: what was asked for, what is there, and how to get it.
+    """
+    realised = accelerator.distributed_type
+    wants_deepspeed = wants_deepspeed or launched_with_deepspeed()
+    wants_fsdp = wants_fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    there = f"this is {realised.value} with {accelerator.num_processes} process(es)"
+    if wants_deepspeed and realised != DistributedType.DEEPSPEED:
+        raise RuntimeError(
+            f"the launch asked for DeepSpeed, but {there}: on a CPU set `use_cpu: true` in the launch configuration "
+            "and DS_ACCELERATOR=cpu, and do not set ACCELERATE_USE_CPU."
+        )
+    if wants_fsdp and realised != DistributedType.FSDP:
+        raise RuntimeError(
+            f"the launch asked for FSDP, but {there}: accelerate shards on accelerators only. On a CPU, take "
+            "recipes/accelerate/ddp.yaml or a deepspeed_zero*.yaml."
+        )
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if asked != accelerator.num_processes:
+        raise RuntimeError(f"the launch started {asked} processes, but {there}.")
+    if _LAUNCHED in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise RuntimeError(
+            f"the launch asked for several processes, but {there}: `distributed_type: MULTI_CPU` and `--cpu` need "
+            "mpirun. Take recipes/accelerate/cpu.yaml, or unset MASTER_ADDR if one process is what you want."
+        )
+
+
+def settle_deepspeed() -> None:
+    """Quiet DeepSpeed, and on a CPU keep it from compiling a communication kernel on the first run: a minute, and a
+    compiler, for nothing that training needs."""
+    import deepspeed
+
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
+    if not torch.accelerator.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
