@@ -338,17 +338,18 @@ class SMTTrainer(StudentPushingTrainer, CheckpointingTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         """The composite, and beside it the student alone as a model that loads by itself."""
+        own = None
+        if state_dict is not None:  # before transformers empties it as it writes
+            prefix = "student."
+            own = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
         folder = os.path.join(self.args.output_dir if output_dir is None else output_dir, "student")
         student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False).student
         if has_lora(student):
-            student, state_dict = merged_copy(student), None
-        if state_dict is not None:
-            prefix = "student."
-            state_dict = {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
-        student.save_pretrained(folder, state_dict=state_dict)
+            student, own = merged_copy(student), None
+        student.save_pretrained(folder, state_dict=own)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
