@@ -4,7 +4,8 @@ from .batching import CarriedWindows, EpochSampler, IndexedExamples, Levels, col
 from .instructions import Instructions, holds_instructions, padded, tokenize_instructions
 from .packing import byte_tokenizer, heldout_streams, number_tokenizer, pack, tokenize
 from .pixels import PixelFacts, load_pixels
-from .sources import Corpus, load_corpus, load_table
+from .sources import Corpus, load_corpus, load_table, stream_corpus
+from .streaming import StreamedRows
 from .tasks import TASKS, Task, load_task, task_facts
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Instructions",
     "Levels",
     "PixelFacts",
+    "StreamedRows",
     "Task",
     "byte_tokenizer",
     "collate",
@@ -28,6 +30,7 @@ __all__ = [
     "number_tokenizer",
     "pack",
     "padded",
+    "stream_corpus",
     "task_facts",
     "tokenize",
     "tokenize_instructions",

@@ -7,7 +7,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset
 
 # Tests, other packages, and files that are tables rather than text, by part of their path.
 _LEFT_OUT = (
@@ -32,13 +32,15 @@ class Corpus:
 
     Args:
         name: for tables and model cards.
-        train, heldout: `datasets.Dataset`s with a column `text`, a row a document.
-        digest: SHA-256 over all documents in order, the first 16 hex digits; names what was trained on.
+        train, heldout: `datasets.Dataset`s with a column `text`, a row a document; a stream's `train` is an
+            `IterableDataset`.
+        digest: SHA-256 over all documents in order, the first 16 hex digits; names what was trained on. Of a stream,
+            over the held-out documents.
         hub_name: of a dataset of the Hub.
     """
 
     name: str
-    train: Dataset
+    train: Dataset | IterableDataset
     heldout: Dataset
     digest: str
     hub_name: str | None = None
@@ -78,6 +80,86 @@ def load_corpus(
         _documents([_read_text(path) for path in files]),
         None,
     )
+
+
+def stream_corpus(
+    train_file: str | None = None,
+    validation_file: str | None = None,
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    text_column: str = "text",
+    num_heldout: int = 100,
+) -> Corpus:
+    """The corpus as a stream: documents are read when they are trained on, from the files or over the network.
+
+    Held out is `validation_file`, or the split `validation` or `test` of the dataset; without one, the first documents
+    of the stream, and wherever the same text comes again.
+
+    Args:
+        num_heldout: documents to hold out at most.
+        others: as in `load_corpus`.
+
+    Raises:
+        ValueError: as `load_corpus`, or fewer documents than are to be held out.
+    """
+    if bool(train_file) == bool(dataset_name):
+        raise ValueError("a stream needs a `train_file` or a `dataset_name`, one of the two.")
+    heldout: Dataset | None = None
+    if train_file:
+        name, hub_name = os.path.basename(os.path.normpath(train_file)), None
+        train = _streamed_files(train_file, text_column)
+        if validation_file:
+            heldout = _from_files(validation_file, text_column)
+    else:
+        assert dataset_name is not None
+        is_local = os.path.exists(dataset_name)
+        hub_name = None if is_local else dataset_name
+        name = os.path.basename(os.path.normpath(dataset_name)) if is_local else dataset_name
+        splits = _loaded(dataset_name, dataset_name, dataset_config_name, streaming=True)
+        if "train" not in splits:
+            raise ValueError(f"dataset {dataset_name!r} has no split `train`, only {', '.join(splits)}.")
+        train = _streamed_text(splits["train"], text_column, dataset_name)
+        split = next((split for split in ("validation", "test") if split in splits), None)
+        if split is not None:
+            texts = [row["text"] for row in _streamed_text(splits[split], text_column, dataset_name).take(num_heldout)]
+            heldout = _documents(texts)
+    if heldout is None:
+        texts = [row["text"] for row in train.take(num_heldout)]
+        if len(texts) < num_heldout:
+            raise ValueError(
+                f"{name} has only {len(texts)} document(s), too few to stream and to hold {num_heldout} out: leave "
+                "`--streaming` out, or name a `validation_file`."
+            )
+        heldout = _documents(texts)
+        kept_out = {_digest([text]) for text in texts}
+        train = train.filter(lambda row: _digest([row["text"]]) not in kept_out)
+    heldout = heldout.select(range(min(num_heldout, len(heldout))))
+    return Corpus(name, train, heldout, _digest(heldout["text"]), hub_name)
+
+
+def _streamed_files(pattern: str, text_column: str) -> IterableDataset:
+    paths, table_format = _files(pattern)
+    if table_format is None:  # a file a document, read when its turn comes
+        return IterableDataset.from_generator(_read_one_by_one, gen_kwargs={"paths": paths})
+    loaded = _loaded(pattern, table_format, data_files=[str(entry) for entry in paths], split="train", streaming=True)
+    return _streamed_text(loaded, text_column, pattern)
+
+
+def _read_one_by_one(paths: list[Path]):
+    for path in paths:
+        yield {"text": _read_text(path)}
+
+
+def _streamed_text(dataset: IterableDataset, text_column: str, name: str) -> IterableDataset:
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"{name} has no rows: there is nothing to train on.")
+    if text_column not in first:
+        raise ValueError(f"{name} has no column {text_column!r}: pass `--text_column` with one of {', '.join(first)}.")
+    if not isinstance(first[text_column], str):
+        raise ValueError(f"column {text_column!r} of {name} holds something that is not text.")
+    dataset = dataset.select_columns([text_column])
+    return dataset if text_column == "text" else dataset.rename_column(text_column, "text")
 
 
 def standard_library_files() -> list[Path]:

@@ -62,6 +62,10 @@ class PretrainArguments:
     dataset_name: str | None = _argument(None, "Dataset of the Hub, or a local one that `datasets` knows.")
     dataset_config_name: str | None = _argument(None, "Its configuration.")
     text_column: str = _argument("text", "Column of the dataset that holds the text.")
+    streaming: bool = _argument(
+        False, "Read `train_file` or `dataset_name` while training: no download, no tokenisation before the first step."
+    )
+    shuffle_buffer_size: int = _argument(1000, "Documents that the next one of a stream is drawn from.")
     tokenizer_name: str | None = _argument(None, "Any Hugging Face tokenizer; default: one token a byte.")
     document_start_fraction: float = _argument(0.05, "Share of rows that start where a document starts. Ours.")
     use_peft: bool = _argument(
@@ -297,6 +301,8 @@ def _subject(run: PretrainArguments, phases: list[PhaseArguments]) -> Subject:
             run.text_column,
             run.tokenizer_name,
             run.document_start_fraction,
+            streaming=run.streaming,
+            buffer_size=run.shuffle_buffer_size,
         )
     elif run.train_file or run.dataset_name or run.tokenizer_name:
         raise ValueError(f"`task` {run.task} brings its own data: leave `train_file` and the like out.")

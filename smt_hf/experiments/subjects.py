@@ -4,6 +4,7 @@ A subject has `name`, `difficulty`, `chance` (the score of knowing nothing), `me
 `eval_rows` for the evaluations within a phase, and the methods of [`Subject`].
 """
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer
 from smt_hf.data import (
     TASKS,
     Levels,
+    StreamedRows,
     byte_tokenizer,
     heldout_streams,
     load_corpus,
@@ -23,6 +25,7 @@ from smt_hf.data import (
     load_task,
     number_tokenizer,
     pack,
+    stream_corpus,
     task_facts,
     tokenize,
 )
@@ -91,6 +94,8 @@ class TextSubject(Subject):
     Args:
         phases: whose rows are packed.
         stream_length: tokens of a held-out stream; default: 8 times the longest row, within bounds.
+        streaming: read the documents while training; rows then start anew with every document.
+        buffer_size: documents that the next one of a stream is drawn from.
         others: see `smt_hf.data`.
     """
 
@@ -109,14 +114,22 @@ class TextSubject(Subject):
         tokenizer_name: str | None = None,
         document_start_fraction: float = 0.05,
         stream_length: int | None = None,
+        streaming: bool = False,
+        buffer_size: int = 1000,
     ):
+        self.streaming, self.buffer_size, self.seed = streaming, buffer_size, seed
         self.tokenizer = byte_tokenizer() if tokenizer_name is None else _tokenizer(tokenizer_name)
         self.vocab_size = len(self.tokenizer)
-        self.corpus = load_corpus(train_file, validation_file, dataset_name, dataset_config_name, text_column)
-        train, heldout = (tokenize(part, self.tokenizer) for part in (self.corpus.train, self.corpus.heldout))
-        self.num_train_tokens = int(sum(len(row) for row in train.with_format("numpy")["input_ids"]))
+        named = (train_file, validation_file, dataset_name, dataset_config_name, text_column)
+        self.corpus = stream_corpus(*named) if streaming else load_corpus(*named)
+        heldout = tokenize(self.corpus.heldout, self.tokenizer)
         lengths = {arguments.context_length for arguments in phases}
-        self._rows = {length: pack(train, length, document_start_fraction, seed) for length in lengths}
+        self._rows: dict[int, Any] = {}
+        self.num_train_tokens: int | None = None  # of a stream, nobody knows
+        if not streaming:
+            train = tokenize(self.corpus.train, self.tokenizer)
+            self.num_train_tokens = int(sum(len(row) for row in train.with_format("numpy")["input_ids"]))
+            self._rows = {length: pack(train, length, document_start_fraction, seed) for length in lengths}
         if stream_length is None:
             stream_length = min(max(_SHORTEST_STREAM, 8 * max(lengths)), _LONGEST_STREAM)
         self.streams = heldout_streams(heldout, _STREAMS, stream_length)
@@ -138,8 +151,27 @@ class TextSubject(Subject):
                     f"`transition_steps` ({arguments.transition_steps}) of the {arguments.phase} phase must divide its "
                     f"`context_length` ({arguments.context_length})."
                 )
+            if not self.streaming:
+                continue
+            if arguments.max_steps < 1:
+                raise ValueError("a stream has no end: set `max_steps`.")
+            if arguments.dataloader_num_workers:
+                raise ValueError("a stream is read in the process that trains: leave `dataloader_num_workers` at 0.")
+            if arguments.phase == "bptt":
+                arguments.carries_memory = False  # the next row may be of another document
+            arguments.ignore_data_skip = True  # a resumed run goes to its place, it does not read up to it
 
     def rows(self, arguments: PhaseArguments):
+        if self.streaming:
+            return StreamedRows(
+                copy.copy(self.corpus.train),
+                self.tokenizer,
+                arguments.context_length,
+                self.buffer_size,
+                self.seed,
+                arguments.process_index,
+                arguments.world_size,
+            )
         return self._rows[arguments.context_length]
 
     def evaluate(self, model: SMTForPreTraining, arguments: PhaseArguments) -> dict[str, dict]:
@@ -151,7 +183,9 @@ class TextSubject(Subject):
         return scores
 
     def ngram_bits(self) -> dict[str, float]:
-        """Bits a byte of n-gram models of 1, 2 and 3 bytes of context."""
+        """Bits a byte of n-gram models of 1, 2 and 3 bytes of context; none for a stream, which is not read whole."""
+        if self.streaming:
+            return {}
         model = NGramModel(document_symbols(self.corpus.train["text"][:]))
         sequences = stream_symbols(self.tokenizer, self.streams)
         return {f"ngram{context}": model.bits_per_byte(sequences, context) for context in (1, 2, 3)}
@@ -161,12 +195,15 @@ class TextSubject(Subject):
             "name": self.corpus.name,
             **({"hub_name": self.corpus.hub_name} if self.corpus.hub_name else {}),
             "hash": self.corpus.digest,
-            "training_tokens": self.num_train_tokens,
+            **({"streamed": True} if self.streaming else {"training_tokens": self.num_train_tokens}),
             "heldout_tokens": int(self.streams[:, 1:].size),
             "heldout_streams": len(self.streams),
         }
 
     def describe(self) -> str:
+        if self.streaming:
+            held_out = f"{len(self.corpus.heldout)} held-out documents, hash {self.corpus.digest}"
+            return f"{self.corpus.name}: streamed, {held_out}"
         return (
             f"{self.corpus.name}: {self.num_train_tokens:,} training tokens, {len(self.corpus.train)} documents, hash "
             f"{self.corpus.digest}"

@@ -3,18 +3,20 @@
 The losses are in `SMTForPreTraining.forward`; nothing here calls a part of the model past the wrapped module.
 """
 
+import json
 import os
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import IterableDataset, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from smt_hf.data.batching import CarriedWindows, EpochSampler, IndexedExamples, Levels, collate
+from smt_hf.data.streaming import StreamedRows
 from smt_hf.student import SMTRecurrentForCausalLM
 from smt_hf.teachers import SMTWindowedTeacher
 
@@ -147,6 +149,12 @@ class SMTTrainer(StudentPushingTrainer, CheckpointingTrainer):
     def _numbered(self, rows):
         """Rows under global example numbers; an iterable dataset is left as it is (`collate` numbers its rows)."""
         return rows if isinstance(rows, IterableDataset) or not hasattr(rows, "__len__") else IndexedExamples(rows)
+
+    def get_train_dataloader(self):
+        """As in transformers; a stream is split by rank already, and gives its batches to its own rank."""
+        if not isinstance(self.train_dataset, StreamedRows):
+            return super().get_train_dataloader()
+        return DataLoader(self.train_dataset, self._train_batch_size, collate_fn=self.data_collator)
 
     def _get_train_sampler(self, train_dataset=None):
         rows = self.train_dataset if train_dataset is None else train_dataset
@@ -355,6 +363,10 @@ class SMTTrainer(StudentPushingTrainer, CheckpointingTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        if isinstance(self.train_dataset, StreamedRows):
+            os.makedirs(output_dir, exist_ok=True)  # every rank has its own position
+            with open(os.path.join(output_dir, self._position_file()), "w", encoding="utf-8") as file:
+                json.dump(self.train_dataset.state_dict(), file)
         tensors = self._carried_tensors()
         if tensors and self.args.should_save:
             save_file(tensors, os.path.join(output_dir, _ROLLOUT_STATE))
@@ -375,9 +387,21 @@ class SMTTrainer(StudentPushingTrainer, CheckpointingTrainer):
                 f"`matrix_optimizer` and `optim` that wrote it (now {self.args.matrix_optimizer} and "
                 f"{getattr(self.args.optim, 'value', self.args.optim)}). torch says: {error}"
             ) from error
+        if checkpoint is not None and isinstance(self.train_dataset, StreamedRows):
+            position = os.path.join(checkpoint, self._position_file())
+            if not os.path.exists(position):
+                raise ValueError(
+                    f"{checkpoint} has no position in the stream for process {self.args.process_index}: it was saved "
+                    "by fewer processes, or by a run that did not stream."
+                )
+            with open(position, encoding="utf-8") as file:
+                self.train_dataset.load_state_dict(json.load(file))
         path = None if checkpoint is None else os.path.join(checkpoint, _ROLLOUT_STATE)
         if path is not None and os.path.exists(path):
             self._restore_carried(load_file(path))
+
+    def _position_file(self) -> str:
+        return f"data_position_{self.args.process_index}.json"
 
     def _carried_tensors(self) -> dict[str, torch.Tensor]:
         """What the phase carries between steps, the same on all ranks. A collective call."""
