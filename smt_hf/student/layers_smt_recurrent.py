@@ -188,7 +188,9 @@ class SMTRecurrentGRUUpdater(SMTRecurrentUpdater):
             input_reset, input_update, input_new = input_proj(embeds).chunk(3, dim=-1)
             state_reset, state_update, state_new = state_proj(stream).chunk(3, dim=-1)
             candidate = torch.tanh(input_new + torch.sigmoid(input_reset + state_reset) * state_new)
-            stream = torch.lerp(candidate, stream, torch.sigmoid(input_update + state_update))
+            kept = torch.sigmoid(input_update + state_update)
+            # Under autocast the projections are of half precision, the stream is not.
+            stream = torch.lerp(candidate.to(stream.dtype), stream, kept.to(stream.dtype))
             yield stream
 
 

@@ -329,7 +329,10 @@ class SMTTeacherEncoder(PreTrainedModel):
             memories = self.memory_proj(states)
         else:
             memories = self.memory_proj(self.norm(registers))
-        memories = memories.view(batch, -1, self.config.num_memory_tokens, self.config.memory_size)
+        # Under autocast the projection is of half precision; a memory is not.
+        memories = memories.view(batch, -1, self.config.num_memory_tokens, self.config.memory_size).to(
+            initial_memory.dtype
+        )
         memories = F.rms_norm(memories, memories.shape[-1:], eps=self.config.rms_norm_eps)
         empty = (positions == 0)[..., None, None]
         memories = torch.where(empty, initial_memory.to(memories.dtype), memories)

@@ -198,7 +198,8 @@ class SMTWindowedTeacher(PreTrainedModel):
             states = layer(states, places, visible)
         states = self.layers[-1](states, places, visible, num_registers)
         memories = self.memory_proj(self.norm(states)).view(batch, -1, num_registers, self.config.memory_size)
-        memories = F.rms_norm(memories, memories.shape[-1:], eps=self.config.rms_norm_eps)
+        # Under autocast the layers are of half precision; a memory is not.
+        memories = F.rms_norm(memories.to(initial_memory.dtype), memories.shape[-1:], eps=self.config.rms_norm_eps)
         return torch.where((positions == 0)[..., None, None], initial_memory.to(memories.dtype), memories)
 
 

@@ -2,9 +2,12 @@
 
 import json
 import os
+import random
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -134,6 +137,106 @@ def test_cut_off_after_the_last_step(finished):
         assert results["arms"][arm]["bits_per_byte"] == pytest.approx(first["arms"][arm]["bits_per_byte"], rel=1e-5)
         for cost in ("wall_clock_s", "tokens", "sequential_steps"):
             assert results["arms"][arm][cost] == first["arms"][arm][cost]
+
+
+def killed_when(condition, words, cwd):
+    """Start the run and kill it, as the kernel would, as soon as `condition()` holds."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / "recipes" / "pretrain.py"), *map(str, words)]
+    with open(cwd / "killed.log", "a") as log:
+        started = subprocess.Popen(command, cwd=cwd, env=environment, stdout=log, stderr=log)
+        try:
+            while not condition():
+                assert started.poll() is None, "it ended before it could be killed"
+                time.sleep(0.002)
+        finally:
+            started.kill()
+            started.wait()
+
+
+@pytest.mark.processes
+def test_killed_at_any_step(finished):
+    """SIGKILL at a random step of each phase, while saving, and between phases: the same weights, the same log."""
+    folder, words, _ = finished
+    words = [word if word != "out" else "killed" for word in words if word != "--compare_bptt"]
+    out, draw = folder / "killed", random.Random(os.environ.get("PYTEST_SEED", "0"))
+    words += ["--save_steps", "1", "--save_total_limit", "2", "--logging_steps", "1"]
+    first = [word if word != "killed" else "unkilled" for word in words]
+    run(*first, cwd=folder)
+    resumed = [*words, "--resume_from_checkpoint"]
+    places = [
+        lambda: (out / "smt" / f"checkpoint-{draw_1}").exists(),
+        lambda: (out / "smt" / "checkpoint-6").exists(),  # between the phases
+        lambda: (out / "dmt" / ".unfinished").exists() and (out / "dmt" / "checkpoint-2").exists(),  # while saving
+        lambda: (out / "bptt" / f"checkpoint-{draw_2}").exists(),
+    ]
+    draw_1, draw_2 = draw.randint(1, 5), draw.randint(1, 5)
+    killed_when(places[0], words, folder)
+    for place in places[1:]:
+        killed_when(place, resumed, folder)
+    run(*resumed, cwd=folder)
+    whole, again = (load_file(folder / name / "student" / "model.safetensors") for name in ("unkilled", "killed"))
+    for name in whole:
+        assert torch.equal(whole[name], again[name]), name
+    for phase in ("smt", "dmt", "bptt"):
+        logs = [
+            [
+                {key: value for key, value in line.items() if not re.search("seconds|runtime|per_second", key)}
+                for line in json.loads((folder / name / phase / "trainer_state.json").read_text())["log_history"]
+            ]
+            for name in ("unkilled", "killed")
+        ]
+        assert logs[0] == logs[1]
+        assert not (out / phase / ".unfinished").exists()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_by_a_signal(finished, number):
+    folder, words, _ = finished
+    name = f"stopped_{number}"
+    words = [word if word != "out" else name for word in words if word != "--compare_bptt"]
+    words += ["--save_steps", "1000", "--bptt_max_steps", "400"]
+    command = [sys.executable, str(ROOT / "recipes" / "pretrain.py"), *map(str, words)]
+    started = subprocess.Popen(
+        command, cwd=folder, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    while not (folder / name / "dmt" / "scores.json").exists():
+        assert started.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.5)
+    started.send_signal(number)
+    stdout, stderr = started.communicate(timeout=60)
+    assert started.returncode == 128 + number and "Traceback" not in stderr, stderr
+    assert f"stopped by {number.name}" in stdout and "--resume_from_checkpoint" in stdout
+    (checkpoint,) = (folder / name / "bptt").glob("checkpoint-*") if "bptt" in stdout else [None]
+    assert checkpoint is None or (checkpoint / "contents.json").exists()
+
+
+@pytest.mark.processes
+def test_a_stream_of_several_files(tmp_path):
+    """No tokenised copy, packed by documents; a run that was killed reads on where it was."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(150):
+        (texts / f"{number:03}.txt").write_text(
+            "".join(f"{number} and {line} are {number + line}\n" for line in range(9))
+        )
+    words = ["--train_file", "texts", "--streaming", "--shuffle_buffer_size", "20", "--phases", "smt,bptt", *SMALL]
+    words += ["--save_steps", "1"]
+    run(*words, "--output_dir", "whole", cwd=tmp_path)
+    results = json.loads((tmp_path / "whole" / "eval_results.json").read_text())
+    assert results["data"]["streamed"] and "training_tokens" not in results["data"]
+    assert "streamed" in (tmp_path / "whole" / "student" / "README.md").read_text()
+    out = tmp_path / "cut"
+    killed_when(lambda: (out / "smt" / "checkpoint-3").exists(), [*words, "--output_dir", "cut"], tmp_path)
+    resumed = [*words, "--output_dir", "cut", "--resume_from_checkpoint"]
+    killed_when(lambda: (out / "bptt" / "checkpoint-2").exists(), resumed, tmp_path)
+    run(*resumed, cwd=tmp_path)
+    whole, again = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("whole", "cut"))
+    for name in whole:
+        assert torch.equal(whole[name], again[name]), name
 
 
 @pytest.mark.processes

@@ -1,0 +1,147 @@
+"""Every launch configuration, as the README runs it: all phases, saved, resumed, exported; or a clear stop."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import smt_hf  # noqa: F401 - registers the model
+from tests.integration.test_pretrain import SMALL
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "recipes" / "accelerate"
+TYPES = {
+    "cpu": "MULTI_CPU",
+    "ddp": "MULTI_CPU",
+    "deepspeed_zero1": "DEEPSPEED",
+    "deepspeed_zero2": "DEEPSPEED",
+    "deepspeed_zero3": "DEEPSPEED",
+}
+
+pytestmark = pytest.mark.distributed
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def command(config, *words, launch=()):
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
+    return [*accelerate, *map(str, launch), str(ROOT / "recipes" / "pretrain.py"), *map(str, words)]
+
+
+def started(config, *words, cwd, launch=(), **more):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    environment |= {"HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), **more}
+    launch = launch or ("--main_process_port", free_port())
+    return subprocess.Popen(
+        command(config, *words, launch=launch), cwd=cwd, env=environment, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def launched(config, *words, cwd, check=True, **more):
+    process = started(config, *words, cwd=cwd, **more)
+    stdout, stderr = process.communicate(timeout=600)
+    assert not check or process.returncode == 0, stderr[-4000:]
+    return process.returncode, stdout, stderr
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text("".join(f"line {number}: the quick brown fox counts {number * 7}\n" for number in range(900)))
+    own = [word if word != "6" else "4" for word in SMALL]
+    return ["--train_file", text, "--phases", "smt,dmt,bptt", *own, "--save_steps", "2", "--eval_strategy", "no"]
+
+
+@pytest.fixture(scope="module")
+def one_process(words, tmp_path_factory):
+    """The same global batch in one process."""
+    folder = tmp_path_factory.mktemp("one")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "recipes" / "pretrain.py"), *map(str, words), "--output_dir", "out",
+         "--per_device_train_batch_size", "8"],
+        cwd=folder, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return load_file(folder / "out" / "student" / "model.safetensors")
+
+
+@pytest.mark.parametrize("config", list(TYPES))
+def test_a_pipeline(config, words, one_process, tmp_path):
+    if config.startswith("deepspeed"):
+        pytest.importorskip("deepspeed", reason='needs the extra: pip install -e ".[deepspeed]"')
+    words = [*words, "--output_dir", "out"]
+    launched(config, *words, cwd=tmp_path)
+    out = tmp_path / "out"
+    results = json.loads((out / "eval_results.json").read_text())
+    assert (results["distributed_type"], results["world_size"]) == (TYPES[config], 2)
+    student = load_file(out / "student" / "model.safetensors")
+    for name, value in one_process.items():
+        torch.testing.assert_close(student[name], value, rtol=1e-3, atol=1e-4, msg=name)
+    if config in ("cpu", "deepspeed_zero1"):
+        return
+    # Cut off inside the last phase, and gone on.
+    shutil.rmtree(out / "student")
+    shutil.rmtree(out / "bptt" / "checkpoint-4")
+    for path in (out / "eval_results.json", out / "bptt" / "scores.json", out / "bptt" / "trainer_state.json"):
+        path.unlink()
+    launched(config, *words, "--resume_from_checkpoint", cwd=tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(out / "student").state_dict()
+    for name, value in student.items():
+        torch.testing.assert_close(again[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_fsdp_on_a_cpu_says_so(words, tmp_path):
+    code, _, stderr = launched("fsdp2", *words, "--output_dir", "out", cwd=tmp_path, check=False)
+    assert code != 0 and "the launch asked for FSDP, but this is MULTI_CPU with 2 process(es)" in stderr
+
+
+def test_two_machines(words, one_process, tmp_path):
+    """Both on this one."""
+    port = free_port()
+    both = [
+        started(
+            "multi_node",
+            *words,
+            "--output_dir",
+            "out",
+            cwd=tmp_path,
+            ACCELERATE_USE_CPU="true",
+            launch=[
+                "--machine_rank",
+                rank,
+                "--num_processes",
+                2,
+                "--main_process_ip",
+                "127.0.0.1",
+                "--main_process_port",
+                port,
+                "--mixed_precision",
+                "no",
+            ],
+        )
+        for rank in (0, 1)
+    ]
+    errors = [process.communicate(timeout=600)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    student = load_file(tmp_path / "out" / "student" / "model.safetensors")
+    for name, value in one_process.items():
+        torch.testing.assert_close(student[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_rank_that_dies_ends_the_job(words, tmp_path):
+    """Bad input is an error on every rank; nothing waits for the other."""
+    code, _, stderr = launched("ddp", *words, "--output_dir", "out", "--hidden_size", "15", cwd=tmp_path, check=False)
+    assert code != 0 and "ValueError" in stderr and not (tmp_path / "out").exists()
