@@ -33,6 +33,7 @@ ARGUMENTS: dict[str, type[PhaseArguments]] = {
     "bptt": BPTTTrainingArguments,
 }
 _SCORES = "scores.json"
+_LOG = "trainer_state.json"
 # Optimisers whose state is tensors by parameter.
 _CARRIED_OPTIMIZERS = ("adamw_torch", "sgd", "rmsprop", "adagrad")
 
@@ -229,6 +230,8 @@ def _run_phases(
                 raise Interrupted(stop.agreed() or 0, checkpoint)
         else:
             _load_weights(model, str(checkpoint))
+            if arguments.process_index == 0 and not (folder / _LOG).exists():  # killed between the two
+                shutil.copyfile(Path(str(checkpoint)) / _LOG, folder / _LOG)
         if adapted is not None:
             if arguments.process_index == 0 and (is_new or not (folder / "adapter").exists()):
                 shutil.rmtree(folder / "adapter.new", ignore_errors=True)

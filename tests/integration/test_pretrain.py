@@ -183,6 +183,7 @@ def test_killed_at_any_step(finished):
             [
                 {key: value for key, value in line.items() if not re.search("seconds|runtime|per_second", key)}
                 for line in json.loads((folder / name / phase / "trainer_state.json").read_text())["log_history"]
+                if "train_loss" not in line  # the Trainer's last, of what it has trained since it was started
             ]
             for name in ("unkilled", "killed")
         ]
