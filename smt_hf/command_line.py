@@ -19,7 +19,7 @@ from smt_hf.experiments.grid import Run
 from smt_hf.experiments.pretraining import PretrainArguments
 from smt_hf.student import SMTRecurrentConfig
 from smt_hf.teachers import SMTTeacherConfig, SMTWindowedTeacherConfig
-from smt_hf.training.arguments import BPTTTrainingArguments, PhaseArguments
+from smt_hf.training.arguments import BPTTTrainingArguments, PhaseArguments, argument
 from smt_hf.training.phases import ARGUMENTS
 from smt_hf.training.stopping import Interrupted
 
@@ -50,10 +50,6 @@ _NEED_A_VALUE = {
     for entry in dataclasses.fields(PretrainArguments)
     if entry.type is not bool and entry.name != "resume_from_checkpoint"
 }
-
-
-def _argument(default, help: str):
-    return dataclasses.field(default=default, metadata={"help": help})
 
 
 class _Parser(HfArgumentParser):
@@ -339,12 +335,12 @@ def parse_generate(argv: list[str]) -> GenerateArguments:
 class PublishArguments:
     """Arguments of `smt_hf.publishing.hub.publish`. The access token comes from `hf auth login` or HF_TOKEN."""
 
-    checkpoint: str | None = _argument(None, "The `student` folder of a run.")
-    repo_id: str | None = _argument(None, "`user/name`; created if it does not exist.")
-    private: bool | None = _argument(None, "Whether a repository that is created is private; default: its owner's.")
-    revision: str | None = _argument(None, "Branch; default: main.")
-    commit_message: str = _argument("Publish a student", "Of the one commit.")
-    dry_run: bool = _argument(False, "Check and list what would be sent; send nothing.")
+    checkpoint: str | None = argument(None, "The `student` folder of a run.")
+    repo_id: str | None = argument(None, "`user/name`; created if it does not exist.")
+    private: bool | None = argument(None, "Whether a repository that is created is private; default: its owner's.")
+    revision: str | None = argument(None, "Branch; default: main.")
+    commit_message: str = argument("Publish a student", "Of the one commit.")
+    dry_run: bool = argument(False, "Check and list what would be sent; send nothing.")
 
 
 def parse_publish(argv: list[str]) -> PublishArguments:

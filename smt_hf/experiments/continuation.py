@@ -2,7 +2,7 @@
 
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from transformers import TextStreamer, set_seed
@@ -10,27 +10,24 @@ from transformers.utils import logging
 
 from smt_hf.student import SMTRecurrentCache
 from smt_hf.student.modeling_smt_recurrent import CACHE_NAME
+from smt_hf.training.arguments import argument
 
 from .finetuning import load_checkpoint
-
-
-def _argument(default, help: str):
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
 class GenerateArguments:
     """Arguments of `continue_text`."""
 
-    checkpoint: str | None = _argument(None, "Folder or Hub name of an SMTRecurrentForCausalLM.")
-    prompt: str | None = _argument(None, "What to go on from; `-` reads it from the standard input.")
-    max_new_tokens: int = _argument(200, "Tokens at most.")
-    temperature: float = _argument(0.7, "Of sampling; 0 takes the likeliest token.")
-    top_p: float = _argument(1.0, "Of sampling: the smallest set of tokens with so much probability.")
-    seed: int = _argument(0, "Of sampling.")
-    load_state: str | None = _argument(None, "State file to go on from: what was read before the prompt.")
-    save_state: str | None = _argument(None, "State file to write: everything read and written so far.")
-    overwrite_state: bool = _argument(False, "Whether `save_state` may replace a file.")
+    checkpoint: str | None = argument(None, "Folder or Hub name of an SMTRecurrentForCausalLM.")
+    prompt: str | None = argument(None, "What to go on from; `-` reads it from the standard input.")
+    max_new_tokens: int = argument(200, "Tokens at most.")
+    temperature: float = argument(0.7, "Of sampling; 0 takes the likeliest token.")
+    top_p: float = argument(1.0, "Of sampling: the smallest set of tokens with so much probability.")
+    seed: int = argument(0, "Of sampling.")
+    load_state: str | None = argument(None, "State file to go on from: what was read before the prompt.")
+    save_state: str | None = argument(None, "State file to write: everything read and written so far.")
+    overwrite_state: bool = argument(False, "Whether `save_state` may replace a file.")
 
 
 def continue_text(arguments: GenerateArguments) -> str:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from smt_hf.publishing.figures import plot_curves
 from smt_hf.publishing.provenance import run_facts
 from smt_hf.student import SMTRecurrentConfig, SMTRecurrentForCausalLM
 from smt_hf.training.adapters import LoraSettings
-from smt_hf.training.arguments import BPTTTrainingArguments
+from smt_hf.training.arguments import BPTTTrainingArguments, argument
 from smt_hf.training.phases import lay_out, run_phases
 from smt_hf.training.pretraining import SMTForPreTraining, SMTPreTrainingConfig
 
@@ -43,43 +43,39 @@ _RUN = "run.json"
 _WRITTEN = ("student", "adapter", "bptt", _RESULTS, _RUN, "curves.png")
 
 
-def _argument(default, help: str):
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
 class FinetuneArguments:
     """What concerns the whole run; the training itself has `FinetuneTrainingArguments`."""
 
-    checkpoint: str | None = _argument(None, "Folder or Hub name of an SMTRecurrentForCausalLM.")
-    train_file: str | None = _argument(
+    checkpoint: str | None = argument(None, "Folder or Hub name of an SMTRecurrentForCausalLM.")
+    train_file: str | None = argument(
         None,
         "Text, or a table (json, jsonl, csv, parquet) of `text`, of `messages`, or of `prompt` and `completion`.",
     )
-    validation_file: str | None = _argument(None, "Held out, of the same kind; default: a tenth of the training file.")
-    text_column: str = _argument("text", "Column of a table that holds the text.")
-    config: str | None = _argument(None, "YAML file with any of these arguments; flags beat it.")
-    output_dir: str = _argument("runs/finetune", "Folder for everything that the run writes.")
-    use_peft: bool = _argument(False, "Train LoRA layers alone: `adapter/` holds them, `student/` the merged model.")
-    lora_r: int = _argument(8, "Rank of the LoRA layers. Not searched.")
-    lora_alpha: int = _argument(16, "Their change is scaled by `lora_alpha / lora_r`. Not searched.")
-    lora_parts: str = _argument("updater,readout", "Where they are put: updater, readout, or both.")
-    seed: int = _argument(0, "Of everything random.")
-    overwrite_output_dir: bool = _argument(False, "Remove what an earlier run left in `output_dir`.")
-    resume_from_checkpoint: bool = _argument(False, "Go on from the run's newest complete checkpoint.")
-    num_threads: int | None = _argument(None, "CPU threads of this process; default: cores / local processes.")
+    validation_file: str | None = argument(None, "Held out, of the same kind; default: a tenth of the training file.")
+    text_column: str = argument("text", "Column of a table that holds the text.")
+    config: str | None = argument(None, "YAML file with any of these arguments; flags beat it.")
+    output_dir: str = argument("runs/finetune", "Folder for everything that the run writes.")
+    use_peft: bool = argument(False, "Train LoRA layers alone: `adapter/` holds them, `student/` the merged model.")
+    lora_r: int = argument(8, "Rank of the LoRA layers. Not searched.")
+    lora_alpha: int = argument(16, "Their change is scaled by `lora_alpha / lora_r`. Not searched.")
+    lora_parts: str = argument("updater,readout", "Where they are put: updater, readout, or both.")
+    seed: int = argument(0, "Of everything random.")
+    overwrite_output_dir: bool = argument(False, "Remove what an earlier run left in `output_dir`.")
+    resume_from_checkpoint: bool = argument(False, "Go on from the run's newest complete checkpoint.")
+    num_threads: int | None = argument(None, "CPU threads of this process; default: cores / local processes.")
 
 
 @dataclass
 class FinetuneTrainingArguments(BPTTTrainingArguments):
     """Backpropagation through time on a model that has learned already."""
 
-    learning_rate: float = _argument(1e-3, "Peak learning rate. Not searched.")
-    max_steps: int = _argument(300, "Optimiser steps. Not searched.")
-    per_device_train_batch_size: int = _argument(16, "Streams, or examples, a device. Not searched.")
-    transition_steps: int = _argument(64, "Transitions that a gradient crosses. Not searched.")
-    context_length: int = _argument(512, "Transitions a row of text; examples of instructions must not be longer.")
-    continue_previous_phase: bool = _argument(False, "There is none.")
+    learning_rate: float = argument(1e-3, "Peak learning rate. Not searched.")
+    max_steps: int = argument(300, "Optimiser steps. Not searched.")
+    per_device_train_batch_size: int = argument(16, "Streams, or examples, a device. Not searched.")
+    transition_steps: int = argument(64, "Transitions that a gradient crosses. Not searched.")
+    context_length: int = argument(512, "Transitions a row of text; examples of instructions must not be longer.")
+    continue_previous_phase: bool = argument(False, "There is none.")
 
 
 class InstructionSubject(Subject):

@@ -27,7 +27,12 @@ MATRIX_OPTIMIZERS = ("adamw", "muon")
 ON_POLICY_MODES = ("sequential", "parallel", "aggregate")
 
 
-def _argument(default, help: str):
+def argument(default, help: str):
+    """Field of a dataclass that is a flag; a list's default is copied, a function's is what it returns."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    if callable(default):
+        return field(default_factory=default, metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
 
@@ -37,57 +42,62 @@ class PhaseArguments(TrainingArguments):
 
     phase = ""
 
-    learning_rate: float = _argument(
+    learning_rate: float = argument(
         4e-3, "Peak learning rate. Ours: for BPTT level with 2e-3, better than 8e-3; see model_cards/evidence."
     )
-    per_device_train_batch_size: int = _argument(16, "Rows a device. Ours, not searched.")
-    per_device_eval_batch_size: int = _argument(32, "Rows a device in evaluation.")
-    max_seconds: float | None = _argument(
+    per_device_train_batch_size: int = argument(16, "Rows a device. Ours, not searched.")
+    global_batch_size: int | None = argument(
+        None,
+        "Rows an optimiser step, all processes and `gradient_accumulation_steps` together: the same recipe at any "
+        "scale. Sets `per_device_train_batch_size`.",
+    )
+    per_device_eval_batch_size: int = argument(32, "Rows a device in evaluation.")
+    max_seconds: float | None = argument(
         None,
         "Seconds inside training steps after which the phase ends, instead of `max_steps`; schedule and warm-ups then "
         "go by seconds. For comparisons at equal time; such a run cannot be repeated bit by bit.",
     )
-    evaluates_by_seconds: bool = _argument(True, "With `max_seconds`: evaluate ten times on the way.")
-    curriculum_threshold: float | None = _argument(
+    evaluates_by_seconds: bool = argument(True, "With `max_seconds`: evaluate ten times on the way.")
+    curriculum_threshold: float | None = argument(
         None,
         "Nats a label of the student's own rollout below which the next level of a curriculum begins; data of one "
         "level has none. Ours: gated by the teacher instead, the student stays at chance. Where the student is not "
         "trained yet (`trains_updater` false), of the readout of the teacher's memories.",
     )
-    max_steps: int = _argument(600, "Optimiser steps of the phase. Ours: a quarter of 4 minutes on two CPU cores.")
-    matrix_optimizer: str = _argument(
+    max_steps: int = argument(600, "Optimiser steps of the phase. Ours: a quarter of 4 minutes on two CPU cores.")
+    matrix_optimizer: str = argument(
         "adamw",
         "What trains the weights of linear layers: `adamw`, or `muon` (the rest stays with AdamW, at the same rate). "
         "Not with DeepSpeed or FSDP. Ours: far better on text, worse on some probes; see model_cards/evidence.",
     )
-    adam_beta2: float = _argument(0.95, "Paper.")
-    weight_decay: float = _argument(0.01, "Paper. Applied to the weights of linear layers only.")
-    max_grad_norm: float = _argument(1.0, "Paper.")
-    lr_scheduler_type: str = _argument("cosine_with_min_lr", "Ours: cosine to a tenth of the peak.")
-    lr_scheduler_kwargs: dict | str | None = _argument(
+    adam_beta2: float = argument(0.95, "Paper.")
+    weight_decay: float = argument(0.01, "Paper. Applied to the weights of linear layers only.")
+    max_grad_norm: float = argument(1.0, "Paper.")
+    lr_scheduler_type: str = argument("cosine_with_min_lr", "Ours: cosine to a tenth of the peak.")
+    lr_scheduler_kwargs: dict | str | None = argument(
         None, "Of the scheduler; default for cosine_with_min_lr: min_lr_rate 0.1. Ours: a tenth of the peak at the end."
     )
-    warmup_steps: float = _argument(0.03, "Steps of learning-rate warm-up, or their share if below 1. Ours: 3 %.")
-    logging_steps: float = _argument(10, "Steps between two lines of the log.")
-    logging_nan_inf_filter: bool = _argument(False, "Show a loss that is not finite as what it is.")
-    save_total_limit: int | None = _argument(2, "Checkpoints kept a phase.")
-    remove_unused_columns: bool = _argument(False, "The collator keeps what the objective needs.")
-    context_length: int = _argument(64, "Transitions a training row; rows hold one token more. Ours, not searched.")
-    transition_steps: int = _argument(8, "Transitions that a gradient crosses [k]; divides `context_length`.")
-    readout_weight: float = _argument(1.0, "Weight of the next-token loss on the student's memories. Ours.")
-    readout_warmup_ratio: float = _argument(0.0, "Share of the phase over which `readout_weight` is reached. Ours.")
-    trainable: list[str] | None = _argument(
+    warmup_steps: float = argument(0.03, "Steps of learning-rate warm-up, or their share if below 1. Ours: 3 %.")
+    logging_steps: float = argument(10, "Steps between two lines of the log.")
+    logging_nan_inf_filter: bool = argument(False, "Show a loss that is not finite as what it is.")
+    save_total_limit: int | None = argument(2, "Checkpoints kept a phase.")
+    remove_unused_columns: bool = argument(False, "The collator keeps what the objective needs.")
+    context_length: int = argument(64, "Transitions a training row; rows hold one token more. Ours, not searched.")
+    transition_steps: int = argument(8, "Transitions that a gradient crosses [k]; divides `context_length`.")
+    readout_weight: float = argument(1.0, "Weight of the next-token loss on the student's memories. Ours.")
+    readout_warmup_ratio: float = argument(0.0, "Share of the phase over which `readout_weight` is reached. Ours.")
+    trainable: list[str] | None = argument(
         None,
         "Parts that the phase trains, of teacher, embeddings, updater and readout; the others stay bit-equal. Default: "
         "all that its losses reach.",
     )
-    continue_previous_phase: bool = _argument(
+    continue_previous_phase: bool = argument(
         False,
         "Go on with the previous phase's learning-rate schedule and the student's optimiser state instead of starting "
         "both anew. Ours: going on was better for dmt (2.70 bits/byte against 2.80).",
     )
-    schedule_offset: int = _argument(0, "Steps of the schedule that earlier phases have used. Set by the pipeline.")
-    schedule_steps: int = _argument(0, "Steps of the whole schedule, 0: of this phase. Set by the pipeline.")
+    schedule_offset: int = argument(0, "Steps of the schedule that earlier phases have used. Set by the pipeline.")
+    schedule_steps: int = argument(0, "Steps of the whole schedule, 0: of this phase. Set by the pipeline.")
 
     def __post_init__(self):
         if self.trainable is not None:
@@ -107,6 +117,15 @@ class PhaseArguments(TrainingArguments):
                 "overflows. Use `bf16`."
             )
         super().__post_init__()
+        if self.global_batch_size is not None:
+            parts = self.world_size * self.gradient_accumulation_steps
+            if self.global_batch_size < 1 or self.global_batch_size % parts:
+                raise ValueError(
+                    f"`global_batch_size` ({self.global_batch_size}) of the {self.phase} phase must be a multiple of "
+                    f"{parts}: {self.world_size} process(es) times {self.gradient_accumulation_steps} step(s) of "
+                    "gradient accumulation."
+                )
+            self.per_device_train_batch_size = self.global_batch_size // parts
         if self.max_seconds is not None:
             if self.max_seconds <= 0:
                 raise ValueError(f"`max_seconds` of the {self.phase} phase must be positive, got {self.max_seconds}.")
@@ -172,63 +191,63 @@ class SMTTrainingArguments(PhaseArguments):
 
     phase = "smt"
 
-    dynamics_weight: float = _argument(0.1, "Weight of Eq. 3, squared error to the teacher's memories. Paper.")
-    dynamics_warmup_ratio: float = _argument(0.0, "Share of the phase over which `dynamics_weight` is reached. Ours.")
-    normalized_dynamics_weight: float = _argument(
+    dynamics_weight: float = argument(0.1, "Weight of Eq. 3, squared error to the teacher's memories. Paper.")
+    dynamics_warmup_ratio: float = argument(0.0, "Share of the phase over which `dynamics_weight` is reached. Ours.")
+    normalized_dynamics_weight: float = argument(
         0.0,
         "Weight of the squared error divided by the labels' variance per coordinate. Ours: without it the teacher can "
         "hide what matters in directions of little variance.",
     )
-    dynamics_starts_below: float | None = _argument(
+    dynamics_starts_below: float | None = argument(
         None,
         "Nats a label: the dynamics terms stay at 5 % of their weight while the running loss of the readout on the "
         "teacher's memories (else the predictive loss) is above; `None`: they do not wait. Ours.",
     )
-    dynamics_full_below: float | None = _argument(
+    dynamics_full_below: float | None = argument(
         None, "Nats a label at which they reach their full weight, linearly from `dynamics_starts_below`. Ours."
     )
-    consistency_weight: float = _argument(
+    consistency_weight: float = argument(
         0.0, "Weight of predictive consistency: the future decoded from the student's state at chunk ends. Ours."
     )
-    num_consistency_chunks: int = _argument(2, "Chunk ends a row that are decoded. Ours.")
-    hard_chunk_fraction: float = _argument(
+    num_consistency_chunks: int = argument(2, "Chunk ends a row that are decoded. Ours.")
+    hard_chunk_fraction: float = argument(
         0.7, "Share of them at the row's chunk with the largest dynamics error, the rest anywhere. Ours."
     )
-    teacher_readout_weight: float = _argument(
+    teacher_readout_weight: float = argument(
         0.0, "Weight of the next-token loss of the student's readout on all the teacher's memories. Ours."
     )
-    num_supervised_transitions: int = _argument(
+    num_supervised_transitions: int = argument(
         0, "Random transitions a row that are supervised, each with labels of its own; 0: all. Paper: 1."
     )
-    label_stride: int = _argument(
+    label_stride: int = argument(
         1, "dmt: tokens between two labels of the dynamics loss [the paper's k]. Paper: 16. Ours: 1, labels are cheap."
     )
-    trains_updater: bool = _argument(
+    trains_updater: bool = argument(
         True,
         "smt: false: the teacher and the readout of its memories alone, before a phase that trains the student; a "
         "curriculum then goes by the teacher. Ours: solves in seconds what the student learns from it afterwards.",
     )
-    readout_trains_updater: bool = _argument(True, "The readout loss on the student's memories reaches the updater.")
-    predictive_weight: float = _argument(1.0, "Weight of Eq. 2, the future decoded from the teacher's memory. Paper.")
-    predictive_warmup_ratio: float = _argument(0.0, "Share of the phase over which `predictive_weight` is reached.")
-    num_predictive_positions: int = _argument(8, "Random positions a row whose future is decoded. Ours, not searched.")
-    future_length: int = _argument(
+    readout_trains_updater: bool = argument(True, "The readout loss on the student's memories reaches the updater.")
+    predictive_weight: float = argument(1.0, "Weight of Eq. 2, the future decoded from the teacher's memory. Paper.")
+    predictive_warmup_ratio: float = argument(0.0, "Share of the phase over which `predictive_weight` is reached.")
+    num_predictive_positions: int = argument(8, "Random positions a row whose future is decoded. Ours, not searched.")
+    future_length: int = argument(
         8, "Tokens decoded from a memory [T_f]; shorter than `context_length`. Ours, not searched."
     )
-    uniformity_weight: float = _argument(0.001, "Weight of Eq. 4, spread of the memory tokens. Paper.")
-    uniformity_warmup_ratio: float = _argument(0.0, "Share of the phase over which `uniformity_weight` is reached.")
-    teacher_weight: float = _argument(1.0, "Weight of the teacher's own next-token loss. Ours: helps, costs little.")
-    on_policy_fraction: float = _argument(
+    uniformity_weight: float = argument(0.001, "Weight of Eq. 4, spread of the memory tokens. Paper.")
+    uniformity_warmup_ratio: float = argument(0.0, "Share of the phase over which `uniformity_weight` is reached.")
+    teacher_weight: float = argument(1.0, "Weight of the teacher's own next-token loss. Ours: helps, costs little.")
+    on_policy_fraction: float = argument(
         0.5, "Share of rows whose chunks start from the student's own memories. Ours, not searched."
     )
-    on_policy_warmup_ratio: float = _argument(0.1, "Share of the phase before the first own memories. Ours.")
-    on_policy_mode: str = _argument(
+    on_policy_warmup_ratio: float = argument(0.1, "Share of the phase before the first own memories. Ours.")
+    on_policy_mode: str = argument(
         "parallel",
         "Where own memories come from: `sequential` (rolled from m_0: all ages, T cheap steps), `parallel` (sweeps "
         "over all chunks at once: ages up to `on_policy_sweeps` chunks) or `aggregate` (sequential ones, kept and "
         "reused).",
     )
-    on_policy_sweeps: int = _argument(1, "Sweeps of the `parallel` mode. Ours.")
+    on_policy_sweeps: int = argument(1, "Sweeps of the `parallel` mode. Ours.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -313,24 +332,24 @@ class DMTTrainingArguments(SMTTrainingArguments):
 
     phase = "dmt"
 
-    max_steps: int = _argument(500, "Optimiser steps of the phase. Ours: as many seconds as smt on two CPU cores.")
-    transition_steps: int = _argument(1, "Transitions that a gradient crosses [k]. Paper: 1.")
-    dynamics_weight: float = _argument(
+    max_steps: int = argument(500, "Optimiser steps of the phase. Ours: as many seconds as smt on two CPU cores.")
+    transition_steps: int = argument(1, "Transitions that a gradient crosses [k]. Paper: 1.")
+    dynamics_weight: float = argument(
         1.0, "Weight of Eq. 6, squared error to the teacher's memories. Paper: 10. Ours: 1, see the next."
     )
-    readout_trains_updater: bool = _argument(
+    readout_trains_updater: bool = argument(
         True,
         "The readout loss on the student's memories reaches the updater. Paper: no. Ours: yes; after smt8 the paper's "
         "phase made the student worse (2.66 to 2.70 bits/byte), this one better (2.66 to 2.54).",
     )
-    continue_previous_phase: bool = _argument(True, PhaseArguments.__dataclass_fields__[_CONTINUE].metadata["help"])
-    on_policy_fraction: float = _argument(1.0, "Share of rows whose chunks start from own memories. Paper: all.")
-    on_policy_warmup_ratio: float = _argument(0.0, "Share of the phase before the first own memories. Paper.")
-    on_policy_mode: str = _argument(
+    continue_previous_phase: bool = argument(True, PhaseArguments.__dataclass_fields__[_CONTINUE].metadata["help"])
+    on_policy_fraction: float = argument(1.0, "Share of rows whose chunks start from own memories. Paper: all.")
+    on_policy_warmup_ratio: float = argument(0.0, "Share of the phase before the first own memories. Paper.")
+    on_policy_mode: str = argument(
         "sequential", SMTTrainingArguments.__dataclass_fields__["on_policy_mode"].metadata["help"]
     )
-    aggregate_capacity: int = _argument(512, "Rows whose own memories are kept in the `aggregate` mode. Ours.")
-    aggregate_fraction: float = _argument(0.5, "Share of rows taken from the kept ones in the `aggregate` mode. Ours.")
+    aggregate_capacity: int = argument(512, "Rows whose own memories are kept in the `aggregate` mode. Ours.")
+    aggregate_fraction: float = argument(0.5, "Share of rows taken from the kept ones in the `aggregate` mode. Ours.")
 
 
 @dataclass
@@ -343,17 +362,15 @@ class BPTTTrainingArguments(PhaseArguments):
 
     phase = "bptt"
 
-    per_device_train_batch_size: int = _argument(
+    per_device_train_batch_size: int = argument(
         48, "Streams a device. Ours: 32 was level (2.150 against 2.147 bits/byte)."
     )
-    max_steps: int = _argument(
-        2800, "Optimiser steps of the phase. Ours: three quarters of 4 minutes on two CPU cores."
-    )
-    context_length: int = _argument(256, "Transitions a row, over which the memory is carried. Ours, not searched.")
-    transition_steps: int = _argument(16, "Transitions a window. Ours, not searched yet.")
-    carries_memory: bool = _argument(
+    max_steps: int = argument(2800, "Optimiser steps of the phase. Ours: three quarters of 4 minutes on two CPU cores.")
+    context_length: int = argument(256, "Transitions a row, over which the memory is carried. Ours, not searched.")
+    transition_steps: int = argument(16, "Transitions a window. Ours, not searched yet.")
+    carries_memory: bool = argument(
         True,
         "True: windows of a row are read in consecutive steps. False: a row a step, as many windows as it has, for "
         "rows of different lengths.",
     )
-    continue_previous_phase: bool = _argument(True, PhaseArguments.__dataclass_fields__[_CONTINUE].metadata["help"])
+    continue_previous_phase: bool = argument(True, PhaseArguments.__dataclass_fields__[_CONTINUE].metadata["help"])

@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -141,7 +143,36 @@ def test_two_machines(words, one_process, tmp_path):
         torch.testing.assert_close(student[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--hidden_size", "15"], "must divide"),
+        (
+            ["--global_batch_size", "7"],
+            "`global_batch_size` (7) of the smt phase must be a multiple of 2: 2 process(es)",
+        ),
+        (["--deepspeed", "contradiction.json"], "mismatch TrainingArguments values"),
+    ],
+)
+def test_bad_input_is_an_error_on_every_rank(more, message, words, tmp_path):
+    """Nothing waits for the other, and nothing has been written."""
+    if "--deepspeed" in more:
+        pytest.importorskip("deepspeed", reason='needs the extra: pip install -e ".[deepspeed]"')
+    settings = {"zero_optimization": {"stage": 1}, "train_micro_batch_size_per_gpu": 3, "gradient_clipping": "auto"}
+    (tmp_path / "contradiction.json").write_text(json.dumps(settings))
+    code, _, stderr = launched("ddp", *words, "--output_dir", "out", *more, cwd=tmp_path, check=False)
+    assert code != 0 and stderr.count("ValueError: ") >= 2 and message in stderr
+    assert not list((tmp_path / "out").rglob("checkpoint-*"))
+
+
 def test_a_rank_that_dies_ends_the_job(words, tmp_path):
-    """Bad input is an error on every rank; nothing waits for the other."""
-    code, _, stderr = launched("ddp", *words, "--output_dir", "out", "--hidden_size", "15", cwd=tmp_path, check=False)
-    assert code != 0 and "ValueError" in stderr and not (tmp_path / "out").exists()
+    """The other one does not wait for it for ever."""
+    process = started("ddp", *words, "--max_steps", "4000", "--output_dir", "out", cwd=tmp_path)
+    while not list(tmp_path.glob("out/smt/checkpoint-*")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout.splitlines()
+    children = [line.split() for line in listed if f" {process.pid} " in line and "pretrain.py" in line]
+    os.kill(next(int(words[0]) for words in children if int(words[1]) == process.pid), signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode != 0

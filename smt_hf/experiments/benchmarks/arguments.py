@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch
 from transformers import HfArgumentParser
 
+from smt_hf.training.arguments import argument
+
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -17,15 +19,6 @@ _SIZES = (
     "num_memory_tokens",
     "updater_type",
 )
-
-
-def argument(default, help: str):
-    """Field of a dataclass that is a flag; a list's default is copied, a function's is what it returns."""
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help})
-    if callable(default):
-        return dataclasses.field(default_factory=default, metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
 
 
 @dataclass

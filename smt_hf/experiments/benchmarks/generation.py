@@ -14,8 +14,9 @@ import torch
 from tqdm.auto import tqdm
 
 from smt_hf.student import SMTRecurrentForCausalLM
+from smt_hf.training.arguments import argument
 
-from .arguments import BenchmarkArguments, argument
+from .arguments import BenchmarkArguments
 from .peers import STATE_NAMES, count_parameters, describe, load_student, mamba_like, rwkv_like, start_state
 from .results import facts
 

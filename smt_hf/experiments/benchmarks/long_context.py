@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from smt_hf.data import byte_tokenizer, heldout_streams, load_corpus, load_task, tokenize
 from smt_hf.evaluation import bits_by_position, far_needle_accuracy
+from smt_hf.training.arguments import argument
 
-from .arguments import BenchmarkArguments, argument
+from .arguments import BenchmarkArguments
 from .results import facts
 
 _HELDOUT_SEED = 2_000_000

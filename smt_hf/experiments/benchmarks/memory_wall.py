@@ -30,8 +30,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from smt_hf.student import SMTRecurrentCache
 from smt_hf.student.modeling_smt_recurrent import CACHE_NAME
+from smt_hf.training.arguments import argument
 
-from .arguments import BenchmarkArguments, argument
+from .arguments import BenchmarkArguments
 from .peers import count_parameters, describe, llama_config_like, load_student
 from .results import facts
 

@@ -31,7 +31,7 @@ from smt_hf.data import CarriedWindows, IndexedExamples, collate, heldout_stream
 from smt_hf.experiments.subjects import TextSubject
 from smt_hf.student import SMTRecurrentConfig
 from smt_hf.teachers import SMTTeacherConfig, SMTWindowedTeacherConfig
-from smt_hf.training.arguments import BPTTTrainingArguments, PhaseArguments, SMTTrainingArguments
+from smt_hf.training.arguments import BPTTTrainingArguments, PhaseArguments, SMTTrainingArguments, argument
 from smt_hf.training.objectives import next_token_loss
 from smt_hf.training.pacing import now
 from smt_hf.training.phases import TRAINERS
@@ -39,7 +39,7 @@ from smt_hf.training.pretraining import SMTForPreTraining, SMTPreTrainingConfig
 from smt_hf.training.rollout import rollout
 from smt_hf.training.trainers import SMTTrainer
 
-from .arguments import BenchmarkArguments, argument
+from .arguments import BenchmarkArguments
 from .memory_wall import PeakMemory, in_a_fresh_process
 from .peers import count_parameters, describe, load_student
 from .results import facts

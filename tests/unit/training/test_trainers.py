@@ -534,3 +534,10 @@ def test_bptt_hands_the_memory_on(tmp_path):
         fresh, memory = seen[step]
         assert 0 < fresh.sum() < len(fresh)
         assert torch.equal(memory[~fresh], ends[step - 1][~fresh]) and memory[fresh].isnan().all()
+
+
+def test_a_global_batch_is_cut_for_the_processes(tmp_path):
+    arguments = make_trainer("smt", tmp_path, global_batch_size=12, gradient_accumulation_steps=3).args
+    assert (arguments.per_device_train_batch_size, arguments.train_batch_size) == (4, 4)
+    with pytest.raises(ValueError, match=r"`global_batch_size` \(10\) of the smt phase must be a multiple of 3"):
+        make_trainer("smt", tmp_path, global_batch_size=10, gradient_accumulation_steps=3)
