@@ -64,7 +64,19 @@ def words(tmp_path_factory):
     text = tmp_path_factory.mktemp("text") / "text.txt"
     text.write_text("".join(f"line {number}: the quick brown fox counts {number * 7}\n" for number in range(900)))
     own = [word if word != "6" else "4" for word in SMALL]
-    return ["--train_file", text, "--phases", "smt,dmt,bptt", *own, "--save_steps", "2", "--eval_strategy", "steps", "--eval_steps", "99"]
+    return [
+        "--train_file",
+        text,
+        "--phases",
+        "smt,dmt,bptt",
+        *own,
+        "--save_steps",
+        "2",
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        "99",
+    ]
 
 
 @pytest.fixture(scope="module")

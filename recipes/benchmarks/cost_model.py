@@ -1,0 +1,19 @@
+"""FLOPs, memory and communication of a step on paper, from 10M to 7B: `python recipes/benchmarks/cost_model.py`."""
+
+import sys
+
+from smt_hf.experiments.benchmarks import parse
+from smt_hf.experiments.benchmarks.cost_model import CostModelArguments, cost_lines, cost_table
+from smt_hf.experiments.benchmarks.results import write_lines
+
+
+def main() -> None:
+    arguments = parse(CostModelArguments, sys.argv[1:], __doc__)
+    lines = cost_lines(arguments)
+    print(cost_table(lines))
+    if arguments.output:
+        write_lines(lines, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""What a step costs on paper: FLOPs, memory and communication, for sizes that no machine at hand holds.
+
+FLOPs are those of matrix products, two a multiply-add, as `torch.utils.flop_counter` counts them; norms, activations
+and softmax are left out. Memory is what a GPU holds between steps (weights, gradients, two moments of AdamW, all
+float32) and what a step saves for its backward pass. Communication is what a GPU sends in a step over a ring, float32.
+The counts of FLOPs and of memory are checked against measured ones at small sizes
+(`tests/integration/test_cost_model.py`).
+
+Symbols: B rows, T transitions a row, K memory tokens, D width, k `transition_steps`, N GPUs.
+"""
+
+from dataclasses import dataclass
+
+from smt_hf.student import SMTRecurrentConfig
+from smt_hf.teachers import SMTTeacherConfig
+from smt_hf.training.arguments import argument
+from smt_hf.training.pretraining import Objective
+
+from .arguments import BenchmarkArguments
+
+FLOAT = 4  # bytes
+# Width, updater layers, readout layers, heads; the teacher has the updater's width and layers.
+SIZES = {
+    "10M": (256, 8, 4, 8),
+    "100M": (768, 8, 4, 12),
+    "1B": (2048, 12, 4, 16),
+    "7B": (4096, 24, 8, 32),
+}
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3 / fsdp2")
+
+
+@dataclass
+class CostModelArguments(BenchmarkArguments):
+    """The training that is costed, at each of the sizes."""
+
+    gpus: int = argument(8, "GPUs that share the states.")
+    rows_per_gpu: int = argument(8, "Rows a step on each of them.")
+    context_length: int = argument(2048, "Transitions a row.")
+    transition_steps: int = argument(8, "Transitions that a gradient crosses.")
+    memory_tokens: int = argument(16, "Memory tokens of every size. Paper: 16.")
+    vocabulary: int = argument(32_000, "Tokens of every size.")
+    window: int = argument(512, "Tokens that the teacher's attention sees.")
+
+
+def block_flops(positions: float, queries: float, width: int, intermediate: int) -> float:
+    """One student block's forward: keys and values of `positions`, the rest for `queries`."""
+    projections = 4 * width * width * (queries + positions)  # q and o; k and v
+    return projections + 4 * queries * positions * width + 4 * queries * width * intermediate
+
+
+def updater_flops(config: SMTRecurrentConfig) -> float:
+    """Forward of one transition."""
+    width, layers, tokens = config.hidden_size, config.num_hidden_layers, config.num_memory_tokens
+    inner = config.intermediate_size or 4 * width
+    flat = tokens * width
+    if config.updater_type == "transformer":
+        blocks = (layers - 1) * block_flops(1 + tokens, 1 + tokens, width, inner)
+        return blocks + block_flops(1 + tokens, tokens, width, inner) + 2 * tokens * width * width
+    if config.updater_type == "mlp":
+        return 2 * width * flat + layers * 4 * flat * inner + 2 * flat * flat
+    return layers * 6 * flat * (width + flat) + 2 * flat * flat
+
+
+def readout_flops(config: SMTRecurrentConfig, future: int = 1) -> float:
+    """Forward of one memory that is read out, the next `future` tokens decoded from it, head included."""
+    width, positions = config.hidden_size, config.num_memory_tokens + future - 1
+    inner = config.intermediate_size or 4 * width
+    blocks = (config.num_readout_layers - 1) * block_flops(positions, positions, width, inner)
+    return blocks + block_flops(positions, future, width, inner) + 2 * future * width * config.vocab_size
+
+
+def teacher_flops(config: SMTTeacherConfig, length: int, with_logits: bool) -> float:
+    """Forward of one row of `length` tokens, a memory at each."""
+    width, inner = config.hidden_size, config.intermediate_size or 4 * config.hidden_size
+    keys = length if length <= config.sliding_window else 2 * min(config.sliding_window, length)
+    layer = 8 * width * width + 4 * keys * width + 4 * width * inner
+    memory = 2 * config.num_hidden_layers * width * config.num_memory_tokens * config.memory_size
+    logits = 2 * width * config.vocab_size if with_logits else 0
+    return length * (config.num_hidden_layers * layer + logits) + (length + 1) * memory
+
+
+def step_flops(
+    student: SMTRecurrentConfig, teacher: SMTTeacherConfig | None, objective: Objective, length: int
+) -> float:
+    """FLOPs of one row in one training step, forward and backward: a backward pass is twice its forward one.
+
+    Args:
+        objective: of the smt phase without own states but those of `parallel` sweeps, of dmt with own states of every
+            row, or of bptt over the row; without consistency and sparse labels.
+        length: transitions of the row [T].
+    """
+    updates = length * updater_flops(student)
+    read = (length + 1) * readout_flops(student) if objective.readout_weight else 0.0
+    flops = 3 * (updates + read)
+    if objective.phase == "bptt" or teacher is None:
+        return flops
+    labels = teacher_flops(teacher, length, objective.phase == "smt" and objective.teacher_weight > 0)
+    if objective.phase == "dmt":
+        return flops + labels
+    flops += 3 * labels
+    if objective.predictive_weight:
+        flops += 3 * objective.num_predictive_positions * readout_flops(student, objective.future_length)
+    if objective.on_policy_mode == "parallel":
+        flops += objective.on_policy_fraction * objective.on_policy_sweeps * updates
+    return flops
+
+
+def saved_bytes(student: SMTRecurrentConfig, length: int) -> float:
+    """What one row of the student keeps for its backward pass: the updater at every transition, the readout at every
+    memory. (The teacher adds what a Transformer of its size keeps.)"""
+    width, tokens = student.hidden_size, student.num_memory_tokens
+    inner = student.intermediate_size or 4 * width
+
+    def block(positions: int, queries: int) -> float:
+        # Input, its norm, q, k, v, what is mixed; then the sum, its norm, and both sides of the activation.
+        return positions * width * 4 + queries * width * 5 + queries * inner * 2
+
+    flat = tokens * width
+    if student.updater_type == "transformer":
+        update = (student.num_hidden_layers - 1) * block(1 + tokens, 1 + tokens) + block(1 + tokens, tokens) + 4 * flat
+    elif student.updater_type == "mlp":
+        update = student.num_hidden_layers * (2 * flat + 2 * inner) + 4 * flat + width
+    else:
+        update = student.num_hidden_layers * 9 * flat + 4 * flat + width
+    read = (student.num_readout_layers - 1) * block(tokens, tokens) + block(tokens, 1) + 2 * width + student.vocab_size
+    return FLOAT * length * (update + read)
+
+
+def state_bytes(parameters: int, strategy: str, gpus: int) -> float:
+    """Weights, gradients and two moments of AdamW on one GPU."""
+    shards = {"ddp": (1, 1, 1), "zero1": (1, 1, gpus), "zero2": (1, gpus, gpus), STRATEGIES[3]: (gpus, gpus, gpus)}
+    weights, gradients, moments = shards[strategy]
+    return FLOAT * parameters * (1 / weights + 1 / gradients + 2 / moments)
+
+
+def sent_bytes(teacher: int, updater: int, rest: int, strategy: str, gpus: int, depth: int) -> float:
+    """What one GPU sends in an smt step.
+
+    Args:
+        teacher, updater, rest: parameters.
+        depth: calls of the updater one after the other, each of which ZeRO-3 gathers its weights for, forward and
+            backward.
+    """
+    share = FLOAT * (gpus - 1) / gpus
+    if strategy != STRATEGIES[3]:
+        return 2 * share * (teacher + updater + rest)  # an all-reduce, or a reduce-scatter and an all-gather
+    return share * (3 * (teacher + rest) + (2 * depth + 1) * updater)
+
+
+def cost_lines(arguments: CostModelArguments) -> list[dict]:
+    """A line a size: parameters, FLOPs a token by phase, bytes by strategy."""
+    arguments.at_least_1("gpus", "rows_per_gpu", "context_length", "transition_steps", "memory_tokens", "window")
+    lines = []
+    for name, (width, layers, readout_layers, heads) in SIZES.items():
+        student = SMTRecurrentConfig(
+            vocab_size=arguments.vocabulary,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_readout_layers=readout_layers,
+            num_attention_heads=heads,
+            num_memory_tokens=arguments.memory_tokens,
+        )
+        teacher = SMTTeacherConfig(
+            vocab_size=arguments.vocabulary,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            sliding_window=arguments.window,
+            num_memory_tokens=arguments.memory_tokens,
+            memory_size=width,
+        )
+        block = 12 * width * width  # four projections, two of four times the width
+        updater = layers * block + width * width
+        rest = readout_layers * block + 2 * width * arguments.vocabulary
+        teacher_parameters = layers * block + 2 * width * arguments.vocabulary
+        teacher_parameters += layers * width * arguments.memory_tokens * width
+        total = updater + rest + teacher_parameters
+        smt = Objective(
+            "smt",
+            arguments.transition_steps,
+            1.0,
+            0,
+            predictive_weight=1.0,
+            num_predictive_positions=8,
+            future_length=8,
+            teacher_weight=1.0,
+            on_policy_fraction=0.5,
+            on_policy_mode="parallel",
+        )
+        length = arguments.context_length
+        line: dict = {"size": name, "student": updater + rest, "teacher": teacher_parameters}
+        for phase, objective in (
+            ("smt", smt),
+            ("dmt", Objective("dmt", arguments.transition_steps, 1.0, 0)),
+            ("bptt", Objective("bptt", length, 1.0, 0)),
+        ):
+            line[f"{phase}_gflops_per_token"] = step_flops(student, teacher, objective, length) / length / 1e9
+        for strategy in STRATEGIES:
+            line[f"{strategy} states GB"] = state_bytes(total, strategy, arguments.gpus) / 1e9
+        line["saved GB"] = arguments.rows_per_gpu * saved_bytes(student, length) / 1e9
+        depth = arguments.transition_steps * 2  # own states by a sweep, then the supervised chunk
+        for strategy in STRATEGIES:
+            sent = sent_bytes(teacher_parameters, updater, rest, strategy, arguments.gpus, depth)
+            line[f"{strategy} sent GB"] = sent / 1e9
+        lines.append(line)
+    return lines
+
+
+def cost_table(lines: list[dict]) -> str:
+    """The lines as Markdown."""
+
+    def number(value: float) -> str:
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+    def millions(value: int) -> str:
+        return f"{value / 1e6:,.0f}M"
+
+    rows = [
+        "| | " + " | ".join(line["size"] for line in lines) + " |",
+        "|---|" + "---|" * len(lines),
+        "| parameters: student, teacher | "
+        + " | ".join(f"{millions(line['student'])}, {millions(line['teacher'])}" for line in lines)
+        + " |",
+    ]
+    for title, names in (
+        ("GFLOPs a token: smt, dmt, bptt", [f"{phase}_gflops_per_token" for phase in ("smt", "dmt", "bptt")]),
+        ("states a GPU, GB: DDP, ZeRO-1, -2, -3", [f"{strategy} states GB" for strategy in STRATEGIES]),
+        ("saved for backward by the student, GB", ["saved GB"]),
+        ("sent a step by a GPU, GB: DDP to ZeRO-2, ZeRO-3", ["ddp sent GB", f"{STRATEGIES[3]} sent GB"]),
+    ):
+        cells = [", ".join(number(line[name]) for name in names) for line in lines]
+        rows.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
