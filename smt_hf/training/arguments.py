@@ -350,6 +350,16 @@ class DMTTrainingArguments(SMTTrainingArguments):
     )
     aggregate_capacity: int = argument(512, "Rows whose own memories are kept in the `aggregate` mode. Ours.")
     aggregate_fraction: float = argument(0.5, "Share of rows taken from the kept ones in the `aggregate` mode. Ours.")
+    label_cache_dir: str | None = argument(
+        None,
+        "Folder in which the frozen teacher's memories of every training row are kept, under a name made of teacher "
+        "and data: epochs after the first do without the teacher. 4 bytes a number: rows x transitions x memory.",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.label_cache_dir and self.on_policy_mode == "aggregate":
+            raise ValueError("`label_cache_dir` does not fit `on_policy_mode=aggregate`, which exchanges rows.")
 
 
 @dataclass

@@ -146,6 +146,8 @@ class SMTForPreTrainingOutput(ModelOutput):
         num_items: scalar, labels in this batch; `term_sums / num_items` are means.
         memory: `(B, K, D)`, detached: the student's memory after the row's last transition (bptt: to be carried on).
         starts: `(B, C, K, D)`, detached: start states of the chunks (dmt in `aggregate` mode: to be stored).
+        memory_labels: `(B, S, K, D)`, detached: the teacher's memories after the positions that are supervised (dmt: to
+            be cached).
         own_sums: `(2,)`, detached: readout loss (nats, summed over labels) of rows that the student rolled out from
             `m_0` by itself, and their labels; where it is not trained, of the teacher's memories. What a curriculum is
             gated by.
@@ -160,6 +162,7 @@ class SMTForPreTrainingOutput(ModelOutput):
     num_items: torch.Tensor | None = None
     memory: torch.Tensor | None = None
     starts: torch.Tensor | None = None
+    memory_labels: torch.Tensor | None = None
     own_sums: torch.Tensor | None = None
     label_moments: torch.Tensor | None = None
     sequential_steps: int | None = None
@@ -295,6 +298,7 @@ class SMTForPreTraining(PreTrainedModel):
         example_ids: torch.Tensor | None = None,
         memory: torch.Tensor | None = None,
         stored_starts: torch.Tensor | None = None,
+        memory_labels: torch.Tensor | None = None,
         progress: float = 1.0,
         dynamics_scale: float = 1.0,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -312,6 +316,8 @@ class SMTForPreTraining(PreTrainedModel):
             memory: `(B, K, D)`, state to go on from (bptt with carried memory), NaN where a row starts from `m_0`;
                 default: all do.
             stored_starts: `(B, C, K, D)`, own states of an earlier student (dmt, `aggregate`), NaN where there is none.
+            memory_labels: `(B, S, K, D)`, the frozen teacher's, of every `label_stride`-th position (dmt); default: the
+                teacher makes them.
             progress: share of the phase's steps done, for the warm-ups.
             dynamics_scale: factor on the weights of the dynamics terms, for a warm-up that waits for the teacher.
             num_items_in_batch: labels of the whole optimiser step on all ranks; default: of this batch.
@@ -331,7 +337,7 @@ class SMTForPreTraining(PreTrainedModel):
         elif objective.num_supervised_transitions:
             supervised = self._sparse_terms(tokens, objective, numbers)
         else:
-            supervised = self._supervised_terms(tokens, objective, numbers, stored_starts, progress)
+            supervised = self._supervised_terms(tokens, objective, numbers, stored_starts, progress, memory_labels)
         terms = supervised.terms
         if not self.training:
             terms |= self._drift_terms(tokens, with_teacher=objective.phase != "bptt")
@@ -355,6 +361,7 @@ class SMTForPreTraining(PreTrainedModel):
             num_items=num_items,
             memory=None if supervised.memory is None else supervised.memory.detach(),
             starts=None if supervised.starts is None else supervised.starts.detach(),
+            memory_labels=supervised.labels,
             own_sums=(
                 None
                 if supervised.own is None
@@ -454,7 +461,7 @@ class SMTForPreTraining(PreTrainedModel):
         return _Supervised(terms=terms, depth=1, transitions=before.numel())
 
     def _supervised_terms(
-        self, tokens: "_Row", objective: Objective, example_ids, stored_starts, progress: float
+        self, tokens: "_Row", objective: Objective, example_ids, stored_starts, progress: float, memory_labels=None
     ) -> "_Supervised":
         """SMT and DMT: chunks from the teacher's or own memories, every step supervised."""
         is_smt = objective.phase == "smt"
@@ -462,9 +469,13 @@ class SMTForPreTraining(PreTrainedModel):
         m_0 = self.student.model.start_memory()
         stride = objective.label_stride
         positions = torch.arange(0, tokens.length + 1, stride, device=example_ids.device)
-        labels, teacher_logits = self._labels(
-            tokens, positions, trains_teacher, with_logits=trains_teacher and objective.teacher_weight > 0
-        )
+        if memory_labels is None:
+            labels, teacher_logits = self._labels(
+                tokens, positions, trains_teacher, with_logits=trains_teacher and objective.teacher_weight > 0
+            )
+        else:
+            known = memory_labels.to(m_0.dtype)
+            labels, teacher_logits = torch.cat([m_0.detach().expand(tokens.batch, 1, -1, -1), known], dim=1), None
         first = m_0.expand(tokens.batch, 1, -1, -1)
         num_chunks = tokens.inputs.shape[1] // tokens.steps
         if stride == 1:
@@ -509,6 +520,7 @@ class SMTForPreTraining(PreTrainedModel):
             starts=None if is_truncated else starts,  # there, nothing asks for them
             own=is_own if objective.readout_weight else None,
             label_moments=moments,
+            labels=None if is_smt else labels[:, 1:].detach(),
             depth=tokens.steps,
             transitions=tokens.batch * tokens.length,
         )
@@ -667,6 +679,7 @@ class _Supervised:
     starts: torch.Tensor | None = None
     own: torch.Tensor | None = None
     label_moments: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
 
 
 def _is_truncated_rollout(objective: Objective, progress: float, starts: torch.Tensor) -> bool:

@@ -23,6 +23,7 @@ from smt_hf.teachers import SMTWindowedTeacher
 from .adapters import has_lora, merged_copy
 from .arguments import BPTTTrainingArguments, DMTTrainingArguments, PhaseArguments, SMTTrainingArguments
 from .checkpoints import CheckpointingTrainer
+from .label_cache import LabelCache
 from .launch import check_launch
 from .optimizer import muon_with_adamw
 from .pacing import VIRTUAL_STEPS_A_SECOND, Pace, TrainingCost
@@ -469,12 +470,37 @@ class DMTTrainer(SMTTrainer):
         super().__init__(*args, **kwargs)
         if self.objective.on_policy_mode == "aggregate" and self.args.world_size > 1:
             raise ValueError("`on_policy_mode=aggregate` keeps its memories in one process: use `sequential`.")
+        self._label_cache: LabelCache | None = None
+        if self.args.label_cache_dir and self.train_dataset is not None:
+            self._label_cache = self._open_label_cache()
         self._kept: dict[str, torch.Tensor] = {}
         self._pending: list[tuple[torch.Tensor, ...]] = []
         self._pending_step = 0
 
+    def _open_label_cache(self) -> LabelCache:
+        rows: Any = getattr(self.train_dataset, "rows", [{"levels": ()}])
+        if not isinstance(self.train_dataset, IndexedExamples) or "levels" in rows[0]:
+            raise ValueError("`label_cache_dir` needs rows of one level that can be counted: leave it out here.")
+        if "attention_mask" in rows[0] or "document_ids" in rows[0]:
+            raise ValueError("`label_cache_dir` needs packed rows without padding: leave it out here.")
+        student = self.model.config.student
+        num_labels = (len(rows[0]["input_ids"]) - 1) // self.args.label_stride
+        shape = (num_labels, student.num_memory_tokens, student.hidden_size)
+        cache = LabelCache(self.args.label_cache_dir, self.model.teacher, rows, shape)
+        for creates in (True, False):
+            if creates == (self.args.local_process_index == 0):
+                cache.open(creates)
+            self.accelerator.wait_for_everyone()
+        return cache
+
     def _before_forward(self, inputs: dict) -> dict:
         carried = super()._before_forward(inputs)
+        if self._label_cache is not None and self.model.training:
+            labels = self._label_cache.get(inputs["example_ids"])
+            if labels is None:
+                carried["labels_of"] = inputs["example_ids"]
+            else:
+                inputs["memory_labels"] = labels.to(inputs["input_ids"].device)
         if self.objective.on_policy_mode != "aggregate" or not self.model.training:
             return carried
         if "attention_mask" in inputs or "document_ids" in inputs:
@@ -483,7 +509,7 @@ class DMTTrainer(SMTTrainer):
             self._keep_pending()
         numbers = inputs["example_ids"]
         if not self._kept:
-            return {"new": torch.ones_like(numbers, dtype=torch.bool)}
+            return {**carried, "new": torch.ones_like(numbers, dtype=torch.bool)}
         capacity = len(self._kept["filled"])
         noise = example_uniforms(numbers, 2, self.objective.seed, _STREAM_AGGREGATE)
         slots = (noise[:, 1] * capacity).long().cpu()
@@ -493,9 +519,11 @@ class DMTTrainer(SMTTrainer):
             inputs[name] = torch.where(old_here[:, None], self._kept[name][slots].to(device), inputs[name])
         starts = self._kept["starts"][slots]
         inputs["stored_starts"] = starts.masked_fill(~old[:, None, None, None], float("nan")).to(device)
-        return {"new": ~old_here}
+        return {**carried, "new": ~old_here}
 
     def _after_forward(self, inputs: dict, outputs, carried: dict) -> None:
+        if "labels_of" in carried and self._label_cache is not None:
+            self._label_cache.put(carried["labels_of"], outputs.memory_labels)
         if "new" not in carried:
             return
         new = carried["new"]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 from smt_hf import (
@@ -917,3 +918,32 @@ def test_every_default_has_a_help_text():
                 if "smt_hf" in base.__module__
             )
             assert not own or entry.metadata.get("help"), entry.name
+
+
+class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
+    """Numbers of the largest tensor that any operation makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_cost_is_linear_up_to_32k_tokens(packed):
+    """FLOPs and the largest tensor double with the row: no mask or score of T x T, no own state computed twice."""
+    model = make_composite(sliding_window=64)
+    setting = objective("smt", transition_steps=8, on_policy_fraction=0.5, on_policy_mode="parallel")
+    found = {}
+    for length in (8192, 16384, 32768):
+        tokens = torch.randint(1, VOCAB, (1, length + 1), generator=torch.Generator().manual_seed(0))
+        documents = (torch.arange(length + 1) // 1000)[None] if packed else None
+        with torch.no_grad(), FlopCounterMode(display=False) as flops, LargestTensor() as tensors:
+            model.train()(tokens, setting, document_ids=documents)
+        found[length] = (flops.get_total_flops(), tensors.largest)
+    for shorter, longer in ((8192, 16384), (16384, 32768)):
+        assert found[longer][0] < 2.01 * found[shorter][0] and found[longer][1] < 2.01 * found[shorter][1]

@@ -541,3 +541,44 @@ def test_a_global_batch_is_cut_for_the_processes(tmp_path):
     assert (arguments.per_device_train_batch_size, arguments.train_batch_size) == (4, 4)
     with pytest.raises(ValueError, match=r"`global_batch_size` \(10\) of the smt phase must be a multiple of 3"):
         make_trainer("smt", tmp_path, global_batch_size=10, gradient_accumulation_steps=3)
+
+
+@pytest.mark.parametrize("kind", ["dmt", "dmt_stride"])
+def test_cached_labels_are_the_teachers(kind, tmp_path, monkeypatch):
+    """Three epochs of 40 rows: the teacher runs in the first alone, and the weights are those of a run without."""
+    settings = {"max_steps": 15, "optim": "sgd", "learning_rate": 0.05}
+    plain = make_trainer(kind, tmp_path / "plain", **settings)
+    plain.train()
+    cached = make_trainer(kind, tmp_path / "cached", label_cache_dir=str(tmp_path / "labels"), **settings)
+    calls = []
+    cached.model.teacher.register_forward_hook(lambda *call: calls.append(1))
+    cached.train()
+    assert len(calls) == 5
+    assert_same(weights_of(plain), weights_of(cached), rtol=0, atol=0)
+    again = make_trainer(kind, tmp_path / "again", label_cache_dir=str(tmp_path / "labels"), **settings)
+    again.model.teacher.register_forward_hook(lambda *call: calls.append(1))
+    again.train()
+    assert len(calls) == 5 and len(list((tmp_path / "labels").iterdir())) == 2
+    assert_same(weights_of(plain), weights_of(again), rtol=0, atol=0)
+
+
+def test_another_teacher_or_other_rows_have_labels_of_their_own(tmp_path):
+    words = {"label_cache_dir": str(tmp_path / "labels"), "max_steps": 1}
+    make_trainer("dmt", tmp_path / "a", **words).train()
+    make_trainer("dmt", tmp_path / "b", rows=some_rows(seed=5), **words).train()
+    model = make_composite()
+    with torch.no_grad():
+        model.teacher.norm.weight += 0.1
+    make_trainer("dmt", tmp_path / "c", model=model, **words).train()
+    assert len(list((tmp_path / "labels").iterdir())) == 6
+
+
+def test_labels_that_cannot_be_cached(tmp_path):
+    words = {"label_cache_dir": str(tmp_path / "labels")}
+    with pytest.raises(ValueError, match="exchanges rows"):
+        make_trainer("dmt_aggregate", tmp_path, **words)
+    with pytest.raises(ValueError, match="one level"):
+        make_trainer("dmt", tmp_path, rows=some_levels(7, 13), **words)
+    rows = [{**row, "document_ids": row["input_ids"] * 0} for row in some_rows()]
+    with pytest.raises(ValueError, match="without padding"):
+        make_trainer("dmt", tmp_path, rows=rows, **words)
