@@ -3,12 +3,13 @@
 Every default names its source: the paper (arXiv:2606.06479) or "ours" with what was measured.
 """
 
+import os
 from dataclasses import dataclass, field, fields
 
 import torch
 from transformers import TrainingArguments, get_scheduler
 
-from .launch import launched_with_deepspeed, settle_deepspeed
+from .launch import LAUNCHED_PRECISION, autocast_by_deepspeed, launched_with_deepspeed, settle_deepspeed
 from .pretraining import Objective
 
 UNBOUNDED = 10_000_000  # steps of a phase that ends by its seconds
@@ -109,14 +110,22 @@ class PhaseArguments(TrainingArguments):
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         if not torch.accelerator.is_available():
             self.use_cpu = True  # DeepSpeed and accelerate's launcher look for it, and for a GPU without it
-        if self.deepspeed or launched_with_deepspeed():
+        under_deepspeed = bool(self.deepspeed) or launched_with_deepspeed()
+        if under_deepspeed:
             settle_deepspeed()
-        if self.fp16:
+        autocasts = under_deepspeed and (self.bf16 or LAUNCHED_PRECISION == "bf16")
+        if autocasts:
+            # DeepSpeed's own bfloat16 would make memories and norms of half precision, too.
+            self.bf16 = False
+            os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+        if self.fp16 or LAUNCHED_PRECISION == "fp16":
             raise ValueError(
                 "`fp16` is not supported: the memory is carried over thousands of steps, and a loss scale hides what "
                 "overflows. Use `bf16`."
             )
         super().__post_init__()
+        if autocasts:
+            autocast_by_deepspeed(self.deepspeed_plugin)
         if self.global_batch_size is not None:
             parts = self.world_size * self.gradient_accumulation_steps
             if self.global_batch_size < 1 or self.global_batch_size % parts:

@@ -9,6 +9,8 @@ from accelerate.utils import DistributedType
 
 # Set by `accelerate launch`, for a single process too.
 _LAUNCHED = "ACCELERATE_MIXED_PRECISION"
+# As the launch configuration has it; what is in the environment later is what DeepSpeed is to see.
+LAUNCHED_PRECISION = os.environ.get(_LAUNCHED, "no")
 
 
 def launched_with_deepspeed() -> bool:
@@ -59,3 +61,8 @@ def settle_deepspeed() -> None:
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
     if not torch.accelerator.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def autocast_by_deepspeed(plugin) -> None:
+    """Let DeepSpeed run matrix products in bfloat16 under autocast, over float32 weights and states."""
+    plugin.hf_ds_config.config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}

@@ -60,13 +60,14 @@ def main(folder: str, batch: str, backend: str, accumulation: str, *kinds: str) 
         if "muon" in kind:
             del settings["optim"]
         trainer = make_trainer(
-            kind.removesuffix("_adamw"),
+            kind.removesuffix("_adamw").removesuffix("_bf16"),
             f"{folder}/{kind}",
             per_device_train_batch_size=int(batch),
             gradient_accumulation_steps=int(accumulation),
             save_strategy="steps",
             save_steps=4,
             **(settings if not kind.endswith("_adamw") else {"learning_rate": 1e-3}),
+            bf16=kind.endswith("_bf16"),
             **backend_settings(backend),
             before=shard_on_a_cpu if backend == "fsdp2" else None,
         )
