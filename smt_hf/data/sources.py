@@ -4,6 +4,7 @@ import glob
 import hashlib
 import os
 import sysconfig
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,7 +139,7 @@ def stream_corpus(
 
 
 def _streamed_files(pattern: str, text_column: str) -> IterableDataset:
-    paths, table_format = _files(pattern)
+    paths, table_format = _files(pattern, reads=False)
     if table_format is None:  # a file a document, read when its turn comes
         return IterableDataset.from_generator(_read_one_by_one, gen_kwargs={"paths": paths})
     loaded = _loaded(pattern, table_format, data_files=[str(entry) for entry in paths], split="train", streaming=True)
@@ -147,7 +148,12 @@ def _streamed_files(pattern: str, text_column: str) -> IterableDataset:
 
 def _read_one_by_one(paths: list[Path]):
     for path in paths:
-        yield {"text": _read_text(path)}
+        try:
+            text = _read_text(path)
+        except (ValueError, OSError) as error:  # hours into a run, one bad file is no reason to end it
+            warnings.warn(f"skipped a file of the stream: {error}", stacklevel=1)
+            continue
+        yield {"text": text}
 
 
 def _streamed_text(dataset: IterableDataset, text_column: str, name: str) -> IterableDataset:
@@ -159,7 +165,15 @@ def _streamed_text(dataset: IterableDataset, text_column: str, name: str) -> Ite
     if not isinstance(first[text_column], str):
         raise ValueError(f"column {text_column!r} of {name} holds something that is not text.")
     dataset = dataset.select_columns([text_column])
-    return dataset if text_column == "text" else dataset.rename_column(text_column, "text")
+    dataset = dataset if text_column == "text" else dataset.rename_column(text_column, "text")
+    return dataset.filter(_is_text)
+
+
+def _is_text(row: dict) -> bool:
+    if isinstance(row["text"], str) and row["text"].strip():
+        return True
+    warnings.warn("skipped rows of the stream that hold no text.", stacklevel=1)
+    return False
 
 
 def standard_library_files() -> list[Path]:
@@ -226,13 +240,18 @@ def load_table(pattern: str) -> Dataset | None:
     return _loaded(pattern, table_format, data_files=[str(entry) for entry in paths], split="train")
 
 
-def _files(pattern: str) -> tuple[list[Path], str | None]:
-    """The files that a pattern names, and the format of the table that they are, `None` for text."""
+def _files(pattern: str, reads: bool = True) -> tuple[list[Path], str | None]:
+    """The files that a pattern names, and the format of the table that they are, `None` for text.
+
+    `reads`: look into them for blank ones; else only empty ones are left out.
+    """
     path = Path(pattern).expanduser()
     if path.is_dir():
         hidden = lambda entry: any(part.startswith(".") for part in entry.relative_to(path).parts)  # noqa: E731
         found = sorted(entry for entry in path.rglob("*") if entry.is_file() and not hidden(entry))
-        paths = [entry for entry in found if entry.read_bytes().strip()]  # an empty file of a folder says nothing
+        paths = [  # an empty file of a folder says nothing
+            entry for entry in found if (entry.read_bytes().strip() if reads else entry.stat().st_size)
+        ]
     else:
         found = paths = sorted(Path(entry) for entry in glob.glob(str(path), recursive=True) if Path(entry).is_file())
     if not found:

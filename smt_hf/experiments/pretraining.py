@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from transformers import TextStreamer, set_seed
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
@@ -24,6 +25,7 @@ from smt_hf.publishing.provenance import run_facts
 from smt_hf.student import SMTRecurrentConfig
 from smt_hf.training.adapters import LoraSettings
 from smt_hf.training.arguments import UNBOUNDED, BPTTTrainingArguments, PhaseArguments, argument
+from smt_hf.training.launch import launched_with_deepspeed
 from smt_hf.training.phases import PhaseResult, arm_name, check_named_checkpoint, lay_out, run_phases
 from smt_hf.training.pretraining import SMTForPreTraining, SMTPreTrainingConfig
 
@@ -32,6 +34,11 @@ from .subjects import PixelSubject, Subject, TaskSubject, TextSubject
 _RESULTS = "eval_results.json"
 _RUN = "run.json"
 _WRITTEN = ("student", "teacher", "compare_bptt", _RESULTS, _RUN, "curves.png", "loss_by_position.png")
+# Settings that say what is read, and that no hash of the documents can stand for.
+_OF_A_STREAM = (
+    "streaming", "shuffle_buffer_size", "train_file", "validation_file", "dataset_name", "dataset_config_name",
+    "text_column",
+)  # fmt: skip
 # Settings that a resumed run may change: they say what is written down, not what is trained.
 MAY_CHANGE = {"logging_steps", "save_total_limit", "per_device_eval_batch_size", "logging_nan_inf_filter"}
 
@@ -111,6 +118,8 @@ def pretrain(
     lora = None
     if run.use_peft:
         lora = LoraSettings(run.lora_r, run.lora_alpha, parts=tuple(run.lora_parts.split(",")))
+        if launched_with_deepspeed() or any(arguments.deepspeed or arguments.fsdp for arguments in phases):
+            raise ValueError("LoRA phases run on one process or under DDP: leave DeepSpeed, FSDP or `use_peft` out.")
         if "dmt" not in [arguments.phase for arguments in phases[1:]]:
             raise ValueError(
                 "`use_peft` trains LoRA layers in dmt phases that follow another: give `--phases smt,dmt`, or leave it "
@@ -138,6 +147,7 @@ def pretrain(
         subject = _subject(run, [*phases, *([rival] if rival else [])])
     config = model_config(subject, phases, student_fields, teacher_fields)
     _remember(run, output_dir, config, phases, subject.facts()["hash"], is_main)
+    PartialState().wait_for_everyone()  # an old run's folders are gone before a rank looks into them
     if isinstance(resume, str) and is_main:
         # What is trained anew must not look finished if it is cut off again.
         (output_dir / _RESULTS).unlink(missing_ok=True)
@@ -356,6 +366,7 @@ def _remember(
         ],
         "data_hash": corpus_digest,
         "document_start_fraction": run.document_start_fraction,
+        **({name: getattr(run, name) for name in _OF_A_STREAM} if run.streaming else {}),
         **({"curriculum": run.curriculum, "num_heldout": run.num_heldout} if run.task != "text" else {}),
         **(
             {"use_peft": True, "lora_r": run.lora_r, "lora_alpha": run.lora_alpha, "lora_parts": run.lora_parts}

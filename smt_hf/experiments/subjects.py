@@ -155,6 +155,8 @@ class TextSubject(Subject):
                 continue
             if arguments.max_steps < 1:
                 raise ValueError("a stream has no end: set `max_steps`.")
+            if getattr(arguments, "label_cache_dir", None):
+                raise ValueError("`label_cache_dir` needs rows that come again: leave it out with a stream.")
             if arguments.dataloader_num_workers:
                 raise ValueError("a stream is read in the process that trains: leave `dataloader_num_workers` at 0.")
             if arguments.phase == "bptt":

@@ -10,7 +10,7 @@ import torch
 from transformers import TrainingArguments, get_scheduler
 
 from .launch import LAUNCHED_PRECISION, autocast_by_deepspeed, launched_with_deepspeed, settle_deepspeed
-from .pretraining import Objective
+from .pretraining import Objective, trained_parts
 
 UNBOUNDED = 10_000_000  # steps of a phase that ends by its seconds
 _CONTINUE = "continue_previous_phase"
@@ -106,6 +106,7 @@ class PhaseArguments(TrainingArguments):
             self.trainable = [part for word in words for part in word.replace(",", " ").split()]
             if not self.trainable:
                 raise ValueError("`trainable` names no part: leave it out to train all that the phase can.")
+            trained_parts(self.phase, getattr(self, "trains_updater", True), self.trainable)
         if self.lr_scheduler_kwargs is None and str(self.lr_scheduler_type).endswith("cosine_with_min_lr"):
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         if not torch.accelerator.is_available():
@@ -126,6 +127,9 @@ class PhaseArguments(TrainingArguments):
         super().__post_init__()
         if autocasts:
             autocast_by_deepspeed(self.deepspeed_plugin)
+        if self.distributed_state is not None and self.distributed_state.device.type == "cpu":
+            # transformers 5.17 loads to this device, and torch knows no "cpu:0" there.
+            self.distributed_state.device = torch.device("cpu")
         if self.global_batch_size is not None:
             parts = self.world_size * self.gradient_accumulation_steps
             if self.global_batch_size < 1 or self.global_batch_size % parts:

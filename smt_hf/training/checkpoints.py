@@ -105,24 +105,31 @@ class CheckpointingTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(aside(run_dir), ignore_errors=True)
         self.accelerator.wait_for_everyone()
+        # What is sent to the Hub is sent from a checkpoint that has its name.
+        pushes, self.args.push_to_hub = self.args.push_to_hub, False
         self._is_saving = True
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
+            self._name_best(run_dir, written)
             if self.args.should_save:
-                self._name_best(run_dir, written)
                 publish_checkpoint(written, run_dir / name)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(aside(run_dir), ignore_errors=True)
             last = newest_checkpoint(run_dir)
             raise RuntimeError(
                 f"{run_dir / name} could not be saved: {error}. Its parts have been removed; the newest complete "
-                f"checkpoint is {last or 'none yet'}. Make room and pass `--resume_from_checkpoint`."
+                f"checkpoint is {last or 'none yet'}. Pass `--resume_from_checkpoint` to go on; make room first if the "
+                "disk is full."
             ) from error
         finally:
-            self._is_saving = False
+            self._is_saving, self.args.push_to_hub = False, pushes
+        if pushes:
+            self._push_from_checkpoint(str(run_dir / name))
         if self.args.should_save:
-            rotate_checkpoints(str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint)
+            rotate_checkpoints(
+                str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+            )
         self.accelerator.wait_for_everyone()
 
     def _name_best(self, run_dir: Path, written: Path) -> None:
@@ -132,7 +139,8 @@ class CheckpointingTrainer(Trainer):
         best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
         if best.exists() or self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(best)
-            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+            if self.args.should_save:
+                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As in transformers; `True` goes on from the newest checkpoint that is complete.

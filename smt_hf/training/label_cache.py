@@ -1,15 +1,19 @@
 """Memory labels of a frozen teacher on disk: computed once a row, read in every later epoch."""
 
 import hashlib
+import json
+import os
+import socket
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 
 class LabelCache:
-    """`(num_rows, S, K, D)` float32 in a memory-mapped file, and which rows are there; processes of a machine share it.
+    """`(num_rows, S, K, D)` float32 in a memory-mapped file, and which rows are there; the processes of a machine
+    share it, machines do not.
 
     Its name is the hash of what the labels follow from, so that another teacher or other data never meet it.
 
@@ -18,10 +22,14 @@ class LabelCache:
         teacher: its weights are part of the name.
         rows: the training rows, likewise.
         shape: `(S, K, D)`, of one row's labels.
+        settings: what else they follow from.
     """
 
-    def __init__(self, folder: str | Path, teacher: nn.Module, rows, shape: tuple[int, ...]):
-        digest = hashlib.sha256(repr((len(rows), shape)).encode())
+    def __init__(
+        self, folder: str | Path, teacher: PreTrainedModel, rows, shape: tuple[int, ...], settings: tuple = ()
+    ):
+        digest = hashlib.sha256(repr((len(rows), shape, settings, socket.gethostname())).encode())
+        digest.update(json.dumps(teacher.config.to_dict(), sort_keys=True, default=str).encode())
         for name, value in sorted(teacher.state_dict().items()):
             digest.update(name.encode())
             digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
@@ -35,6 +43,7 @@ class LabelCache:
         filled = self.path.with_suffix(".filled.npy")
         if creates and not filled.exists():
             np.lib.format.open_memmap(self.path, "w+", np.float32, self.shape).flush()
+            _occupy(self.path)
             np.lib.format.open_memmap(filled, "w+", np.bool_, (self.num_rows,)).flush()
         self._labels = np.load(self.path, mmap_mode="r+")
         self._filled = np.load(filled, mmap_mode="r+")
@@ -49,6 +58,21 @@ class LabelCache:
         places = (numbers % self.num_rows).cpu().numpy()
         self._labels[places] = labels.detach().float().cpu().numpy()
         self._filled[places] = True
+
+
+def _occupy(path: Path) -> None:
+    """Take the whole file's room now: a mapped file that the disk has no room for kills the process later."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    size = path.stat().st_size
+    try:
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        path.unlink()
+        raise RuntimeError(
+            f"`label_cache_dir` needs {size / 1e9:.2f} GB in {path.parent}: {error.strerror}."
+        ) from error
 
 
 def _fingerprint(rows) -> bytes:

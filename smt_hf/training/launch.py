@@ -38,6 +38,14 @@ def check_launch(accelerator: Accelerator, wants_deepspeed: bool = False, wants_
             f"the launch asked for DeepSpeed, but {there}: on a CPU set `use_cpu: true` in the launch configuration "
             "and DS_ACCELERATOR=cpu, and do not set ACCELERATE_USE_CPU."
         )
+    plugin = accelerator.state.deepspeed_plugin if realised == DistributedType.DEEPSPEED else None
+    zero = {} if plugin is None else plugin.deepspeed_config.get("zero_optimization", {})
+    if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        raise RuntimeError(
+            "ZeRO-3 is to save whole weights, which the next phase and `student/` are made of: set "
+            "`zero3_save_16bit_model: true` in the launch configuration, or "
+            "`stage3_gather_16bit_weights_on_model_save` in DeepSpeed's."
+        )
     if wants_fsdp and realised != DistributedType.FSDP:
         raise RuntimeError(
             f"the launch asked for FSDP, but {there}: accelerate shards on accelerators only. On a CPU, take "

@@ -249,13 +249,7 @@ class SMTForPreTraining(PreTrainedModel):
             raise ValueError(f"unknown phase {phase!r}: choose one of {', '.join(PHASES)}.")
         if phase != "bptt" and self.teacher is None:
             raise ValueError(f"the {phase} phase needs a teacher and this model has none; use the bptt phase.")
-        possible = [
-            part for part in PARTS if (part != "teacher" or phase == "smt") and (part != "updater" or trains_updater)
-        ]
-        chosen = possible if trainable is None else list(trainable)
-        for part in chosen:
-            if part not in possible:
-                raise ValueError(f"`trainable` of the {phase} phase names {part!r}: choose from {', '.join(possible)}.")
+        chosen = trained_parts(phase, trains_updater, trainable)
         adapted = has_lora(self.student)
         if adapted and trainable is not None:
             raise ValueError("LoRA trains its own layers: leave `trainable` out, and choose with `lora_parts`.")
@@ -267,7 +261,8 @@ class SMTForPreTraining(PreTrainedModel):
             return
         if isinstance(self.teacher, SMTTeacherEncoder) and not objective.teacher_weight:
             self.teacher.lm_head.requires_grad_(False)
-        if not any(getattr(objective, f"{name}_weight") for name in _READ_OUT):
+        read_out = _READ_OUT if phase == "smt" else ("readout",)  # the others are not computed there
+        if not any(getattr(objective, f"{name}_weight") for name in read_out):
             for name, parameter in self.student.named_parameters():
                 if part_of(f"student.{name}") == "readout":
                     parameter.requires_grad_(False)
@@ -657,6 +652,22 @@ class SMTForPreTraining(PreTrainedModel):
             spread = dynamics_loss(labels, labels.mean(1, keepdim=True), tokens.transition_mask)
             terms["drift"] = dynamics_loss(memories, labels, tokens.transition_mask) / spread.clamp(min=1e-6)
         return terms
+
+
+def trained_parts(phase: str, trains_updater: bool, trainable: Sequence[str] | None) -> list[str]:
+    """Of `PARTS`, those that a phase trains.
+
+    Raises:
+        ValueError: `trainable` names one that it cannot train.
+    """
+    possible = [
+        part for part in PARTS if (part != "teacher" or phase == "smt") and (part != "updater" or trains_updater)
+    ]
+    chosen = possible if trainable is None else list(trainable)
+    for part in chosen:
+        if part not in possible:
+            raise ValueError(f"`trainable` of the {phase} phase names {part!r}: choose from {', '.join(possible)}.")
+    return chosen
 
 
 def part_of(name: str) -> str:

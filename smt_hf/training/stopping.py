@@ -62,7 +62,9 @@ class StopOnSignal(TrainerCallback):
         if PartialState().num_processes > 1:
             number = torch.tensor(self.signal_number or 0, device=PartialState().device)
             largest = reduce(torch.nn.functional.one_hot(number, 65).float()).nonzero().max().item()
-            self.signal_number = int(largest) or None
+            if largest:  # what has come in the meantime is agreed on in the next step
+                self.signal_number = int(largest)
+            return int(largest) or None
         return self.signal_number
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -124,6 +124,8 @@ class SMTTrainer(StudentPushingTrainer, CheckpointingTrainer):
             **kwargs,
         )
         check_launch(self.accelerator, bool(args.deepspeed), bool(args.fsdp))
+        if self.is_fsdp_enabled:  # autocast takes care of bfloat16; FSDP's own would take memories and norms along
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         if train_dataset is not None:
             self.train_dataset = self._numbered(train_dataset)
         self.objective = args.objective()
@@ -309,11 +311,12 @@ class SMTTrainer(StudentPushingTrainer, CheckpointingTrainer):
     def _is_sharded(self) -> bool:
         return self.is_deepspeed_enabled or self.is_fsdp_enabled
 
-    def _take_over(self) -> None:
-        """The optimiser state that an earlier phase has handed on."""
+    def _take_over(self, is_resumed: bool = False) -> None:
+        """The optimiser state that an earlier phase has handed on; a resumed one has its own already."""
         given, self._student_optimizer_state = self._student_optimizer_state, None
         if given:
-            give_state(self, given)
+            if not is_resumed:
+                give_state(self, given)
             trained = {name for name, parameter in self.model.student.named_parameters() if parameter.requires_grad}
             self._resting_state = {name: state for name, state in given.items() if name not in trained}
 
@@ -342,7 +345,9 @@ class SMTTrainer(StudentPushingTrainer, CheckpointingTrainer):
         """As in transformers; where FSDP saves shards, whole weights and the student are written beside them."""
         is_whole = not self.is_fsdp_enabled or "FULL" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
         if not is_whole:
-            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+            state = self.accelerator.get_state_dict(self.model)  # on all ranks
+            if self.args.should_save:
+                self._save(output_dir, state_dict=state)
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
@@ -436,8 +441,8 @@ class _StepEnd(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if self.trainer._is_sharded and state.global_step == 0:
-            self.trainer._take_over()
+        if self.trainer._is_sharded:
+            self.trainer._take_over(is_resumed=state.global_step > 0)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.after_step()
@@ -478,6 +483,8 @@ class DMTTrainer(SMTTrainer):
         self._pending_step = 0
 
     def _open_label_cache(self) -> LabelCache:
+        if self._is_sharded:  # one rank may have its rows and another not, and all would wait for the teacher
+            raise ValueError("`label_cache_dir` is for one process or DDP: leave it out with DeepSpeed and FSDP.")
         rows: Any = getattr(self.train_dataset, "rows", [{"levels": ()}])
         if not isinstance(self.train_dataset, IndexedExamples) or "levels" in rows[0]:
             raise ValueError("`label_cache_dir` needs rows of one level that can be counted: leave it out here.")
@@ -486,7 +493,10 @@ class DMTTrainer(SMTTrainer):
         student = self.model.config.student
         num_labels = (len(rows[0]["input_ids"]) - 1) // self.args.label_stride
         shape = (num_labels, student.num_memory_tokens, student.hidden_size)
-        cache = LabelCache(self.args.label_cache_dir, self.model.teacher, rows, shape)
+        precision = self.accelerator.mixed_precision
+        cache = LabelCache(
+            self.args.label_cache_dir, self.model.teacher, rows, shape, (self.args.label_stride, precision)
+        )
         for creates in (True, False):
             if creates == (self.args.local_process_index == 0):
                 cache.open(creates)

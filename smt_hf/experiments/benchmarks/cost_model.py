@@ -80,7 +80,11 @@ def teacher_flops(config: SMTTeacherConfig, length: int, with_logits: bool) -> f
 
 
 def step_flops(
-    student: SMTRecurrentConfig, teacher: SMTTeacherConfig | None, objective: Objective, length: int
+    student: SMTRecurrentConfig,
+    teacher: SMTTeacherConfig | None,
+    objective: Objective,
+    length: int,
+    on_gpu: bool = False,
 ) -> float:
     """FLOPs of one row in one training step, forward and backward: a backward pass is twice its forward one.
 
@@ -88,6 +92,8 @@ def step_flops(
         objective: of the smt phase without own states but those of `parallel` sweeps, of dmt with own states of every
             row, or of bptt over the row; without consistency and sparse labels.
         length: transitions of the row [T].
+        on_gpu: own states of dmt are computed first, without gradient, so that all chunks run side by side; on a CPU
+            they come out of the one pass.
     """
     updates = length * updater_flops(student)
     read = (length + 1) * readout_flops(student) if objective.readout_weight else 0.0
@@ -96,7 +102,7 @@ def step_flops(
         return flops
     labels = teacher_flops(teacher, length, objective.phase == "smt" and objective.teacher_weight > 0)
     if objective.phase == "dmt":
-        return flops + labels
+        return flops + labels + (updates if on_gpu else 0)
     flops += 3 * labels
     if objective.predictive_weight:
         flops += 3 * objective.num_predictive_positions * readout_flops(student, objective.future_length)
@@ -138,13 +144,13 @@ def sent_bytes(teacher: int, updater: int, rest: int, strategy: str, gpus: int, 
 
     Args:
         teacher, updater, rest: parameters.
-        depth: calls of the updater one after the other, each of which ZeRO-3 gathers its weights for, forward and
-            backward.
+        depth: transitions that the gradient crosses, and as many before them without one (a sweep for own states).
+            ZeRO-3 gathers the updater's weights for every call, forward and backward.
     """
     share = FLOAT * (gpus - 1) / gpus
     if strategy != STRATEGIES[3]:
         return 2 * share * (teacher + updater + rest)  # an all-reduce, or a reduce-scatter and an all-gather
-    return share * (3 * (teacher + rest) + (2 * depth + 1) * updater)
+    return share * (3 * (teacher + rest) + (3 * depth + 1) * updater)
 
 
 def cost_lines(arguments: CostModelArguments) -> list[dict]:
@@ -194,13 +200,12 @@ def cost_lines(arguments: CostModelArguments) -> list[dict]:
             ("dmt", Objective("dmt", arguments.transition_steps, 1.0, 0)),
             ("bptt", Objective("bptt", length, 1.0, 0)),
         ):
-            line[f"{phase}_gflops_per_token"] = step_flops(student, teacher, objective, length) / length / 1e9
+            line[f"{phase}_gflops_per_token"] = step_flops(student, teacher, objective, length, True) / length / 1e9
         for strategy in STRATEGIES:
             line[f"{strategy} states GB"] = state_bytes(total, strategy, arguments.gpus) / 1e9
         line["saved GB"] = arguments.rows_per_gpu * saved_bytes(student, length) / 1e9
-        depth = arguments.transition_steps * 2  # own states by a sweep, then the supervised chunk
         for strategy in STRATEGIES:
-            sent = sent_bytes(teacher_parameters, updater, rest, strategy, arguments.gpus, depth)
+            sent = sent_bytes(teacher_parameters, updater, rest, strategy, arguments.gpus, arguments.transition_steps)
             line[f"{strategy} sent GB"] = sent / 1e9
         lines.append(line)
     return lines
