@@ -259,7 +259,8 @@ class SMTForPreTraining(PreTrainedModel):
             self.student.model.initial_memory.requires_grad_(not adapted)
         if objective is None:
             return
-        if isinstance(self.teacher, SMTTeacherEncoder) and not objective.teacher_weight:
+        predicts = objective.teacher_weight and not objective.num_supervised_transitions
+        if isinstance(self.teacher, SMTTeacherEncoder) and not predicts:
             self.teacher.lm_head.requires_grad_(False)
         read_out = _READ_OUT if phase == "smt" else ("readout",)  # the others are not computed there
         if not any(getattr(objective, f"{name}_weight") for name in read_out):
