@@ -93,7 +93,7 @@ def test_two_processes_equal_one(one_process, tmp_path, backend):
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["ddp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("backend", list(TYPES))
 @pytest.mark.parametrize(("batch", "accumulation"), [(1, 4), (2, 2)])
 def test_accumulation_equals_one_batch(one_process, tmp_path, backend, batch, accumulation):
     kinds = ("smt", "dmt", "bptt_full", "smt_adamw")

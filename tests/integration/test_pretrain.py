@@ -16,6 +16,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from smt_hf.training.pretraining import part_of
+
 ROOT = Path(__file__).parents[2]
 SMALL = """
     --hidden_size 16 --num_attention_heads 2 --intermediate_size 32
@@ -213,6 +215,25 @@ def test_stopped_by_a_signal(finished, number):
     assert f"stopped by {number.name}" in stdout and "--resume_from_checkpoint" in stdout
     (checkpoint,) = (folder / name / "bptt").glob("checkpoint-*") if "bptt" in stdout else [None]
     assert checkpoint is None or (checkpoint / "contents.json").exists()
+
+
+@pytest.mark.processes
+def test_part_by_part(tmp_path, text_file):
+    """The recipe of components: each phase moves its parts and leaves the others bit-equal."""
+    words = ["--config", ROOT / "recipes" / "components.yaml", "--train_file", text_file, "--output_dir", "out"]
+    run(*words, *SMALL, "--smt_max_steps", "3", "--dmt_max_steps", "3", "--save_steps", "3", cwd=tmp_path)
+    states = {}
+    for phase in ("smt", "smt_2", "dmt", "dmt_2"):
+        (checkpoint,) = (tmp_path / "out" / phase).glob("checkpoint-3")
+        states[phase] = load_file(checkpoint / "model.safetensors")
+    for before, after, parts in (
+        ("smt", "smt_2", {"updater"}),
+        ("smt_2", "dmt", {"readout"}),
+        ("dmt", "dmt_2", {"embeddings", "updater", "readout"}),
+    ):
+        names = [name for name in states[before] if not name.startswith("label_")]
+        moved = {part_of(name) for name in names if not torch.equal(states[before][name], states[after][name])}
+        assert moved == parts, after
 
 
 @pytest.mark.processes
