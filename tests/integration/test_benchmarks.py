@@ -138,7 +138,8 @@ def test_peak_memory_and_seconds_to_loss(run, text_file, monkeypatch):
     words += ["--reach_seconds", 0.4, "--reach_interval", 0.2, "--heldout_rows", 32]
     published, smt = run("train_step.py", *SMALL_STEP, *words, "--published_learning_rates", 0.004, 0.001)
     for line in (published, smt):
-        assert line["peak_memory_mb"] is None or line["peak_memory_mb"] > 0
+        # In this process, whose peak other tests have set; a fresh one is measured in test_memory_wall.
+        assert line["peak_memory_mb"] is None or line["peak_memory_mb"] >= 0
         assert line["reach_seconds"] == 0.4 and line["data_hash"] and np.isfinite(line["student_loss"])
         assert line["curve"][-1]["loss"] == line["loss"]
     assert published["seconds_to_loss"] >= 0.4 and published["transitions_to_loss"] == 4 * published["steps_to_loss"]
