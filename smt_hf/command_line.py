@@ -437,6 +437,17 @@ _ONLY_KEYS = {"task", "difficulty", "arm", "seed", "variant"}
 _GRID_FLAGS = {"config", "output", "only", "jobs", "report", "train_file", "mnist_dir"}
 
 
+_GRID_HELP = """usage: python recipes/experiment.py --config GRID.yaml [--flag ...]
+
+  --config      grid of tasks, difficulties, arms and seeds
+  --output      JSON lines file; what it has is skipped (default: the grid's `output`)
+  --only        task= difficulty= arm= seed= variant=, with spaces between; seeds and difficulties may be new ones
+  --jobs        runs side by side (default: the grid's)
+  --report      train nothing; write tables and figures next to the output
+  --train_file  text for the task `text`
+  --mnist_dir   MNIST's files for the task `pixels`"""
+
+
 def parse_grid(argv: list[str]) -> ParsedGrid:
     """A grid of runs from its command line.
 
@@ -448,7 +459,7 @@ def parse_grid(argv: list[str]) -> ParsedGrid:
         ValueError: unknown keys (the closest valid one is named), values of the wrong type, malformed YAML.
     """
     if "--help" in argv or "-h" in argv:
-        print("usage: python recipes/experiment.py " + " ".join(str(parse_grid.__doc__).split("\n\n")[1].split()))
+        print(_GRID_HELP)
         raise SystemExit(0)
     flags = _read_flags(argv)
     _check_keys(flags, _GRID_FLAGS, "flag")
