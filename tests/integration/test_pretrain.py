@@ -45,6 +45,7 @@ def finished(tmp_path_factory):
     return folder, words, done
 
 
+@pytest.mark.processes
 def test_what_it_leaves(finished):
     folder, _, done = finished
     out = folder / "out"
@@ -77,6 +78,7 @@ def test_what_it_leaves(finished):
     assert "--- continuation ---" in done.stdout and "threads" in done.stdout
 
 
+@pytest.mark.processes
 def test_card_agrees_with_results(finished):
     folder, _, _ = finished
     results = json.loads((folder / "out" / "student" / "eval_results.json").read_text())
@@ -90,6 +92,7 @@ def test_card_agrees_with_results(finished):
     assert str(ROOT) not in card.content and "{{" not in card.content
 
 
+@pytest.mark.processes
 def test_finished_run_is_not_run_again(finished):
     folder, words, _ = finished
     before = (folder / "out" / "eval_results.json").read_text()
@@ -390,6 +393,7 @@ def test_bad_input(case, tmp_path, monkeypatch, text_file):
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
 
 
+@pytest.mark.processes
 def test_bad_input_ends_the_process(tmp_path):
     done = run("--train_file", "missing.txt", cwd=tmp_path, check=False)
     assert done.returncode != 0 and "ValueError: no file found at 'missing.txt'" in done.stderr

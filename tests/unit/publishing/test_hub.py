@@ -86,6 +86,7 @@ print(model.generate(**inputs, max_new_tokens=6, do_sample=False).tolist())
 """
 
 
+@pytest.mark.processes
 def test_published_and_loaded_elsewhere(hub, folder, tmp_path):
     """One commit; a clean process that knows nothing of us downloads it and generates the same tokens."""
     listed = publish(hub, folder, tmp_path, "--dry_run")
