@@ -3,13 +3,13 @@
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -183,8 +183,9 @@ def test_a_rank_that_dies_ends_the_job(words, tmp_path):
     while not list(tmp_path.glob("out/smt/checkpoint-*")):
         assert process.poll() is None
         time.sleep(0.05)
-    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout.splitlines()
-    children = [line.split() for line in listed if f" {process.pid} " in line and "pretrain.py" in line]
-    os.kill(next(int(words[0]) for words in children if int(words[1]) == process.pid), signal.SIGKILL)
+    ranks = [
+        child for child in psutil.Process(process.pid).children(recursive=True) if "pretrain.py" in str(child.cmdline())
+    ]
+    ranks[0].kill()
     process.communicate(timeout=120)
     assert process.returncode != 0
