@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import smt_hf  # noqa: F401 - registers the model
+from smt_hf.training.checkpoints import newest_checkpoint
 from tests.integration.test_pretrain import SMALL
 
 ROOT = Path(__file__).parents[2]
@@ -177,15 +179,30 @@ def test_bad_input_is_an_error_on_every_rank(more, message, words, tmp_path):
     assert not list((tmp_path / "out").rglob("checkpoint-*"))
 
 
-def test_a_rank_that_dies_ends_the_job(words, tmp_path):
-    """The other one does not wait for it for ever."""
+@pytest.fixture
+def training(words, tmp_path):
+    """Two ranks that would train for long, after their first checkpoint: the launcher and the ranks."""
     process = started("ddp", *words, "--max_steps", "4000", "--output_dir", "out", cwd=tmp_path)
     while not list(tmp_path.glob("out/smt/checkpoint-*")):
         assert process.poll() is None
         time.sleep(0.05)
-    ranks = [
-        child for child in psutil.Process(process.pid).children(recursive=True) if "pretrain.py" in str(child.cmdline())
-    ]
+    children = psutil.Process(process.pid).children(recursive=True)
+    yield process, [child for child in children if "pretrain.py" in str(child.cmdline())]
+    process.kill()
+
+
+def test_a_rank_that_dies_ends_the_job(training):
+    """The other one does not wait for it for ever."""
+    process, ranks = training
     ranks[0].kill()
     process.communicate(timeout=120)
     assert process.returncode != 0
+
+
+def test_a_signal_to_one_rank_ends_all_at_one_step(training, tmp_path):
+    process, ranks = training
+    ranks[-1].send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode != 0 and stdout.count("stopped by SIGTERM after saving") == 1, stderr
+    newest = newest_checkpoint(tmp_path / "out" / "smt")
+    assert newest is not None and str(Path(newest).relative_to(tmp_path)) in stdout

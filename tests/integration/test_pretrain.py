@@ -257,6 +257,8 @@ def test_a_stream_of_several_files(tmp_path):
     out = tmp_path / "cut"
     killed_when(lambda: (out / "smt" / "checkpoint-3").exists(), [*words, "--output_dir", "cut"], tmp_path)
     resumed = [*words, "--output_dir", "cut", "--resume_from_checkpoint"]
+    refused = run(*resumed, "--shuffle_buffer_size", "7", cwd=tmp_path, check=False)
+    assert refused.returncode != 0 and "shuffle_buffer_size: 20 then, 7 now" in refused.stderr
     killed_when(lambda: (out / "bptt" / "checkpoint-2").exists(), resumed, tmp_path)
     run(*resumed, cwd=tmp_path)
     whole, again = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("whole", "cut"))

@@ -111,6 +111,22 @@ def test_files(tmp_path, kind):
     assert sorted({*train, *corpus.heldout["text"]}) == sorted(texts)
 
 
+def test_what_is_no_text_is_skipped(tmp_path):
+    """Hours into a run, one bad record or file is no reason to end it."""
+    lines = [json.dumps({"text": text}) for text in ("one", None, "two", "  ", "three")]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.warns(UserWarning, match="hold no text"):
+        corpus = stream_corpus(str(tmp_path / "a.jsonl"), num_heldout=1)
+        assert [row["text"] for row in corpus.train] == ["two", "three"]
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name, content in (("a", b"first"), ("b", b"\xff\xfe\x00"), ("c", b"  \n"), ("d", b"last"), ("e", b"")):
+        (texts / f"{name}.txt").write_bytes(content)
+    with pytest.warns(UserWarning, match=r"skipped a file of the stream: .*b\.txt is not text"):
+        corpus = stream_corpus(str(texts), num_heldout=1)
+        assert [row["text"] for row in corpus.train] == ["last"]
+
+
 def test_bad_sources(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     with pytest.raises(ValueError, match="too few to stream"):

@@ -52,6 +52,15 @@ def test_a_damaged_checkpoint_is_named_and_skipped(tmp_path, damage):
     assert_same(weights_of(trainer), weights_of(again), rtol=0, atol=0)
 
 
+def test_rotation_spares_what_is_newer_than_a_damaged_one(tmp_path):
+    """A damaged checkpoint of a later step does not push out what is saved after it."""
+    trainer = make_trainer("smt", tmp_path, **EVERY, save_total_limit=1)
+    (tmp_path / "checkpoint-9").mkdir()
+    os.utime(tmp_path / "checkpoint-9", (1, 1))
+    trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-6"]
+
+
 def test_nothing_to_resume(tmp_path):
     with pytest.raises(ValueError, match="no complete checkpoint"):
         make_trainer("smt", tmp_path).train(resume_from_checkpoint=True)

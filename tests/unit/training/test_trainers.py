@@ -570,7 +570,9 @@ def test_another_teacher_or_other_rows_have_labels_of_their_own(tmp_path):
     with torch.no_grad():
         model.teacher.norm.weight += 0.1
     make_trainer("dmt", tmp_path / "c", model=model, **words).train()
-    assert len(list((tmp_path / "labels").iterdir())) == 6
+    make_trainer("dmt", tmp_path / "d", label_stride=5, **words).train()
+    make_trainer("dmt", tmp_path / "e", label_stride=6, **words).train()  # as many labels a row, elsewhere
+    assert len(list((tmp_path / "labels").iterdir())) == 10
 
 
 def test_labels_that_cannot_be_cached(tmp_path):
