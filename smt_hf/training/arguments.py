@@ -132,6 +132,7 @@ class PhaseArguments(TrainingArguments):
         if self.distributed_state is not None and self.distributed_state.device.type == "cpu":
             # transformers 5.17 loads to this device, and torch knows no "cpu:0" there.
             self.distributed_state.device = torch.device("cpu")
+            vars(self)["_setup_devices"] = torch.device("cpu")  # what `device` has been computed to already
         if self.global_batch_size is not None:
             parts = self.world_size * self.gradient_accumulation_steps
             if self.global_batch_size < 1 or self.global_batch_size % parts:
