@@ -1,11 +1,14 @@
 """YAML and flags into dataclasses. Flags beat YAML; an unknown key is an error that names the closest valid one."""
 
+import atexit
 import dataclasses
 import difflib
 import inspect
 import itertools
 import json
+import os
 import re
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
@@ -270,7 +273,14 @@ def run_to_end(function: Callable[..., Any], *arguments) -> None:
         if PartialState().is_main_process:
             print(f"\n{stopped}", flush=True)
         code = 128 + stopped.signal_number
-    PartialState().destroy_process_group()  # its threads would abort a process that ends before them
+    if PartialState().num_processes > 1:
+        # A wrapped model keeps Gloo's threads alive after its group is destroyed, and one that lets go of a Python
+        # tensor while the interpreter shuts down aborts the process (pytorch/pytorch#179291): end before it does.
+        PartialState().destroy_process_group()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     if code:
         raise SystemExit(code)
 

@@ -61,6 +61,41 @@ def launched(config, *words, cwd, check=True, **more):
     return process.returncode, stdout, stderr
 
 
+ENDS = """
+import atexit, os, sys
+import torch
+from accelerate import PartialState
+from smt_hf.command_line import run_to_end
+
+class Finalised:
+    def __del__(self, abort=os.abort):
+        abort()  # as a thread of Gloo's may, when it lets go of a tensor so late
+
+def main():
+    wrapped = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+    wrapped(torch.ones(1, 2)).sum().backward()
+    sys.stdout.write("trained ")
+
+PartialState(cpu=True)
+atexit.register(lambda: print("tidied"))
+kept = Finalised()
+run_to_end(main)
+"""
+
+
+def test_the_end_does_not_wait_for_the_interpreter(tmp_path):
+    """Output is written and exit handlers have run, but nothing is left to Python's shutdown beside live threads."""
+    (tmp_path / "ends.py").write_text(ENDS)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "ddp.yaml"),
+         "--main_process_port", str(free_port()), "ends.py"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("trained") == 2 and done.stdout.count("tidied") == 2
+
+
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     text = tmp_path_factory.mktemp("text") / "text.txt"
