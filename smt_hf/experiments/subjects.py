@@ -88,6 +88,14 @@ class Subject(ABC):
         """
 
 
+def _refuse_curriculum(arguments: PhaseArguments) -> None:
+    if arguments.curriculum is not None:
+        raise ValueError(
+            f"`curriculum` of the {arguments.phase} phase is of synthetic tasks; rows of another length are set by "
+            "`context_length`."
+        )
+
+
 class TextSubject(Subject):
     """Documents, packed for training; held-out streams with carried memory.
 
@@ -141,6 +149,7 @@ class TextSubject(Subject):
 
     def fit(self, phases: Iterable[PhaseArguments]) -> None:
         for arguments in phases:
+            _refuse_curriculum(arguments)
             if getattr(arguments, "future_length", 0) >= arguments.context_length:
                 raise ValueError(
                     f"`future_length` ({arguments.future_length}) must be shorter than `context_length` "
@@ -242,8 +251,8 @@ class TaskSubject(Subject):
         self.num_transitions = task.num_transitions
         self.tokenizer = number_tokenizer(task.vocab_size)
         levels = [*sorted(level for level in set(curriculum) if level < difficulty), difficulty]
-        self.levels = [load_task(name, level, _TASK_ROWS, seed) for level in levels]
-        self.level_names = levels
+        self.seed, self.level_names = seed, levels
+        self.levels = {level: load_task(name, level, _TASK_ROWS, seed) for level in levels}
         self.eval_rows = load_task(name, difficulty, _TASK_EVAL_ROWS, HELDOUT_SEED)
         labels_a_row = int((self.eval_rows[0]["labels"] != -100).sum())
         self.heldout = self.heldout_rows(difficulty, math.ceil(num_heldout / labels_a_row))
@@ -262,23 +271,43 @@ class TaskSubject(Subject):
         return difficulty
 
     def fit(self, phases: Iterable[PhaseArguments]) -> None:
+        phases = list(phases)
         for arguments in phases:
             if arguments.phase == "bptt" and arguments.transition_steps >= arguments.context_length:
                 arguments.transition_steps = self.num_transitions
             arguments.context_length = self.num_transitions
             arguments.carries_memory = False
             arguments.transition_steps = min(arguments.transition_steps, self.num_transitions)
-            if not self.has_levels:
+            own = arguments.curriculum
+            if own is not None and (own[0] < 1 or own[-1] > self.difficulty):
+                raise ValueError(
+                    f"`curriculum` of the {arguments.phase} phase must lie between 1 and the run's `difficulty` "
+                    f"({self.difficulty}), got {own}."
+                )
+            if own is not None and len(own) > 1 and arguments.curriculum_threshold is None:
+                raise ValueError(
+                    f"`curriculum` of the {arguments.phase} phase needs a `curriculum_threshold`, which says when its "
+                    "next level begins."
+                )
+            for level in own or ():
+                self._level(level)
+            if len(own or self.level_names) == 1:
                 arguments.curriculum_threshold = None
-
-    @property
-    def has_levels(self) -> bool:
-        return len(self.levels) > 1
+        if any(arguments.curriculum for arguments in phases):  # then the levels of all are told by their difficulties
+            for arguments in phases:
+                if arguments.curriculum_threshold is not None:
+                    arguments.curriculum = arguments.curriculum or list(self.level_names)
 
     def rows(self, arguments: PhaseArguments):
-        if arguments.curriculum_threshold is None or not self.has_levels:
-            return self.levels[-1]
-        return Levels(self.levels)
+        names = arguments.curriculum or self.level_names
+        if arguments.curriculum_threshold is None:
+            return self._level(names[-1])
+        return Levels([self._level(name) for name in names])
+
+    def _level(self, difficulty: int):
+        if difficulty not in self.levels:
+            self.levels[difficulty] = load_task(self.name, difficulty, _TASK_ROWS, self.seed)
+        return self.levels[difficulty]
 
     def evaluate(self, model: SMTForPreTraining, arguments: PhaseArguments) -> dict[str, dict]:
         scores = {}
@@ -292,7 +321,7 @@ class TaskSubject(Subject):
         return {
             "name": self.name,
             "hash": f"{self.name}-{self.difficulty}",
-            "training_tokens": len(self.levels[-1]) * self.num_transitions,
+            "training_tokens": len(self.levels[self.difficulty]) * self.num_transitions,
             "heldout_tokens": int((self.heldout[1] != -100).sum()),
             "heldout_streams": len(self.heldout[0]),
         }
@@ -324,6 +353,7 @@ class PixelSubject(Subject):
 
     def fit(self, phases: Iterable[PhaseArguments]) -> None:
         for arguments in phases:
+            _refuse_curriculum(arguments)
             if arguments.phase == "bptt" and arguments.transition_steps >= arguments.context_length:
                 arguments.transition_steps = self.num_transitions
             arguments.context_length = self.num_transitions

@@ -67,6 +67,11 @@ class PhaseArguments(TrainingArguments):
         "level has none. Ours: gated by the teacher instead, the student stays at chance. Where the student is not "
         "trained yet (`trains_updater` false), of the readout of the teacher's memories.",
     )
+    curriculum: list[int] | None = argument(
+        None,
+        "Difficulties that the phase goes through, easiest first, where they are not those of the run. A phase starts "
+        "at the first that is no easier than what the student has got to.",
+    )
     max_steps: int = argument(600, "Optimiser steps of the phase. Ours: a quarter of 4 minutes on two CPU cores.")
     matrix_optimizer: str = argument(
         "adamw",
@@ -109,6 +114,14 @@ class PhaseArguments(TrainingArguments):
             if not self.trainable:
                 raise ValueError("`trainable` names no part: leave it out to train all that the phase can.")
             trained_parts(self.phase, getattr(self, "trains_updater", True), self.trainable)
+        if self.curriculum is not None:
+            words = self.curriculum if isinstance(self.curriculum, list) else str(self.curriculum).split(",")
+            try:
+                self.curriculum = [int(word) for word in words]
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"`curriculum` must be numbers joined by commas, got {self.curriculum!r}.") from error
+            if not self.curriculum or self.curriculum != sorted(set(self.curriculum)):
+                raise ValueError(f"`curriculum` must be rising difficulties, got {self.curriculum}.")
         if self.lr_scheduler_kwargs is None and str(self.lr_scheduler_type).endswith("cosine_with_min_lr"):
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         if not torch.accelerator.is_available():

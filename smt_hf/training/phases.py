@@ -192,7 +192,7 @@ def _run_phases(
     if isinstance(resume, str):
         _forget_what_follows(phases, resume)
     state: dict[str, dict[str, torch.Tensor]] | None = None
-    level = 0
+    level, reached = 0, 0  # of the last curriculum; the difficulty, where phases name theirs
     for index, arguments in enumerate(phases):
         folder = Path(str(arguments.output_dir))
         checkpoint = newest_checkpoint(folder) if resume else None
@@ -207,7 +207,7 @@ def _run_phases(
                 eval_dataset=eval_rows,
                 processing_class=processing_class,
                 student_optimizer_state=state if arguments.continue_previous_phase else None,
-                curriculum_level=level,
+                curriculum_level=_first_level(arguments, level, reached),
                 callbacks=[stop],
             )
             if adapted is not None and trainer._is_sharded:
@@ -257,6 +257,7 @@ def _run_phases(
         # What the student has got to; a phase without levels has nothing to say.
         if getattr(arguments, "trains_updater", True) and arguments.curriculum_threshold is not None:
             level = callbacks[Pace.__name__]["attributes"]["level"]
+            reached = arguments.curriculum[level] if arguments.curriculum else reached
         yield PhaseResult(
             arm=arm_name(phases[: index + 1]),
             arguments=arguments,
@@ -266,6 +267,13 @@ def _run_phases(
             model=model,
             **callbacks[TrainingCost.__name__]["attributes"],
         )
+
+
+def _first_level(arguments: PhaseArguments, level: int, reached: int) -> int:
+    """Where a phase begins: at the first level that is no easier than what the student has got to."""
+    if not arguments.curriculum:
+        return level
+    return next((index for index, own in enumerate(arguments.curriculum) if own >= reached), len(arguments.curriculum))
 
 
 def _is_last(checkpoint: str, arguments: PhaseArguments) -> bool:

@@ -134,6 +134,20 @@ def test_the_teacher_alone_has_no_name_and_hands_on_no_level(tmp_path, monkeypat
     assert levels == [0, 0, 2]
 
 
+def test_a_phase_with_a_curriculum_of_its_own_begins_where_the_student_is(tmp_path, monkeypatch):
+    """Levels are told by their difficulties then, not by their numbers; none easier than the last is gone back to."""
+    levels = []
+    monkeypatch.setattr(Pace, "on_train_begin", lambda self, *_, **__: levels.append(self.level))
+    rows = some_rows()
+    own = ([4, 8, 12, 16], [8, 12, 16], [2, 4])  # two steps lead from 4 to 12
+    phases = [phase(max_steps=2, carries_memory=False, curriculum_threshold=99.0, curriculum=each) for each in own]
+    lay_out(phases, str(tmp_path))
+    level_rows = lambda arguments: Levels([rows] * len(arguments.curriculum))  # noqa: E731
+    for _ in run_phases(make_composite(), phases, level_rows, rows[:8]):
+        pass
+    assert levels == [0, 1, 1]
+
+
 def test_the_teacher_alone_is_no_pipeline():
     with pytest.raises(ValueError, match="trains_updater"):
         lay_out([phase(kind=SMTTrainingArguments, max_steps=2, trains_updater=False)], "out")
