@@ -278,28 +278,28 @@ class TaskSubject(Subject):
             arguments.context_length = self.num_transitions
             arguments.carries_memory = False
             arguments.transition_steps = min(arguments.transition_steps, self.num_transitions)
-            own = arguments.curriculum
-            if own is not None and (own[0] < 1 or own[-1] > self.difficulty):
+            own = arguments.levels
+            if own and (own[0] < 1 or own[-1] > self.difficulty):
                 raise ValueError(
                     f"`curriculum` of the {arguments.phase} phase must lie between 1 and the run's `difficulty` "
                     f"({self.difficulty}), got {own}."
                 )
-            if own is not None and len(own) > 1 and arguments.curriculum_threshold is None:
+            if len(own) > 1 and arguments.curriculum_threshold is None:
                 raise ValueError(
                     f"`curriculum` of the {arguments.phase} phase needs a `curriculum_threshold`, which says when its "
                     "next level begins."
                 )
-            for level in own or ():
+            for level in own:
                 self._level(level)
             if len(own or self.level_names) == 1:
                 arguments.curriculum_threshold = None
         if any(arguments.curriculum for arguments in phases):  # then the levels of all are told by their difficulties
             for arguments in phases:
                 if arguments.curriculum_threshold is not None:
-                    arguments.curriculum = arguments.curriculum or list(self.level_names)
+                    arguments.curriculum = list(map(str, arguments.levels or self.level_names))
 
     def rows(self, arguments: PhaseArguments):
-        names = arguments.curriculum or self.level_names
+        names = arguments.levels or self.level_names
         if arguments.curriculum_threshold is None:
             return self._level(names[-1])
         return Levels([self._level(name) for name in names])

@@ -67,7 +67,7 @@ class PhaseArguments(TrainingArguments):
         "level has none. Ours: gated by the teacher instead, the student stays at chance. Where the student is not "
         "trained yet (`trains_updater` false), of the readout of the teacher's memories.",
     )
-    curriculum: list[int] | None = argument(
+    curriculum: list[str] | None = argument(
         None,
         "Difficulties that the phase goes through, easiest first, where they are not those of the run. A phase starts "
         "at the first that is no easier than what the student has got to.",
@@ -115,13 +115,12 @@ class PhaseArguments(TrainingArguments):
                 raise ValueError("`trainable` names no part: leave it out to train all that the phase can.")
             trained_parts(self.phase, getattr(self, "trains_updater", True), self.trainable)
         if self.curriculum is not None:
-            words = self.curriculum if isinstance(self.curriculum, list) else str(self.curriculum).split(",")
-            try:
-                self.curriculum = [int(word) for word in words]
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"`curriculum` must be numbers joined by commas, got {self.curriculum!r}.") from error
-            if not self.curriculum or self.curriculum != sorted(set(self.curriculum)):
-                raise ValueError(f"`curriculum` must be rising difficulties, got {self.curriculum}.")
+            given = self.curriculum if isinstance(self.curriculum, list) else [self.curriculum]
+            self.curriculum = [level for word in given for level in str(word).replace(",", " ").split()]
+            if not all(level.isdecimal() for level in self.curriculum):
+                raise ValueError(f"`curriculum` must be numbers joined by commas, got {given!r}.")
+            if not self.levels or self.levels != sorted(set(self.levels)):
+                raise ValueError(f"`curriculum` must be rising difficulties, got {given!r}.")
         if self.lr_scheduler_kwargs is None and str(self.lr_scheduler_type).endswith("cosine_with_min_lr"):
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         if not torch.accelerator.is_available():
@@ -207,6 +206,11 @@ class PhaseArguments(TrainingArguments):
                 f"`lr_scheduler_kwargs` {self.lr_scheduler_kwargs} do not fit `lr_scheduler_type` "
                 f"{getattr(self.lr_scheduler_type, 'value', self.lr_scheduler_type)}: {error}."
             ) from error
+
+    @property
+    def levels(self) -> list[int]:
+        """Difficulties of the phase's own `curriculum`, easiest first; empty where it has none."""
+        return [int(level) for level in self.curriculum or ()]
 
     def objective(self) -> Objective:
         """The settings that the composite's `forward` needs."""

@@ -257,7 +257,7 @@ def _run_phases(
         # What the student has got to; a phase without levels has nothing to say.
         if getattr(arguments, "trains_updater", True) and arguments.curriculum_threshold is not None:
             level = callbacks[Pace.__name__]["attributes"]["level"]
-            reached = arguments.curriculum[level] if arguments.curriculum else reached
+            reached = arguments.levels[level] if arguments.levels else reached
         yield PhaseResult(
             arm=arm_name(phases[: index + 1]),
             arguments=arguments,
@@ -271,9 +271,9 @@ def _run_phases(
 
 def _first_level(arguments: PhaseArguments, level: int, reached: int) -> int:
     """Where a phase begins: at the first level that is no easier than what the student has got to."""
-    if not arguments.curriculum:
+    if not arguments.levels:
         return level
-    return next((index for index, own in enumerate(arguments.curriculum) if own >= reached), len(arguments.curriculum))
+    return next((index for index, own in enumerate(arguments.levels) if own >= reached), len(arguments.levels) - 1)
 
 
 def _is_last(checkpoint: str, arguments: PhaseArguments) -> bool:

@@ -18,8 +18,8 @@ def test_a_curriculum_a_phase():
     last = phase()
     shared = phase(curriculum_threshold=0.5)
     subject.fit([own, alone, last, shared])
-    assert (own.curriculum, alone.curriculum, last.curriculum) == ([6, 12], [6], None)
-    assert shared.curriculum == [4, 8, 16]  # the run's, by name, since another phase has its own
+    assert (own.curriculum, alone.curriculum, last.curriculum) == (["6", "12"], ["6"], None)
+    assert shared.levels == [4, 8, 16]  # the run's, by name, since another phase has its own
     assert isinstance(subject.rows(own), Levels) and len(subject.rows(own).levels) == 2
     lengths = [len(level[0]["input_ids"]) for level in subject.rows(own).levels]
     assert lengths == [len(TaskSubject("retrieval", n, num_heldout=8).rows(phase())[0]["input_ids"]) for n in (6, 12)]

@@ -142,7 +142,7 @@ def test_a_phase_with_a_curriculum_of_its_own_begins_where_the_student_is(tmp_pa
     own = ([4, 8, 12, 16], [8, 12, 16], [2, 4])  # two steps lead from 4 to 12
     phases = [phase(max_steps=2, carries_memory=False, curriculum_threshold=99.0, curriculum=each) for each in own]
     lay_out(phases, str(tmp_path))
-    level_rows = lambda arguments: Levels([rows] * len(arguments.curriculum))  # noqa: E731
+    level_rows = lambda arguments: Levels([rows] * len(arguments.levels))  # noqa: E731
     for _ in run_phases(make_composite(), phases, level_rows, rows[:8]):
         pass
     assert levels == [0, 1, 1]
