@@ -18,6 +18,11 @@ CELLS = {
     "bptt_sweep": (["task=stack", "arm=bptt", "variant=learning_rate=0.002, per_device_train_batch_size=32"], 0.25),
     "ablations": (["task=modular_arithmetic", "arm=smt_dmt", "variant=everything"], 0.15),
     "text": (["task=text", "arm=bptt_truncated", "seed=0"], 0.15),
+    "text_mlp": (["task=text", "arm=bptt_swept", "variant=learning_rate=0.004, transition_steps=8"], 0.15),
+    "ours_sweep": (
+        ["task=stack", "arm=smt2_dmt_stack", "variant=learning_rate=0.004, per_device_train_batch_size=16"],
+        0.15,
+    ),
     "pixels": (["task=pixels", "arm=bptt", "seed=0"], 0.15),
     "open_cpu": (["task=retrieval", "arm=bptt", "seed=0"], 0.1),
     "parity": (["task=parity", "difficulty=64", "arm=bptt", "seed=0"], 0.1),
