@@ -9,9 +9,11 @@ import json
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from accelerate import PartialState
 from transformers import HfArgumentParser
@@ -273,10 +275,11 @@ def run_to_end(function: Callable[..., Any], *arguments) -> None:
         if PartialState().is_main_process:
             print(f"\n{stopped}", flush=True)
         code = 128 + stopped.signal_number
-    if PartialState().num_processes > 1:
+    if torch.distributed.is_initialized():  # of one process, too
         # A wrapped model keeps Gloo's threads alive after its group is destroyed, and one that lets go of a Python
         # tensor while the interpreter shuts down aborts the process (pytorch/pytorch#179291): end before it does.
         PartialState().destroy_process_group()
+        threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -36,7 +36,7 @@ from .pretraining import (
     results_table,
     set_threads,
 )
-from .subjects import Subject, TextSubject
+from .subjects import Subject, TextSubject, refuse_curriculum
 
 _RESULTS = "eval_results.json"
 _RUN = "run.json"
@@ -115,6 +115,7 @@ class InstructionSubject(Subject):
 
     def fit(self, phases) -> None:
         for arguments in phases:
+            refuse_curriculum(arguments)
             arguments.carries_memory = False
             arguments.transition_steps = min(arguments.transition_steps, arguments.context_length)
 

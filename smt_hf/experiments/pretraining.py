@@ -78,7 +78,9 @@ class PretrainArguments:
     lora_alpha: int = argument(16, "Their change is scaled by `lora_alpha / lora_r`. Not searched.")
     lora_parts: str = argument("updater,readout", "Where they are put: updater, readout, or both.")
     evidence_file: str | None = argument(None, "JSON lines file to which the run appends a line an arm.")
-    compare_bptt: bool = argument(False, "Also train the same student by BPTT for the same measured seconds.")
+    compare_bptt: bool = argument(
+        False, "Also train the same student by BPTT for the same measured seconds, through all levels."
+    )
     seed: int = argument(0, "Of everything random.")
     overwrite_output_dir: bool = argument(False, "Remove what an earlier run left in `output_dir`.")
     resume_from_checkpoint: str | None = argument(
@@ -144,7 +146,7 @@ def pretrain(
         warnings.warn("the pipeline is BPTT itself: there is nothing to compare it with.", stacklevel=2)
         rival = None
     with phases[0].main_process_first(desc="preparing the data"):
-        subject = _subject(run, [*phases, *([rival] if rival else [])])
+        subject = _subject(run, phases, rival)
     config = model_config(subject, phases, student_fields, teacher_fields)
     _remember(run, output_dir, config, phases, subject.facts()["hash"], is_main)
     PartialState().wait_for_everyone()  # an old run's folders are gone before a rank looks into them
@@ -292,13 +294,15 @@ def check_output_dir(run, output_dir: Path) -> None:
         raise ValueError(f"there is no run to resume in {output_dir}.")
 
 
-def _subject(run: PretrainArguments, phases: list[PhaseArguments]) -> Subject:
+def _subject(
+    run: PretrainArguments, phases: list[PhaseArguments], rival: BPTTTrainingArguments | None = None
+) -> Subject:
     subject: Subject
     if run.task == "text":
         if run.difficulty is not None or run.curriculum is not None:
             raise ValueError("`difficulty` and `curriculum` are of synthetic tasks: set `task`, or leave them out.")
         subject = TextSubject(
-            phases,
+            [*phases, *([rival] if rival else [])],
             run.seed,
             run.train_file,
             run.validation_file,
@@ -323,6 +327,11 @@ def _subject(run: PretrainArguments, phases: list[PhaseArguments]) -> Subject:
             raise ValueError(f"`task` {run.task} needs a `difficulty`.")
         subject = TaskSubject(run.task, run.difficulty, levels, run.seed, run.num_heldout)
     subject.fit(phases)
+    if rival is not None:
+        own = {level for arguments in phases for level in arguments.levels}
+        if own and rival.curriculum_threshold is not None:  # it comes up through all that the student did
+            rival.curriculum_levels = [str(level) for level in sorted(own | {int(subject.difficulty)})]
+        subject.fit([rival])
     return subject
 
 

@@ -88,11 +88,11 @@ class Subject(ABC):
         """
 
 
-def _refuse_curriculum(arguments: PhaseArguments) -> None:
-    if arguments.curriculum is not None:
+def refuse_curriculum(arguments: PhaseArguments) -> None:
+    if arguments.curriculum_levels is not None:
         raise ValueError(
-            f"`curriculum` of the {arguments.phase} phase is of synthetic tasks; rows of another length are set by "
-            "`context_length`."
+            f"`curriculum_levels` of the {arguments.phase} phase are of synthetic tasks; rows of another length are "
+            "set by `context_length`."
         )
 
 
@@ -149,7 +149,7 @@ class TextSubject(Subject):
 
     def fit(self, phases: Iterable[PhaseArguments]) -> None:
         for arguments in phases:
-            _refuse_curriculum(arguments)
+            refuse_curriculum(arguments)
             if getattr(arguments, "future_length", 0) >= arguments.context_length:
                 raise ValueError(
                     f"`future_length` ({arguments.future_length}) must be shorter than `context_length` "
@@ -226,7 +226,8 @@ class TaskSubject(Subject):
 
     Args:
         name, difficulty: see `smt_hf.data.tasks`.
-        curriculum: easier difficulties to begin with; those not below `difficulty` are left out.
+        curriculum: easier difficulties to begin with; those not below `difficulty` are left out, and so are those above
+            it of a phase's own `curriculum_levels`.
         seed: of the training rows.
         num_heldout: labels to score at least.
         heldout_seed: of the rows to score; settings are chosen on others than those of the final scores.
@@ -278,25 +279,27 @@ class TaskSubject(Subject):
             arguments.context_length = self.num_transitions
             arguments.carries_memory = False
             arguments.transition_steps = min(arguments.transition_steps, self.num_transitions)
-            own = arguments.levels
-            if own and (own[0] < 1 or own[-1] > self.difficulty):
-                raise ValueError(
-                    f"`curriculum` of the {arguments.phase} phase must lie between 1 and the run's `difficulty` "
-                    f"({self.difficulty}), got {own}."
-                )
-            if len(own) > 1 and arguments.curriculum_threshold is None:
-                raise ValueError(
-                    f"`curriculum` of the {arguments.phase} phase needs a `curriculum_threshold`, which says when its "
-                    "next level begins."
-                )
-            for level in own:
-                self._level(level)
-            if len(own or self.level_names) == 1:
+            if arguments.levels:
+                own = [level for level in arguments.levels if level <= self.difficulty]
+                if not own:
+                    raise ValueError(
+                        f"`curriculum_levels` of the {arguments.phase} phase are all above the run's `difficulty` "
+                        f"({self.difficulty}): {arguments.levels}."
+                    )
+                if len(own) > 1 and arguments.curriculum_threshold is None:
+                    raise ValueError(
+                        f"`curriculum_levels` of the {arguments.phase} phase need a `curriculum_threshold`, which says "
+                        "when the next one begins."
+                    )
+                for level in own:
+                    self._level(level)
+                arguments.curriculum_levels = list(map(str, own))
+            if len(arguments.levels or self.level_names) == 1:
                 arguments.curriculum_threshold = None
-        if any(arguments.curriculum for arguments in phases):  # then the levels of all are told by their difficulties
+        if any(arguments.levels for arguments in phases):  # then the levels of all are told by their difficulties
             for arguments in phases:
                 if arguments.curriculum_threshold is not None:
-                    arguments.curriculum = list(map(str, arguments.levels or self.level_names))
+                    arguments.curriculum_levels = list(map(str, arguments.levels or self.level_names))
 
     def rows(self, arguments: PhaseArguments):
         names = arguments.levels or self.level_names
@@ -353,7 +356,7 @@ class PixelSubject(Subject):
 
     def fit(self, phases: Iterable[PhaseArguments]) -> None:
         for arguments in phases:
-            _refuse_curriculum(arguments)
+            refuse_curriculum(arguments)
             if arguments.phase == "bptt" and arguments.transition_steps >= arguments.context_length:
                 arguments.transition_steps = self.num_transitions
             arguments.context_length = self.num_transitions

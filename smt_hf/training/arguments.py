@@ -67,10 +67,11 @@ class PhaseArguments(TrainingArguments):
         "level has none. Ours: gated by the teacher instead, the student stays at chance. Where the student is not "
         "trained yet (`trains_updater` false), of the readout of the teacher's memories.",
     )
-    curriculum: list[str] | None = argument(
+    curriculum_levels: list[str] | None = argument(
         None,
-        "Difficulties that the phase goes through, easiest first, where they are not those of the run. A phase starts "
-        "at the first that is no easier than what the student has got to.",
+        "All difficulties that the phase goes through, easiest first, where they are not those of the run; the run's "
+        "`difficulty` is not added to them. A phase starts at the first that is no easier than the hardest that the "
+        "student has got to, or at its last.",
     )
     max_steps: int = argument(600, "Optimiser steps of the phase. Ours: a quarter of 4 minutes on two CPU cores.")
     matrix_optimizer: str = argument(
@@ -114,13 +115,13 @@ class PhaseArguments(TrainingArguments):
             if not self.trainable:
                 raise ValueError("`trainable` names no part: leave it out to train all that the phase can.")
             trained_parts(self.phase, getattr(self, "trains_updater", True), self.trainable)
-        if self.curriculum is not None:
-            given = self.curriculum if isinstance(self.curriculum, list) else [self.curriculum]
-            self.curriculum = [level for word in given for level in str(word).replace(",", " ").split()]
-            if not all(level.isdecimal() for level in self.curriculum):
-                raise ValueError(f"`curriculum` must be numbers joined by commas, got {given!r}.")
+        if self.curriculum_levels is not None:
+            given = self.curriculum_levels if isinstance(self.curriculum_levels, list) else [self.curriculum_levels]
+            self.curriculum_levels = [level for word in given for level in str(word).replace(",", " ").split()]
+            if not all(level.isdecimal() for level in self.curriculum_levels):
+                raise ValueError(f"`curriculum_levels` must be numbers joined by commas, got {given!r}.")
             if not self.levels or self.levels != sorted(set(self.levels)):
-                raise ValueError(f"`curriculum` must be rising difficulties, got {given!r}.")
+                raise ValueError(f"`curriculum_levels` must be rising difficulties, got {given!r}.")
         if self.lr_scheduler_kwargs is None and str(self.lr_scheduler_type).endswith("cosine_with_min_lr"):
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         if not torch.accelerator.is_available():
@@ -209,8 +210,8 @@ class PhaseArguments(TrainingArguments):
 
     @property
     def levels(self) -> list[int]:
-        """Difficulties of the phase's own `curriculum`, easiest first; empty where it has none."""
-        return [int(level) for level in self.curriculum or ()]
+        """`curriculum_levels` as numbers; empty where the phase has none."""
+        return [int(level) for level in self.curriculum_levels or ()]
 
     def objective(self) -> Objective:
         """The settings that the composite's `forward` needs."""

@@ -54,9 +54,10 @@ class LabelCache:
         return torch.from_numpy(self._labels[places]) if self._filled[places].all() else None
 
     def put(self, numbers: torch.Tensor, labels: torch.Tensor) -> None:
-        """Keep the labels of rows; what is marked as there has been written before."""
+        """Keep the labels of rows; what is marked as there is on the disk before, whatever is cut off then."""
         places = (numbers % self.num_rows).cpu().numpy()
         self._labels[places] = labels.detach().float().cpu().numpy()
+        self._labels.flush()
         self._filled[places] = True
 
 

@@ -257,7 +257,7 @@ def _run_phases(
         # What the student has got to; a phase without levels has nothing to say.
         if getattr(arguments, "trains_updater", True) and arguments.curriculum_threshold is not None:
             level = callbacks[Pace.__name__]["attributes"]["level"]
-            reached = arguments.levels[level] if arguments.levels else reached
+            reached = max(reached, arguments.levels[level]) if arguments.levels else reached
         yield PhaseResult(
             arm=arm_name(phases[: index + 1]),
             arguments=arguments,

@@ -1,6 +1,7 @@
 """Pipelines: what phases share, and when a phase is over; with a clock that is made up."""
 
 import json
+import shutil
 
 import pytest
 
@@ -134,18 +135,27 @@ def test_the_teacher_alone_has_no_name_and_hands_on_no_level(tmp_path, monkeypat
     assert levels == [0, 0, 2]
 
 
-def test_a_phase_with_a_curriculum_of_its_own_begins_where_the_student_is(tmp_path, monkeypatch):
-    """Levels are told by their difficulties then, not by their numbers; none easier than the last is gone back to."""
+def test_a_phase_with_levels_of_its_own_begins_where_the_student_is(tmp_path, monkeypatch):
+    """Levels are told by their difficulties then, not by their numbers; the hardest that was reached counts."""
     levels = []
     monkeypatch.setattr(Pace, "on_train_begin", lambda self, *_, **__: levels.append(self.level))
     rows = some_rows()
-    own = ([4, 8, 12, 16], [8, 12, 16], [2, 4])  # two steps lead from 4 to 12
-    phases = [phase(max_steps=2, carries_memory=False, curriculum_threshold=99.0, curriculum=each) for each in own]
-    lay_out(phases, str(tmp_path))
     level_rows = lambda arguments: Levels([rows] * len(arguments.levels))  # noqa: E731
-    for _ in run_phases(make_composite(), phases, level_rows, rows[:8]):
-        pass
-    assert levels == [0, 1, 1]
+
+    def go(resume):
+        own = ("4,8,12,16", "8,12,16", "2,4", "4,8,16")  # two steps lead from 4 to 12, and from 12 to 16
+        settings = {"max_steps": 2, "carries_memory": False, "curriculum_threshold": 99.0}
+        phases = [phase(**settings, curriculum_levels=each) for each in own]
+        lay_out(phases, str(tmp_path))
+        for _ in run_phases(make_composite(), phases, level_rows, rows[:8], resume_from_checkpoint=resume):
+            pass
+        return phases
+
+    phases = go(False)
+    assert levels == [0, 1, 1, 2]
+    shutil.rmtree(phases[-1].output_dir)  # the others are read, not trained
+    go(True)
+    assert levels == [0, 1, 1, 2, 2]
 
 
 def test_the_teacher_alone_is_no_pipeline():
