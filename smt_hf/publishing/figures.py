@@ -1,6 +1,7 @@
 """Pictures of a run."""
 
 import math
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
@@ -42,12 +43,22 @@ def plot_curves(histories: list[tuple[str, list[dict]]], path: Path) -> None:
         unique = dict(zip(labels, handles))
         if unique:
             axis.legend(unique.values(), unique.keys(), fontsize=8)
-            axis.set_yscale("log")
-            for which in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-                which(FuncFormatter(lambda value, _: f"{value:g}"))
+            set_log(axis, "y", [value for line in axis.get_lines() for value in line.get_ydata()], ratio=1)
         else:
             axis.annotate("no phase with a teacher", (0.5, 0.5), xycoords="axes fraction", ha="center")
     figure.savefig(path, dpi=120)
+
+
+def set_log(axis, which: str, values: Iterable[float], ratio: float) -> None:
+    """A logarithmic axis with plain numbers, if the positive values spread by more than `ratio`."""
+    values = [value for value in values if math.isfinite(value) and value > 0]
+    if not values or max(values) <= ratio * min(values):
+        return
+    shown = "25" if max(values) < 100 * min(values) else ""
+    getattr(axis, f"set_{which}scale")("log", nonpositive="mask" if which == "x" else "clip")
+    ticks = getattr(axis, f"{which}axis")
+    ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ticks.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in shown else ""))
 
 
 def plot_loss_by_position(curves: dict[str, np.ndarray], ngram_bits: dict[str, float], path: Path) -> None:

@@ -5,15 +5,15 @@ An arm has the same colour, marker and dashes in all of them.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
+from .figures import set_log
 from .scores import (
     METRICS,
     YARDSTICKS,
@@ -126,18 +126,6 @@ class _Picture:
         return figure
 
 
-def _set_log(axis, which: str, values: Iterable[float], ratio: float) -> None:
-    """A logarithmic axis with plain numbers, if the positive values spread by more than `ratio`."""
-    values = [value for value in values if math.isfinite(value) and value > 0]
-    if not values or max(values) <= ratio * min(values):
-        return
-    shown = "25" if max(values) < 100 * min(values) else ""
-    getattr(axis, f"set_{which}scale")("log", nonpositive="mask" if which == "x" else "clip")
-    ticks = getattr(axis, f"{which}axis")
-    ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ticks.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in shown else ""))
-
-
 def _draw_runs(axis, runs: list[tuple[str, list]], styles: _Styles, **look) -> None:
     """A line a seed, a marker at its end; `runs`: arm and points."""
     for arm, points in runs:
@@ -190,17 +178,17 @@ def _draw_loss(axes: list, lines: list[dict], styles: _Styles) -> None:
         runs = [(line["arm"], [(point[key], point["loss"]) for point in line["curve"]]) for line in lines]
         _draw_runs(axis, runs, styles)
         points = [point for _, points in runs for point in points if point[1] is not None]
-        _set_log(axis, "y", [loss for _, loss in points], 10)
+        set_log(axis, "y", [loss for _, loss in points], 10)
         if key == "sequential_steps":
-            _set_log(axis, "x", [at for at, _ in points], 30)
+            set_log(axis, "x", [at for at, _ in points], 30)
         axis.set(xlabel=key.replace("_", " "), ylabel="nats a label")
 
 
 def _draw_drift(axes: list, lines: list[dict], styles: _Styles) -> None:
     (axis,) = axes
     _draw_runs(axis, [(line["arm"], line["drift"]) for line in lines], styles)
-    _set_log(axis, "x", [at for line in lines for at, _ in line["drift"]], 10)
-    _set_log(axis, "y", [drift for line in lines for _, drift in line["drift"] if drift is not None], 10)
+    set_log(axis, "x", [at for line in lines for at, _ in line["drift"]], 10)
+    set_log(axis, "y", [drift for line in lines for _, drift in line["drift"] if drift is not None], 10)
     axis.set(xlabel="tokens read since m_0", ylabel="drift / spread of the teacher's")
 
 
@@ -214,7 +202,7 @@ def _draw_gradient(axes: list, lines: list[dict], styles: _Styles) -> None:
         norms += [norm for _, points in runs for _, norm in points if norm is not None]
     if any(line.get("teacher_gradient_norm") for line in lines):
         axis.plot([], [], color="0.3", ls=":", label="its teacher")
-    _set_log(axis, "y", norms, 1)
+    set_log(axis, "y", norms, 1)
     axis.set(xlabel="distance from the loss (tokens)", ylabel="gradient norm")
 
 
