@@ -89,6 +89,11 @@ class Subject(ABC):
 
 
 def refuse_curriculum(arguments: PhaseArguments) -> None:
+    """For data of one level.
+
+    Raises:
+        ValueError: the phase has `curriculum_levels`.
+    """
     if arguments.curriculum_levels is not None:
         raise ValueError(
             f"`curriculum_levels` of the {arguments.phase} phase are of synthetic tasks; rows of another length are "
