@@ -611,21 +611,24 @@ class SMTForPreTraining(PreTrainedModel):
         if progress < objective.on_policy_warmup_ratio or not fraction or starts.shape[1] == 1:
             return None
         draws = example_uniforms(example_ids, 1, objective.seed, _STREAM_ON_POLICY)[:, 0]
-        rows = (draws < fraction).nonzero()[:, 0]
+        rows = own_rows = (draws < fraction).nonzero()[:, 0]
         if not len(rows):
-            return None
+            # Where weights are in shards, every call of the updater gathers them: all ranks have to call it as often.
+            rows = torch.zeros(1, dtype=torch.long, device=draws.device)
         inputs = tokens.inputs[rows]
         mask = None if tokens.mask is None else tokens.mask[rows]
         documents = None if tokens.documents is None else tokens.documents[rows]
         if objective.on_policy_mode == "parallel":
             noise = example_uniforms(example_ids[rows], starts.shape[1], objective.seed, _STREAM_AGES)
             ages = 1 + (noise * objective.on_policy_sweeps).long()
-            return rows, parallel_starts(self.student, starts[rows], ages, inputs, mask, documents)
+            sweeps = objective.on_policy_sweeps
+            own = parallel_starts(self.student, starts[rows], ages, inputs, mask, documents, sweeps)
+            return (rows, own) if len(own_rows) else None
         own = sequential_starts(self.student, starts.shape[1], inputs, mask, documents)
         if objective.on_policy_mode == "aggregate" and stored_starts is not None:
             stored = stored_starts[rows].to(own.dtype)
             own = torch.where(stored.isnan(), own, stored)
-        return rows, own
+        return (rows, own) if len(own_rows) else None
 
     @torch.no_grad()
     def _drift_terms(self, tokens: "_Row", with_teacher: bool):

@@ -83,7 +83,9 @@ def sequential_starts(student, num_chunks, input_ids, attention_mask=None, docum
 
 
 @torch.no_grad()
-def parallel_starts(student, starts, ages, input_ids, attention_mask=None, document_ids=None) -> torch.Tensor:
+def parallel_starts(
+    student, starts, ages, input_ids, attention_mask=None, document_ids=None, sweeps: int | None = None
+) -> torch.Tensor:
     """Own states of limited age, by sweeps over all chunks at once.
 
     After sweep i a chunk starts where the student arrives i chunks after it left the given starts: an exact on-policy
@@ -92,6 +94,7 @@ def parallel_starts(student, starts, ages, input_ids, attention_mask=None, docum
     Args:
         starts: `(B, C, K, D)`, the teacher's memories.
         ages: `(B, C)` long, sweeps that each chunk's start has gone through; 0 keeps the given start.
+        sweeps: how many to do; default: the oldest age.
 
     Returns:
         `(B, C, K, D)`. The first chunk always keeps its given start.
@@ -99,7 +102,7 @@ def parallel_starts(student, starts, ages, input_ids, attention_mask=None, docum
     num_chunks = starts.shape[1]
     steps = input_ids.shape[1] // num_chunks
     current = chosen = starts
-    for age in range(1, int(ages.max()) + 1):
+    for age in range(1, (int(ages.max()) if sweeps is None else sweeps) + 1):
         ends = rollout(student, current, input_ids, attention_mask, document_ids)[:, steps - 1 :: steps]
         current = torch.cat([starts[:, :1], ends[:, :-1]], dim=1)
         chosen = torch.where((ages == age)[..., None, None], current, chosen)

@@ -177,7 +177,7 @@ class SMTTrainer(StudentPushingTrainer, CheckpointingTrainer):
     # Loss and its terms -------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = {**inputs, "objective": self.objective, "progress": self._progress()}
+        inputs = {**self._of_one_length(inputs), "objective": self.objective, "progress": self._progress()}
         inputs["dynamics_scale"] = self.pace.dynamics_scale(
             getattr(self.args, "dynamics_starts_below", None), getattr(self.args, "dynamics_full_below", None)
         )
@@ -196,6 +196,22 @@ class SMTTrainer(StudentPushingTrainer, CheckpointingTrainer):
             self._keep_for_pace(outputs)
             self._after_forward(inputs, outputs, carried)
         return (loss, outputs) if return_outputs else loss
+
+    def _of_one_length(self, inputs: dict) -> dict:
+        """Rows as long as the longest of any rank. Where weights are in shards, every call of the updater gathers them,
+        and a rank whose rows are shorter would leave the others waiting."""
+        if not self._is_sharded or self.args.world_size == 1:
+            return inputs
+        length, has_mask = inputs["input_ids"].shape[1], "attention_mask" in inputs
+        own = torch.tensor([[length, has_mask]], device=self.args.device)
+        longest, any_mask = self.accelerator.gather(own).amax(0).tolist()
+        if longest == length and any_mask == has_mask:
+            return inputs
+        padded = {"attention_mask": torch.ones_like(inputs["input_ids"]), **inputs}
+        for name, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100), ("document_ids", -1)):
+            if name in padded:
+                padded[name] = torch.nn.functional.pad(padded[name], (0, longest - length), value=fill)
+        return padded
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
