@@ -615,6 +615,25 @@ def test_one_pass_is_starts_and_chunks(transition_steps, kind, stride, monkeypat
         torch.testing.assert_close(gradients[name], naive[name], rtol=1e-3, atol=2e-5, msg=name)
 
 
+@pytest.mark.parametrize("mode", ["sequential", "parallel"])
+def test_every_batch_calls_the_modules_as_often(mode):
+    """With weights in shards a call is a collective operation: a rank with no own row makes it, too."""
+    model = make_composite()
+    setting = objective("smt", **OURS, on_policy_mode=mode, on_policy_fraction=0.5, on_policy_sweeps=2)
+    calls: list[str] = []
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+    orders = set()
+    for example in range(12):
+        inputs = {"input_ids": rows(1)["input_ids"], "example_ids": torch.tensor([example])}
+        calls.clear()
+        model(**inputs, objective=setting, progress=0.5)
+        orders.add(tuple(calls))
+    assert len(orders) == 1
+    draws = example_uniforms(torch.arange(12), 1, setting.seed, _STREAM_ON_POLICY)
+    assert (draws < 0.5).any() and (draws >= 0.5).any()
+
+
 def test_teacher_alone():
     """Before the updater is trained: the terms of the teacher's memories, and no transition."""
     model, inputs = make_composite().train(), rows()
