@@ -275,7 +275,7 @@ def run_to_end(function: Callable[..., Any], *arguments) -> None:
         if PartialState().is_main_process:
             print(f"\n{stopped}", flush=True)
         code = 128 + stopped.signal_number
-    if torch.distributed.is_initialized():  # of one process, too
+    if torch.distributed.is_available() and torch.distributed.is_initialized():  # of one process, too
         # A wrapped model keeps Gloo's threads alive after its group is destroyed, and one that lets go of a Python
         # tensor while the interpreter shuts down aborts the process (pytorch/pytorch#179291): end before it does.
         PartialState().destroy_process_group()
