@@ -59,6 +59,7 @@ def test_levels_that_do_not_fit(settings, message):
 
 
 def test_pixels_have_no_levels():
+    pytest.importorskip("sklearn", reason='needs the extra: pip install -e ".[test]"')
     with pytest.raises(ValueError, match="synthetic tasks"):
         PixelSubject(num_heldout=4).fit([phase(curriculum_levels="4", curriculum_threshold=0.5)])
 
