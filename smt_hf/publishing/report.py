@@ -301,14 +301,15 @@ def _sweeps(lines: list[dict]) -> str:
             for difficulty, cell in split_by(of_task, "difficulty").items():
                 runs = []
                 for variant, of_variant in split_by(cell, "variant").items():
+                    variant = variant or "as it stands"
                     for arm in arms_of(of_variant):
                         some = lines_of_arm(of_variant, arm)
                         score = metric_score(some)
-                        row = [str(variant), f"`{arm}`", str(score), _mean(some, "wall_clock_s"), str(score.num_seeds)]
-                        runs.append((badness(score, metric), natural_order(str(variant)), arm_order(arm), row))
+                        row = [variant, f"`{arm}`", str(score), _mean(some, "wall_clock_s"), str(score.num_seeds)]
+                        runs.append((badness(score, metric), natural_order(variant), arm_order(arm), row))
                 header = ["variant", "arm", METRICS[metric], "seconds", "seeds"]
                 parts.append(f"`{task}` {difficulty}:\n\n{_table(header, [run[-1] for run in sorted(runs)])}")
-        parts += _doubles([{**line, "arm": f"{line['variant']}, {line['arm']}"} for line in of_group])
+        parts += _doubles([{**line, "arm": f"{line['variant'] or 'as it stands'}, {line['arm']}"} for line in of_group])
     return "\n\n".join(parts)
 
 

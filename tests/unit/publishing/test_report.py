@@ -201,6 +201,10 @@ def test_groups_have_their_own_tables(tmp_path):
     assert [row["bits a byte"] for row in table_after(text, "### weights")] == ["2.100", "2.200"]
     assert "### `text`" not in text
 
+    # A group without variants: one setting, over seeds.
+    lines += [make_line("smt2", seed, 0.5, group="alone", variant=None) for seed in range(2)]
+    assert table_after(render(lines, tmp_path)[0], "### alone")[0]["variant"] == "as it stands"
+
     text, figures = render([line for line in lines if "group" in line], tmp_path)
     assert "## Results" not in text and "### terms" in text
     assert figures == set()
