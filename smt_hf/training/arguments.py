@@ -230,8 +230,8 @@ class SMTTrainingArguments(PhaseArguments):
     normalized_dynamics_weight: float = argument(
         0.0,
         "Weight of the squared error divided by the labels' variance per coordinate. Ours: without it the teacher can "
-        "hide what matters in directions of little variance. 1 on the probes and on digits (after 24 s 2.122 bits a "
-        "pixel against 2.302); on text it changes nothing.",
+        "hide what matters in directions of little variance. 1 on the probes (retrieval 64: 91.6 % with it, 11.9 % "
+        "without) and on digits (after 24 s 2.122 bits a pixel against 2.302); on text it changes nothing.",
     )
     dynamics_starts_below: float | None = argument(
         None,
