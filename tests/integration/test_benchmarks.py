@@ -305,6 +305,7 @@ def test_long_context(run, tmp_path):
     cells = [(line["task"], line["arm"], line["position"]) for line in lines]
     assert cells == [("text", "ours", 16), ("text", "ours", 48), *(("retrieval", a, n) for a in "ab" for n in (16, 48))]
     assert all(6 < line["bits_per_byte"] < 11 for line in lines[:2])
+    assert [line["n"] for line in lines[:2]] == [2 * 16, 2 * (48 - 16)]
     assert all(0 <= line["accuracy"] <= 0.6 and line["n"] == 20 for line in lines[2:])
     assert [line["accuracy"] for line in lines[2:4]] == [line["accuracy"] for line in lines[4:]]
     assert figure.stat().st_size

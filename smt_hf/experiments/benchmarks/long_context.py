@@ -53,10 +53,10 @@ def measure_long_context(arguments: LongContextArguments) -> list[dict]:
         heldout = tokenize(load_corpus(arguments.train_file).heldout, byte_tokenizer())
         streams = heldout_streams(heldout, arguments.num_streams, longest)
         for name, student in _students(arguments.text_students, "text"):
-            for part in bits_by_position(student, streams, edges):
+            for begin, part in zip(edges, bits_by_position(student, streams, edges)):
                 lines.append({**shared, "task": "text", "arm": name, "position": part["position"], "chance": 8.0})
                 lines[-1] |= {"parameters": student.num_parameters(), "batch_size": len(streams)}
-                lines[-1] |= {"bits_per_byte": part["bits"], "n": len(streams) * int(part["position"])}
+                lines[-1] |= {"bits_per_byte": part["bits"], "n": len(streams) * (int(part["position"]) - begin)}
     for name, student in _students(arguments.retrieval_students, "retrieval"):
         rows = needles(arguments.num_rows, arguments.seed)
         for length in sorted(arguments.lengths):
