@@ -293,6 +293,7 @@ def _costs(lines: list[dict]) -> str:
 def _sweeps(lines: list[dict]) -> str:
     if not lines:
         return ""
+    lines = [{**line, "variant": line["variant"] or "as it stands"} for line in lines]  # None: a group without variants
     parts = ["## Ablations and sweeps", "Best first. They are not part of the results above, nor of the figures."]
     for group, of_group in split_by(lines, "group").items():
         parts.append(f"### {group}")
@@ -301,7 +302,6 @@ def _sweeps(lines: list[dict]) -> str:
             for difficulty, cell in split_by(of_task, "difficulty").items():
                 runs = []
                 for variant, of_variant in split_by(cell, "variant").items():
-                    variant = variant or "as it stands"
                     for arm in arms_of(of_variant):
                         some = lines_of_arm(of_variant, arm)
                         score = metric_score(some)
@@ -309,7 +309,7 @@ def _sweeps(lines: list[dict]) -> str:
                         runs.append((badness(score, metric), natural_order(variant), arm_order(arm), row))
                 header = ["variant", "arm", METRICS[metric], "seconds", "seeds"]
                 parts.append(f"`{task}` {difficulty}:\n\n{_table(header, [run[-1] for run in sorted(runs)])}")
-        parts += _doubles([{**line, "arm": f"{line['variant'] or 'as it stands'}, {line['arm']}"} for line in of_group])
+        parts += _doubles([{**line, "arm": f"{line['variant']}, {line['arm']}"} for line in of_group])
     return "\n\n".join(parts)
 
 

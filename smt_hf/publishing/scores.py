@@ -125,8 +125,8 @@ def arms_of(lines: Iterable[dict]) -> list[str]:
 
 
 def split_by(lines: list[dict], key: str) -> dict:
-    """The value of a key, `None` first, then ascending -> lines that have it, in their order."""
-    ordered = sorted(lines, key=lambda line: (line[key] is not None, line[key] or 0))
+    """The value of a key, ascending -> lines that have it, in their order."""
+    ordered = sorted(lines, key=lambda line: line[key])
     return {value: list(some) for value, some in groupby(ordered, key=lambda line: line[key])}
 
 
