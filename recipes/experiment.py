@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from smt_hf.command_line import parse_grid
 from smt_hf.experiments.grid import run_grid
+from smt_hf.experiments.grid_file import parse_grid
 from smt_hf.publishing.report import read_lines, render_report
 
 

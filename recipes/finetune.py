@@ -2,8 +2,8 @@
 
 import sys
 
-from smt_hf.command_line import parse_finetune, run_to_end
-from smt_hf.experiments import finetune
+from smt_hf.experiments.finetuning import finetune, parse_finetune
+from smt_hf.training.launch import run_to_end
 
 
 def main() -> None:

@@ -2,8 +2,7 @@
 
 import sys
 
-from smt_hf.command_line import parse_generate
-from smt_hf.experiments import continue_text
+from smt_hf.experiments.continuation import continue_text, parse_generate
 
 
 def main() -> None:

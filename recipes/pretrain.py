@@ -2,8 +2,8 @@
 
 import sys
 
-from smt_hf.command_line import parse_run, run_to_end
-from smt_hf.experiments import pretrain
+from smt_hf.experiments import parse_run, pretrain
+from smt_hf.training.launch import run_to_end
 
 
 def main() -> None:

@@ -2,8 +2,7 @@
 
 import sys
 
-from smt_hf.command_line import parse_publish
-from smt_hf.publishing.hub import publish
+from smt_hf.publishing.hub import parse_publish, publish
 
 
 def main() -> None:

@@ -2,7 +2,8 @@
 
 from .continuation import GenerateArguments, continue_text
 from .finetuning import FinetuneArguments, FinetuneTrainingArguments, finetune
-from .pretraining import PretrainArguments, pretrain
+from .pretraining import pretrain
+from .run_arguments import PretrainArguments, parse_run
 
 __all__ = [
     "FinetuneArguments",
@@ -10,6 +11,7 @@ __all__ = [
     "GenerateArguments",
     "PretrainArguments",
     "continue_text",
+    "parse_run",
     "finetune",
     "pretrain",
 ]

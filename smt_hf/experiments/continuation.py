@@ -8,9 +8,9 @@ import torch
 from transformers import TextStreamer, set_seed
 from transformers.utils import logging
 
+from smt_hf.command_line import argument, built, check_keys, check_values, described, names_of, read_flags
 from smt_hf.student import SMTRecurrentCache
 from smt_hf.student.modeling_smt_recurrent import CACHE_NAME
-from smt_hf.training.arguments import argument
 
 from .finetuning import load_checkpoint
 
@@ -75,3 +75,28 @@ def continue_text(arguments: GenerateArguments) -> str:
             model(unread, past_key_values=state)
         state.save(arguments.save_state, overwrite=arguments.overwrite_state)
     return tokenizer.decode(generated[0, ids.shape[1] :])
+
+
+def parse_generate(argv: list[str]) -> GenerateArguments:
+    """All settings of a continuation from its command line.
+
+    Raises:
+        ValueError: as `parse_run`.
+        SystemExit: after `--help`.
+    """
+    prompt = None
+    if "--prompt" in argv:  # the word after it is any text, which no parser is to read
+        at = argv.index("--prompt")
+        if at + 1 == len(argv):
+            raise ValueError("`--prompt` needs a value.")
+        prompt, argv = argv[at + 1], [*argv[:at], *argv[at + 2 :]]
+    if "--help" in argv or "-h" in argv:
+        lines = ["usage: python recipes/generate.py --checkpoint DIR_OR_REPO --prompt TEXT [--flag ...]", ""]
+        print("\n".join([*lines, *described(GenerateArguments, "", {})]))
+        raise SystemExit(0)
+    flags = read_flags(argv)
+    check_keys(flags, names_of(GenerateArguments), "argument")
+    check_values(flags, GenerateArguments)
+    arguments = built(GenerateArguments, flags)
+    arguments.prompt = prompt
+    return arguments

@@ -12,6 +12,17 @@ import numpy as np
 from transformers import AutoConfig, AutoTokenizer, set_seed
 from transformers.utils import logging
 
+from smt_hf.command_line import (
+    argument,
+    built,
+    check_keys,
+    check_values,
+    described,
+    names_of,
+    read_flags,
+    read_yaml,
+    whole_number,
+)
 from smt_hf.data import holds_instructions, load_table, padded, tokenize_instructions
 from smt_hf.evaluation import score_student_probe
 from smt_hf.evaluation.ngram import uniform_bits
@@ -21,9 +32,9 @@ from smt_hf.publishing.figures import plot_curves
 from smt_hf.publishing.provenance import run_facts
 from smt_hf.student import SMTRecurrentConfig, SMTRecurrentForCausalLM
 from smt_hf.training.adapters import LoraSettings
-from smt_hf.training.arguments import BPTTTrainingArguments, argument
+from smt_hf.training.arguments import BPTTTrainingArguments, PhaseArguments
+from smt_hf.training.composite import SMTForPreTraining, SMTPreTrainingConfig
 from smt_hf.training.phases import lay_out, run_phases
-from smt_hf.training.pretraining import SMTForPreTraining, SMTPreTrainingConfig
 
 from .pretraining import (
     MAY_CHANGE,
@@ -36,6 +47,7 @@ from .pretraining import (
     results_table,
     set_threads,
 )
+from .run_arguments import HIDDEN
 from .subjects import Subject, TextSubject, refuse_curriculum
 
 _RESULTS = "eval_results.json"
@@ -285,3 +297,34 @@ def _scores(scores: dict) -> dict:
 def _name_of(checkpoint: str) -> str:
     """The repository's name, or the last part of a folder: cards say nothing of the machine that they are made on."""
     return Path(checkpoint).resolve().name if Path(checkpoint).exists() else checkpoint
+
+
+def parse_finetune(argv: list[str]) -> tuple[FinetuneArguments, FinetuneTrainingArguments]:
+    """All settings of a fine-tuning from its command line.
+
+    Raises:
+        ValueError: as `parse_run`.
+        SystemExit: after `--help`.
+    """
+    if "--help" in argv or "-h" in argv:
+        own = [entry for entry in vars(PhaseArguments)["__annotations__"] if entry not in HIDDEN]
+        own += [name for name in vars(BPTTTrainingArguments)["__annotations__"] if name not in own]
+        lines = ["usage: accelerate launch recipes/finetune.py --checkpoint DIR_OR_REPO --train_file FILE [--flag ...]"]
+        lines += ["", "the run:", *described(FinetuneArguments, "", {}), "", "the training:"]
+        lines += [*described(FinetuneTrainingArguments, "", {}, own)]
+        print("\n".join([*lines, "", "Every other field of transformers' TrainingArguments is a flag too."]))
+        raise SystemExit(0)
+    flags = read_flags(argv)
+    given = {**(read_yaml(str(flags["config"])) if "config" in flags else {}), **flags}
+    of_run, of_training = names_of(FinetuneArguments), names_of(FinetuneTrainingArguments) - HIDDEN
+    if "num_train_epochs" in given:
+        raise ValueError("a fine-tuning counts steps, not epochs: set `max_steps`.")
+    check_keys(given, of_run | of_training, "argument")
+    check_values(given, FinetuneArguments)
+    run = built(FinetuneArguments, {key: value for key, value in given.items() if key in of_run})
+    settings = {key: value for key, value in given.items() if key in of_training}
+    if "context_length" in settings and "transition_steps" not in settings:
+        length = whole_number("context_length", settings["context_length"])
+        default = FinetuneTrainingArguments.transition_steps
+        settings["transition_steps"] = next((k for k in range(min(default, length), 0, -1) if length % k == 0), 1)
+    return run, built(FinetuneTrainingArguments, {**settings, "seed": run.seed})

@@ -35,8 +35,8 @@ from smt_hf.evaluation import (
 )
 from smt_hf.publishing.provenance import run_facts
 from smt_hf.training.arguments import PhaseArguments
+from smt_hf.training.composite import SMTForPreTraining
 from smt_hf.training.phases import ARGUMENTS, PhaseResult, lay_out, run_phases
-from smt_hf.training.pretraining import SMTForPreTraining
 
 from .pretraining import model_config, phase_settings
 from .subjects import HELDOUT_SEED, PixelSubject, Subject, TaskSubject, TextSubject

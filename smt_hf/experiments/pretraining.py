@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,12 @@ from smt_hf.publishing.hub import publish
 from smt_hf.publishing.provenance import run_facts
 from smt_hf.student import SMTRecurrentConfig
 from smt_hf.training.adapters import LoraSettings
-from smt_hf.training.arguments import UNBOUNDED, BPTTTrainingArguments, PhaseArguments, argument
+from smt_hf.training.arguments import UNBOUNDED, BPTTTrainingArguments, PhaseArguments
+from smt_hf.training.composite import SMTForPreTraining, SMTPreTrainingConfig
 from smt_hf.training.launch import launched_with_deepspeed
 from smt_hf.training.phases import PhaseResult, arm_name, check_named_checkpoint, lay_out, run_phases
-from smt_hf.training.pretraining import SMTForPreTraining, SMTPreTrainingConfig
 
+from .run_arguments import PretrainArguments
 from .subjects import PixelSubject, Subject, TaskSubject, TextSubject
 
 _RESULTS = "eval_results.json"
@@ -41,52 +41,6 @@ _OF_A_STREAM = (
 )  # fmt: skip
 # Settings that a resumed run may change: they say what is written down, not what is trained.
 MAY_CHANGE = {"logging_steps", "save_total_limit", "per_device_eval_batch_size", "logging_nan_inf_filter"}
-
-
-@dataclass
-class PretrainArguments:
-    """What concerns the whole run. Phases, student and teacher have their own arguments."""
-
-    config: str | None = argument(None, "YAML file with any of these arguments; flags beat it.")
-    output_dir: str = argument("runs/pretrain", "Folder for everything that the run writes.")
-    phases: str = argument("smt,bptt", "Any sequence of smt, dmt and bptt, joined by commas.")
-    task: str = argument(
-        "text",
-        "What is learned: text, pixels, or retrieval, string_copy, stack, keys_values, modular_arithmetic, parity.",
-    )
-    difficulty: int | None = argument(None, "Of a synthetic task: its length, depth, pairs or modulus.")
-    curriculum: str | None = argument(
-        None, "Easier difficulties of the task to begin with, joined by commas; see `curriculum_threshold`."
-    )
-    num_heldout: int = argument(4096, "Labels of a synthetic task, or images, that are scored.")
-    mnist_dir: str | None = argument(None, "Folder with MNIST's idx files for `pixels`; default: the 8 x 8 digits.")
-    train_file: str | None = argument(None, "Text file, folder, glob, or json / jsonl / csv / parquet.")
-    validation_file: str | None = argument(None, "Held-out text; default: a tenth of the training text.")
-    dataset_name: str | None = argument(None, "Dataset of the Hub, or a local one that `datasets` knows.")
-    dataset_config_name: str | None = argument(None, "Its configuration.")
-    text_column: str = argument("text", "Column of the dataset that holds the text.")
-    streaming: bool = argument(
-        False, "Read `train_file` or `dataset_name` while training: no download, no tokenisation before the first step."
-    )
-    shuffle_buffer_size: int = argument(1000, "Documents that the next one of a stream is drawn from.")
-    tokenizer_name: str | None = argument(None, "Any Hugging Face tokenizer; default: one token a byte.")
-    document_start_fraction: float = argument(0.05, "Share of rows that start where a document starts. Ours.")
-    use_peft: bool = argument(
-        False, "Train LoRA layers alone in dmt phases: a cheap second phase. They are merged as each phase ends."
-    )
-    lora_r: int = argument(8, "Rank of the LoRA layers. Not searched.")
-    lora_alpha: int = argument(16, "Their change is scaled by `lora_alpha / lora_r`. Not searched.")
-    lora_parts: str = argument("updater,readout", "Where they are put: updater, readout, or both.")
-    evidence_file: str | None = argument(None, "JSON lines file to which the run appends a line an arm.")
-    compare_bptt: bool = argument(
-        False, "Also train the same student by BPTT for the same measured seconds, through all levels."
-    )
-    seed: int = argument(0, "Of everything random.")
-    overwrite_output_dir: bool = argument(False, "Remove what an earlier run left in `output_dir`.")
-    resume_from_checkpoint: str | None = argument(
-        None, "Without a value: go on from the run's newest complete checkpoint. With one: from that checkpoint."
-    )
-    num_threads: int | None = argument(None, "CPU threads of this process; default: cores / local processes.")
 
 
 def pretrain(

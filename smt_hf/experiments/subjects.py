@@ -40,7 +40,7 @@ from smt_hf.evaluation import (
 from smt_hf.evaluation.ngram import document_symbols, stream_symbols, uniform_bits
 from smt_hf.evaluation.streams import count_bytes
 from smt_hf.training.arguments import PhaseArguments
-from smt_hf.training.pretraining import SMTForPreTraining
+from smt_hf.training.composite import SMTForPreTraining
 
 _EVAL_ROW, _EVAL_ROWS = 128, 32
 # Held-out streams are as long as 8 training rows, so that memories older than any row are scored; the upper bound keeps

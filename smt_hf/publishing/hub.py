@@ -1,5 +1,6 @@
 """To the Hub: what would be sent, what is refused, and one commit that is complete or absent."""
 
+import dataclasses
 import json
 import re
 import time
@@ -9,6 +10,8 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from yaml import YAMLError
+
+from smt_hf.command_line import argument, built, check_keys, check_values, described, names_of, read_flags
 
 # Formats that run code when they are loaded, or may.
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".h5", ".msgpack"}
@@ -209,3 +212,35 @@ def _patiently(call):
                 raise
         time.sleep(FIRST_WAIT * 2**attempt)
     return None
+
+
+@dataclasses.dataclass
+class PublishArguments:
+    """Arguments of `smt_hf.publishing.hub.publish`. The access token comes from `hf auth login` or HF_TOKEN."""
+
+    checkpoint: str | None = argument(None, "The `student` folder of a run.")
+    repo_id: str | None = argument(None, "`user/name`; created if it does not exist.")
+    private: bool | None = argument(None, "Whether a repository that is created is private; default: its owner's.")
+    revision: str | None = argument(None, "Branch; default: main.")
+    commit_message: str = argument("Publish a student", "Of the one commit.")
+    dry_run: bool = argument(False, "Check and list what would be sent; send nothing.")
+
+
+def parse_publish(argv: list[str]) -> PublishArguments:
+    """All settings of a publication from its command line.
+
+    Raises:
+        ValueError: as `parse_run`, or no checkpoint or repository.
+        SystemExit: after `--help`.
+    """
+    if "--help" in argv or "-h" in argv:
+        lines = ["usage: python recipes/publish.py --checkpoint DIR --repo_id USER/NAME [--dry_run] [--flag ...]", ""]
+        print("\n".join([*lines, *described(PublishArguments, "", {})]))
+        raise SystemExit(0)
+    flags = read_flags(argv)
+    check_keys(flags, names_of(PublishArguments), "argument")
+    check_values(flags, PublishArguments)
+    arguments = built(PublishArguments, flags)
+    if not arguments.checkpoint or not arguments.repo_id:
+        raise ValueError("name what to publish and where: `--checkpoint DIR --repo_id USER/NAME`.")
+    return arguments

@@ -1,7 +1,7 @@
 """Rollout, objectives, the composite that is trained, and a Trainer a phase."""
 
 from .arguments import BPTTTrainingArguments, DMTTrainingArguments, SMTTrainingArguments
-from .pretraining import Objective, SMTForPreTraining, SMTPreTrainingConfig
+from .composite import Objective, SMTForPreTraining, SMTPreTrainingConfig
 from .rollout import rollout
 from .trainers import BPTTTrainer, DMTTrainer, SMTTrainer
 

@@ -4,13 +4,15 @@ Every default names its source: the paper (arXiv:2606.06479) or "ours" with what
 """
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 import torch
 from transformers import TrainingArguments, get_scheduler
 
+from smt_hf.command_line import argument
+
+from .composite import Objective, trained_parts
 from .launch import LAUNCHED_PRECISION, autocast_by_deepspeed, launched_with_deepspeed, settle_deepspeed
-from .pretraining import Objective, trained_parts
 
 UNBOUNDED = 10_000_000  # steps of a phase that ends by its seconds
 _CONTINUE = "continue_previous_phase"
@@ -26,15 +28,6 @@ _LOSS_WEIGHTS = {
 }
 MATRIX_OPTIMIZERS = ("adamw", "muon")
 ON_POLICY_MODES = ("sequential", "parallel", "aggregate")
-
-
-def argument(default, help: str):
-    """Field of a dataclass that is a flag; a list's default is copied, a function's is what it returns."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    if callable(default):
-        return field(default_factory=default, metadata={"help": help})
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass

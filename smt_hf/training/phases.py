@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from .adapters import LoraSettings, add_lora
 from .arguments import BPTTTrainingArguments, DMTTrainingArguments, PhaseArguments, SMTTrainingArguments
 from .checkpoints import newest_checkpoint, step_of, what_is_missing
+from .composite import SMTForPreTraining
 from .pacing import VIRTUAL_STEPS_A_SECOND, Pace, TrainingCost
-from .pretraining import SMTForPreTraining
 from .stopping import Interrupted, StopOnSignal
 from .trainers import BPTTTrainer, DMTTrainer, SMTTrainer, load_student_optimizer
 

@@ -23,11 +23,11 @@ from smt_hf.teachers import SMTWindowedTeacher
 from .adapters import has_lora, merged_copy
 from .arguments import BPTTTrainingArguments, DMTTrainingArguments, PhaseArguments, SMTTrainingArguments
 from .checkpoints import CheckpointingTrainer
+from .composite import SMTForPreTraining
 from .label_cache import LabelCache
 from .launch import check_launch
 from .optimizer import muon_with_adamw
 from .pacing import VIRTUAL_STEPS_A_SECOND, Pace, TrainingCost
-from .pretraining import SMTForPreTraining
 from .pushing import StudentPushingTrainer
 from .rollout import example_uniforms
 from .sharding import give_state, whole_state

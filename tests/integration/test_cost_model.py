@@ -17,7 +17,7 @@ from smt_hf.experiments.benchmarks.cost_model import (
     step_flops,
 )
 from smt_hf.training import SMTPreTrainingConfig
-from smt_hf.training.pretraining import Objective
+from smt_hf.training.composite import Objective
 from tests.conftest import UPDATERS, student_config, teacher_config
 
 ROWS, LENGTH = 2, 24

@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from smt_hf import SMTRecurrentCache
-from smt_hf.command_line import parse_generate
 from smt_hf.data import byte_tokenizer
 from smt_hf.experiments import continue_text
+from smt_hf.experiments.continuation import parse_generate
 from tests.conftest import UPDATERS, make_student
 
 ROOT = Path(__file__).parents[2]

@@ -10,9 +10,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from smt_hf.command_line import parse_finetune
 from smt_hf.data import byte_tokenizer
 from smt_hf.experiments import finetune
+from smt_hf.experiments.finetuning import parse_finetune
 from tests.conftest import make_composite, make_student
 
 QUICK = ["--max_steps", "30", "--learning_rate", "0.01", "--disable_tqdm", "true", "--num_threads", "1"]

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from smt_hf.training.pretraining import part_of
+from smt_hf.training.composite import part_of
 
 ROOT = Path(__file__).parents[2]
 SMALL = """
@@ -290,8 +290,8 @@ def test_resume_from_a_named_checkpoint_and_refusals(finished, monkeypatch):
     weights = "checkpoint-6/model.safetensors"
     (named / "dmt" / weights).write_bytes((named / "smt" / weights).read_bytes())
     # Cut off while it trains what comes after the checkpoint: the run must not look finished.
-    from smt_hf.command_line import parse_run
     from smt_hf.experiments import pretrain, pretraining
+    from smt_hf.experiments.run_arguments import parse_run
 
     def cut_off(*args, **kwargs):
         raise KeyboardInterrupt
@@ -377,8 +377,8 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(case, tmp_path, monkeypatch, text_file):
     """A ValueError that helps, before anything is written."""
-    from smt_hf.command_line import parse_run
     from smt_hf.experiments import pretrain
+    from smt_hf.experiments.run_arguments import parse_run
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("")
@@ -462,7 +462,8 @@ def test_readme_commands_are_what_ci_runs():
 
 def test_recipes_parse():
     """Every YAML in recipes/ is accepted, and the table lists it."""
-    from smt_hf.command_line import parse_grid, parse_run
+    from smt_hf.experiments.grid_file import parse_grid
+    from smt_hf.experiments.run_arguments import parse_run
 
     table = (ROOT / "recipes" / "README.md").read_text()
     for path in sorted((ROOT / "recipes").glob("*.yaml")):

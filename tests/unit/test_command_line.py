@@ -2,7 +2,8 @@
 
 import pytest
 
-from smt_hf.command_line import help_text, parse_grid, parse_run
+from smt_hf.experiments.grid_file import parse_grid
+from smt_hf.experiments.run_arguments import help_text, parse_run
 
 
 def write(tmp_path, content):

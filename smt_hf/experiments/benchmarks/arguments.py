@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from transformers import HfArgumentParser
 
-from smt_hf.training.arguments import argument
+from smt_hf.command_line import argument
 
 _SIZES = (
     "vocab_size",

@@ -11,10 +11,10 @@ Symbols: B rows, T transitions a row, K memory tokens, D width, k `transition_st
 
 from dataclasses import dataclass
 
+from smt_hf.command_line import argument
 from smt_hf.student import SMTRecurrentConfig
 from smt_hf.teachers import SMTTeacherConfig
-from smt_hf.training.arguments import argument
-from smt_hf.training.pretraining import Objective
+from smt_hf.training.composite import Objective
 
 from .arguments import BenchmarkArguments
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from smt_hf.command_line import argument
 from smt_hf.student import SMTRecurrentForCausalLM
-from smt_hf.training.arguments import argument
 
 from .arguments import BenchmarkArguments
 from .peers import STATE_NAMES, count_parameters, describe, load_student, mamba_like, rwkv_like, start_state

@@ -9,9 +9,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
+from smt_hf.command_line import argument
 from smt_hf.data import byte_tokenizer, heldout_streams, load_corpus, load_task, tokenize
 from smt_hf.evaluation import bits_by_position, far_needle_accuracy
-from smt_hf.training.arguments import argument
 
 from .arguments import BenchmarkArguments
 from .results import facts

@@ -28,9 +28,9 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from smt_hf.command_line import argument
 from smt_hf.student import SMTRecurrentCache
 from smt_hf.student.modeling_smt_recurrent import CACHE_NAME
-from smt_hf.training.arguments import argument
 
 from .arguments import BenchmarkArguments
 from .peers import count_parameters, describe, llama_config_like, load_student

@@ -27,15 +27,16 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, set_seed
 
+from smt_hf.command_line import argument
 from smt_hf.data import CarriedWindows, IndexedExamples, collate, heldout_streams, tokenize
 from smt_hf.experiments.subjects import TextSubject
 from smt_hf.student import SMTRecurrentConfig
 from smt_hf.teachers import SMTTeacherConfig, SMTWindowedTeacherConfig
-from smt_hf.training.arguments import BPTTTrainingArguments, PhaseArguments, SMTTrainingArguments, argument
-from smt_hf.training.objectives import next_token_loss
+from smt_hf.training.arguments import BPTTTrainingArguments, PhaseArguments, SMTTrainingArguments
+from smt_hf.training.composite import SMTForPreTraining, SMTPreTrainingConfig
+from smt_hf.training.losses import next_token_loss
 from smt_hf.training.pacing import now
 from smt_hf.training.phases import TRAINERS
-from smt_hf.training.pretraining import SMTForPreTraining, SMTPreTrainingConfig
 from smt_hf.training.rollout import rollout
 from smt_hf.training.trainers import SMTTrainer
 

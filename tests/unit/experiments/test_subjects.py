@@ -65,8 +65,8 @@ def test_pixels_have_no_levels():
 
 
 def test_the_rival_goes_through_all_levels_and_changes_none_of_the_pipeline():
-    from smt_hf.command_line import parse_run
     from smt_hf.experiments.pretraining import _subject
+    from smt_hf.experiments.run_arguments import parse_run
 
     words = "--task retrieval --difficulty 16 --curriculum 4,8 --phases dmt,dmt --compare_bptt --num_heldout 8"
     words += " --curriculum_threshold 0.3 --on_policy_mode sequential --on_policy_warmup_ratio 0"

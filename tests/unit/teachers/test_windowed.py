@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModel
 
 from smt_hf.teachers import SMTTeacherConfig, SMTTeacherEncoder, SMTWindowedTeacher, SMTWindowedTeacherConfig
-from smt_hf.training.objectives import dynamics_loss, predictive_loss, uniformity_loss
+from smt_hf.training.losses import dynamics_loss, predictive_loss, uniformity_loss
 from tests.conftest import VOCAB
 from tests.reference.make_windowed import FILE, FUTURE_LENGTH, RMS_NORM_EPS, SIZES, WEIGHTS, fixtures
 

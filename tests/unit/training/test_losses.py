@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from smt_hf.training.objectives import (
+from smt_hf.training.losses import (
     dynamics_loss,
     masked_mean,
     next_token_loss,

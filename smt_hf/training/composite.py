@@ -16,7 +16,7 @@ from smt_hf.student import SMTRecurrentConfig, SMTRecurrentForCausalLM
 from smt_hf.teachers import SMTTeacherConfig, SMTTeacherEncoder, SMTWindowedTeacher, SMTWindowedTeacherConfig
 
 from .adapters import has_lora
-from .objectives import (
+from .losses import (
     dynamics_loss,
     masked_mean,
     next_token_loss,

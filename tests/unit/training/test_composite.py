@@ -18,8 +18,8 @@ from smt_hf import (
 from smt_hf.data import collate
 from smt_hf.teachers import SMTTeacherConfig, SMTTeacherEncoder, SMTWindowedTeacher, SMTWindowedTeacherConfig
 from smt_hf.training import SMTPreTrainingConfig, pretraining
-from smt_hf.training.objectives import next_token_loss, uniformity_loss
-from smt_hf.training.pretraining import _STREAM_CHUNKS, _STREAM_ON_POLICY, _STREAM_TRANSITIONS, _Row
+from smt_hf.training.composite import _STREAM_CHUNKS, _STREAM_ON_POLICY, _STREAM_TRANSITIONS, _Row
+from smt_hf.training.losses import next_token_loss, uniformity_loss
 from smt_hf.training.rollout import example_uniforms, rollout
 from tests.conftest import VOCAB, make_composite, make_student, student_config, teacher_config, wake
 
