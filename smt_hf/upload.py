@@ -3,6 +3,7 @@
 Trainers (`training/pushing.py`) and recipes (`publishing/hub.py`) send files by this module alone.
 """
 
+import contextlib
 import json
 import os
 import pickletools
@@ -231,10 +232,8 @@ def check_hub_access(
             "the access token may only read: make one that may write on https://huggingface.co/settings/tokens."
         )
     if private:
-        try:
+        with contextlib.suppress(RepositoryNotFoundError):  # it will be created
             _check_private(api, repo_id)
-        except RepositoryNotFoundError:
-            pass  # it will be created
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -315,8 +314,8 @@ def _patiently(call: Callable[[], _Answer], attempts: int = ATTEMPTS) -> _Answer
             status = None if response is None else response.status_code
             if status in (401, 403) and not isinstance(error, RepositoryNotFoundError):
                 raise InputError(
-                    f"the Hub refused the access token ({status}): run `hf auth login`, or set HF_TOKEN to a token that "
-                    "may write to the repository."
+                    f"the Hub refused the access token ({status}): run `hf auth login`, or set HF_TOKEN to one that may "
+                    "write to the repository."
                 ) from error
             if attempt == attempts or not (status in _BUSY or _is_cut(error)):
                 raise

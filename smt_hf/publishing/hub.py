@@ -1,6 +1,5 @@
 """A publication: an exported student with its card and results, sent to the Hub or listed without sending."""
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +74,8 @@ def problems_of_card(folder: Path) -> list[str]:
         value = scores.get(metric.metric_type)
         if value is None or round(value, 4) != metric.metric_value:
             problems.append(
-                f"README.md says {metric.metric_type} {metric.metric_value} and eval_results.json {value}: export again."
+                f"README.md says {metric.metric_type} {metric.metric_value} and eval_results.json {value}: export "
+                "again."
             )
     return problems
 
