@@ -27,7 +27,7 @@ from smt_hf.data import holds_instructions, load_table, padded, tokenize_instruc
 from smt_hf.evaluation import score_student_probe
 from smt_hf.evaluation.ngram import uniform_bits
 from smt_hf.evaluation.streams import count_bytes
-from smt_hf.publishing.export import export_student, write_json
+from smt_hf.publishing.export import export_student, write_card, write_json
 from smt_hf.publishing.figures import plot_curves
 from smt_hf.publishing.provenance import run_facts
 from smt_hf.student import SMTRecurrentConfig, SMTRecurrentForCausalLM
@@ -236,7 +236,8 @@ def finetune(run: FinetuneArguments, arguments: FinetuneTrainingArguments) -> di
     adapter = Path(str(arguments.output_dir)) / "adapter"
     if adapter.exists():
         shutil.copytree(adapter, output_dir / "adapter", dirs_exist_ok=True)
-    export_student(model.student, tokenizer, output_dir / "student", results)
+    export_student(model.student, tokenizer, output_dir / "student")
+    write_card(output_dir / "student", model.student, results)
     write_json(results, output_dir / _RESULTS)
     print(f"written to {output_dir}: {', '.join(sorted(path.name for path in output_dir.iterdir()))}")
     if pushed is not None:

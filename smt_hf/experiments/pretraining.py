@@ -17,7 +17,7 @@ from transformers import TextStreamer, set_seed
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
-from smt_hf.publishing.export import append_evidence, export_student, export_teacher, write_json
+from smt_hf.publishing.export import append_evidence, export_student, export_teacher, write_card, write_json
 from smt_hf.publishing.figures import plot_curves, plot_loss_by_position
 from smt_hf.publishing.hub import publish
 from smt_hf.publishing.provenance import run_facts
@@ -189,7 +189,8 @@ def pretrain(
     plot_curves(histories, output_dir / "curves.png")
     if model.teacher is not None:
         export_teacher(model.teacher, subject.tokenizer, output_dir / "teacher")
-    export_student(model.student, subject.tokenizer, output_dir / "student", results)
+    export_student(model.student, subject.tokenizer, output_dir / "student")
+    write_card(output_dir / "student", model.student, results)
     write_json(results, output_dir / _RESULTS)
     if pushed is not None:
         print(publish_student(output_dir / "student", pushed, phases[-1], f"The student of {student_arm}"))
