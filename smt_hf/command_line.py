@@ -10,7 +10,7 @@ from dataclasses import field
 from typing import Any, NoReturn
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, PreTrainedConfig
 
 
 def argument(default, help: str):
@@ -87,7 +87,7 @@ def names_of(dataclass) -> set[str]:
 
 
 def own_fields(config_class) -> dict[str, dataclasses.Field]:
-    own = {name for name in config_class.__annotations__ if name not in ("model_type",)}
+    own = names_of(config_class) - names_of(PreTrainedConfig)
     return {entry.name: entry for entry in dataclasses.fields(config_class) if entry.name in own}
 
 

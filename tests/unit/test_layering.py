@@ -10,7 +10,7 @@ MAY_IMPORT = {
     "errors": set(),
     "command_line": {"errors"},
     "student": set(),
-    "teachers": {"student.configuration_smt_recurrent"},
+    "teachers": {"errors", "student.configuration_smt_recurrent"},
     "data": {"errors", "student.configuration_smt_recurrent"},
     "training": {"errors", "command_line", "student", "teachers", "data"},
     "evaluation": {"errors", "student", "teachers"},
