@@ -1,7 +1,7 @@
 """What a phase optimises: the table of loss terms, and the settings that a phase computes them with.
 
 To add a loss term, write its arithmetic in `losses.py` and add a row to `LOSS_TERMS`. The row gives the term its
-command-line flags (`--smt_NAME_weight`, `--smt_NAME_warmup_ratio`), its place in the total loss and its line in the log.
+flags (`--smt_NAME_weight`, `--smt_NAME_warmup_ratio`), its place in the total loss and its value in the log.
 Shapes: B sequences, T transitions, S positions, K memory tokens, D width, V vocabulary.
 """
 
@@ -119,9 +119,10 @@ LOSS_TERMS = {
             weights={
                 phase: (
                     0.0,
-                    "Ours: without it the teacher can hide what matters in directions of little variance. The probes use "
-                    "1 (retrieval 64 in 45 s: 91.6 % with it, 11.9 % without; modular arithmetic 7: 90.7 and 92.9 %), "
-                    "and so do the digits (2.122 against 2.302 bits per pixel after 24 s). On text it changes nothing.",
+                    "Ours: without it the teacher can hide what matters in directions of little variance. It is 1 "
+                    "on the probes (retrieval 64 in 45 s: 91.6 % with it, 11.9 % without; modular arithmetic 7: 90.7 "
+                    "and 92.9 %) and on digits (after 24 s 2.122 bits per pixel against 2.302); on text it changes "
+                    "nothing.",
                 )
                 for phase in ("smt", "dmt")
             },
