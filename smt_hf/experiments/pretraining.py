@@ -26,7 +26,7 @@ from smt_hf.training.adapters import LoraSettings
 from smt_hf.training.arguments import UNBOUNDED, BPTTTrainingArguments, PhaseArguments
 from smt_hf.training.composite import SMTForPreTraining, SMTPreTrainingConfig
 from smt_hf.training.launch import launched_with_deepspeed
-from smt_hf.training.phases import PhaseResult, arm_name, check_named_checkpoint, lay_out, run_phases
+from smt_hf.training.phases import PhaseResult, apply_required, arm_name, check_named_checkpoint, lay_out, run_phases
 
 from .run_arguments import PretrainArguments
 from .subjects import PixelSubject, Subject, TaskSubject, TextSubject
@@ -280,12 +280,18 @@ def _subject(
         if run.difficulty is None:
             raise ValueError(f"`task` {run.task} needs a `difficulty`.")
         subject = TaskSubject(run.task, run.difficulty, levels, run.seed, run.num_heldout)
-    subject.fit(phases)
+    changes = [
+        change
+        for arguments, values in zip(phases, subject.required_of(phases))
+        for change in apply_required(arguments, values)
+    ]
     if rival is not None:
         own = {level for arguments in phases for level in arguments.levels}
         if own and rival.curriculum_threshold is not None:  # it comes up through all that the student did
             rival.curriculum_levels = [str(level) for level in sorted(own | {int(subject.difficulty)})]
-        subject.fit([rival])
+        changes += [f"compare_bptt: {change}" for change in apply_required(rival, subject.required(rival))]
+    if changes and PartialState().is_main_process:
+        print("\n".join(changes))
     return subject
 
 

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -84,6 +85,24 @@ def arm_name(phases: list[PhaseArguments]) -> str:
         steps = arguments.transition_steps
         parts.append(arguments.phase if arguments.phase == "bptt" or steps == 1 else f"{arguments.phase}{steps}")
     return "_".join(parts)
+
+
+def apply_required(arguments: PhaseArguments, required: dict[str, Any]) -> list[str]:
+    """Set the arguments of a phase that follow from what is learned, in place.
+
+    Args:
+        required: name -> value.
+
+    Returns:
+        One line per change, for the log: `bptt: context_length 256 -> 127`.
+    """
+    lines = []
+    for name, value in required.items():
+        earlier = getattr(arguments, name)
+        if earlier != value:
+            setattr(arguments, name, value)
+            lines.append(f"{arguments.phase}: {name} {earlier} -> {value}")
+    return lines
 
 
 def lay_out(phases: list[PhaseArguments], output_dir: str) -> None:
@@ -241,13 +260,14 @@ def _run_phases(
             adapted.merge_and_unload()
         state = load_student_optimizer(str(checkpoint))
         model.eval()
-        if evaluate is None or arguments.process_index != 0:
+        if evaluate is None:
             scores = {}
         elif is_new or not (folder / _SCORES).exists():
             scores = evaluate(model, arguments)
-            aside = folder / (_SCORES + ".new")
-            aside.write_text(json.dumps(scores))
-            aside.replace(folder / _SCORES)
+            if arguments.process_index == 0:
+                aside = folder / (_SCORES + ".new")
+                aside.write_text(json.dumps(scores))
+                aside.replace(folder / _SCORES)
         else:
             scores = json.loads((folder / _SCORES).read_text())
         if stop.agreed():
