@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from smt_hf.data import StreamedRows, byte_tokenizer, heldout_streams, load_corpus, pack, stream_corpus, tokenize
+from smt_hf.data.sources import Files
 from smt_hf.errors import InputError
 from smt_hf.evaluation import NGramModel, Scores
 from smt_hf.evaluation.ngram import document_symbols, uniform_bits
@@ -53,8 +54,8 @@ class TextSubject(Subject):
         self,
         phases: Iterable[PhaseArguments],
         seed: int = 0,
-        train_file: str | None = None,
-        validation_file: str | None = None,
+        train_file: Files = None,
+        validation_file: Files = None,
         dataset_name: str | None = None,
         dataset_config_name: str | None = None,
         text_column: str = "text",
@@ -68,7 +69,8 @@ class TextSubject(Subject):
         self.tokenizer = byte_tokenizer() if tokenizer_name is None else _tokenizer(tokenizer_name)
         self.vocab_size = len(self.tokenizer)
         named = (train_file, validation_file, dataset_name, dataset_config_name, text_column)
-        self.corpus = stream_corpus(*named) if streaming else load_corpus(*named)
+        phases = list(phases)
+        self.corpus = stream_corpus(*named, num_ranks=phases[0].world_size) if streaming else load_corpus(*named)
         heldout = tokenize(self.corpus.heldout, self.tokenizer)
         self._rows: dict[int, Any] = {}
         self.num_train_tokens: int | None = None  # of a stream, nobody knows
@@ -80,14 +82,14 @@ class TextSubject(Subject):
         self.streams = heldout_streams(heldout, _STREAMS, stream_length or _STREAM_LENGTH)
         self.heldout = self.streams, stream_labels(self.streams)
         self.difficulty = self.streams.shape[1] - 1
-        self._check_heldout(stream_length or _STREAM_LENGTH)
+        self._check_heldout(stream_length or _STREAM_LENGTH, is_named=validation_file is not None)
         self.chance = uniform_bits()
         self.num_bytes = count_bytes(self.tokenizer, self.streams[:, 1:])
         self.bytes_per_token = self.num_bytes / self.streams[:, 1:].size
         self.eval_rows = [{"input_ids": row} for row in heldout_streams(heldout, _EVAL_ROWS, _EVAL_ROW)]
 
-    def _check_heldout(self, stream_length: int) -> None:
-        num_bytes = sum(len(text.encode()) for text in _texts(self.corpus.heldout))
+    def _check_heldout(self, stream_length: int, is_named: bool) -> None:
+        num_bytes = self.corpus.heldout_bytes
         if num_bytes < _FEWEST_BYTES:
             raise InputError(
                 f"the held-out text has {num_bytes} bytes, too few to score anything on: bring more text, or a longer "
@@ -99,10 +101,11 @@ class TextSubject(Subject):
                 f"the held-out text has only {num_bytes:,} bytes ({len(self.streams)} stream(s) of {self.difficulty:,} "
                 "tokens): bits per byte are uncertain. Bring more text, or a longer `validation_file`."
             )
-        share = 0.0 if self.streaming else trained_share(self.corpus.train, self.corpus.heldout)
+        # Where the held-out text was named, it has been compared with the training text already.
+        share = 0.0 if self.streaming or is_named else trained_share(self.corpus.train, self.corpus.heldout)
         if share > 0.5:
             messages.append(
-                f"{share:.0%} of the held-out text is also in the training text, line by line: bits per byte will say "
+                f"{share:.0%} of the held-out text is also in the training text, line by line: bits per byte will tell "
                 "what was learned by heart. Hold out other text by `validation_file`."
             )
         for message in messages if PartialState().is_main_process else ():
@@ -191,8 +194,7 @@ class TextSubject(Subject):
 def trained_share(train: Dataset, heldout: Dataset) -> float:
     """Share of the held-out characters whose lines are also lines of the training text; 0 if no line is long enough.
 
-    Documents that differ as a whole may still hold the same text: a part of the training file, or the same rows in
-    another format.
+    Documents that differ as a whole may still hold the same text.
     """
     lines: dict[str, int] = {}
     for line in _lines(heldout):
