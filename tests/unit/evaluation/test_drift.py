@@ -294,7 +294,7 @@ def test_geometry_without_a_teacher_and_of_short_rows():
 
 
 def test_the_table_of_evaluations(labelled_rows):
-    """Every line of it for a model with a teacher, in values that JSON can hold; none of a teacher where there is none."""
+    """Values that JSON can hold, by every line of it; without a teacher, by those that need none."""
     model = make_composite()
     values = evaluate_rows(model, *labelled_rows)
     assert values.keys() == EVALUATIONS.keys() and json.loads(json.dumps(values, allow_nan=False)) == values
