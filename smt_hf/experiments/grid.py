@@ -31,7 +31,7 @@ from smt_hf.training.arguments import PhaseArguments
 from smt_hf.training.composite import SMTForPreTraining
 from smt_hf.training.phases import ARGUMENTS, PhaseResult, apply_required, lay_out, run_phases
 
-from .pretraining import model_config, phase_settings
+from .composition import model_config, phase_settings
 from .subjects import HELDOUT_SEED, PixelSubject, Subject, TaskSubject, TextSubject
 
 # Rows of the pictures: drift, gradients, geometry, longer rows.
