@@ -25,7 +25,8 @@ _WRITTEN_DOWN = (
     "output_dir", "log", "report_to", "run_name", "project", "trackio_", "disable_tqdm", "include_", "eval_", "do_",
     "per_device_eval_batch_size", "prediction_loss_only", "batch_eval_metrics", "bf16", "seed", "save_", "push_to_hub",
     "enable_jit_checkpoint", "hub_", "resume_from_checkpoint", "restore_", "use_cpu", "dataloader_num_workers",
-    "dataloader_p", "dataloader_multiprocessing_context", "ddp_", "debug", "skip_memory_metrics", "local_rank", "label_cache_dir",
+    "dataloader_p", "dataloader_multiprocessing_context", "ddp_", "debug", "skip_memory_metrics", "local_rank",
+    "label_cache_dir",
 )  # fmt: skip
 
 
