@@ -39,19 +39,6 @@ def test_card_is_rendered_from_its_results(folder):
         assert metric.metric_value == round(results["arms"][results["student_arm"]][metric.metric_type], 4)
 
 
-def test_readme_numbers_are_those_of_the_default_run():
-    results = json.loads((ROOT / "model_cards" / "text_cpu" / "eval_results.json").read_text())
-    readme = (ROOT / "README.md").read_text()
-    rows = re.findall(r"^\| `(\w+)` \| .*? \| ([\d.]+) \| ([\d.]*)(?: %)? \| (\d*) \|$", readme, flags=re.MULTILINE)
-    assert len(rows) == 5
-    for arm, bits, accuracy, seconds in rows:
-        scores = results["arms"][arm]
-        assert bits == f"{scores['bits_per_byte']:.3f}"
-        assert accuracy == (f"{100 * scores['accuracy']:.1f}" if "accuracy" in scores else "")
-        assert seconds == (f"{scores['wall_clock_s']:.0f}" if "wall_clock_s" in scores else "")
-    assert f"**{results['arms'][results['student_arm']]['bits_per_byte']:.2f} bits per byte**" in readme
-
-
 def test_evidence_lines():
     for path in (ROOT / "model_cards" / "evidence").glob("*.jsonl"):
         for line in path.read_text().splitlines():

@@ -336,8 +336,8 @@ print("written: " + tokenizer.decode(model.generate(**tokenizer("2+2=", return_t
 @pytest.mark.processes
 def test_the_readme_from_a_checkpoint_to_the_hub(hub, folder, tmp_path):
     """Its commands as they stand: generate, fine-tune, list, publish; then loaded elsewhere."""
-    readme = (ROOT / "README.md").read_text()
-    section = readme[readme.index("## Load, generate, fine-tune, publish") :]
+    readme = (ROOT / "recipes" / "README.md").read_text()
+    section = readme[readme.index("# From a checkpoint") :]
     commands = re.search(r"```bash\n(.*?)```", section, flags=re.DOTALL).group(1)
     commands = commands.replace("\\\n", "").strip().splitlines()
     assert [re.search(r"recipes/(\w+)", command).group(1) for command in commands] == [
