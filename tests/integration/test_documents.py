@@ -1,4 +1,4 @@
-"""What the documents say holds: commands parse, Python examples run, numbers are those of the runs, links lead somewhere."""
+"""What the documents say holds: commands parse, Python examples run, numbers are those of the runs, links lead on."""
 
 import json
 import math
@@ -83,7 +83,7 @@ def test_the_numbers_of_the_default_run():
 
 
 def test_the_numbers_of_the_probes():
-    """Each cell of the README: of the lines, the best of ours without a bptt phase, and the better BPTT, by their means."""
+    """Each cell of the README: of the lines, the best of ours without bptt and the better BPTT, by their means."""
     lines = (ROOT / "model_cards" / "evidence" / "probes.jsonl").read_text().splitlines()
     scores: dict = {}
     for line in map(json.loads, lines):

@@ -1,7 +1,6 @@
 """Committed cards and tables against the JSON that they are made from."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
