@@ -118,3 +118,19 @@ def test_links_lead_somewhere(path):
         if anchor:
             heads = re.findall(r"^#+ (.*)$", file.read_text(), flags=re.MULTILINE)
             assert anchor in {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}, link
+
+
+def test_what_contributing_points_at_is_there():
+    """Files that it names exist, and symbols are in the file that it names for them."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    places = (ROOT / "smt_hf", ROOT, ROOT / "tests" / "integration")
+    files = {name: [place / name for place in places if (place / name).exists()] for name in named_files(text)}
+    assert len(files) > 15 and [name for name, found in files.items() if not found] == []
+    symbols = re.findall(r"`@?(\w+)`\s(?:in|of)\s`([\w/]+\.py)`", text)
+    assert len(symbols) > 5
+    for symbol, name in symbols:
+        assert re.search(rf"\b{symbol}\b", files[name][0].read_text()), f"{symbol} is not in {name}"
+
+
+def named_files(text: str) -> set[str]:
+    return {name for name in re.findall(r"`([\w/.]+\.(?:py|yaml|md))`", text) if "NAME" not in name}
