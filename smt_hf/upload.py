@@ -314,8 +314,8 @@ def _patiently(call: Callable[[], _Answer], attempts: int = ATTEMPTS) -> _Answer
             status = None if response is None else response.status_code
             if status in (401, 403) and not isinstance(error, RepositoryNotFoundError):
                 raise InputError(
-                    f"the Hub refused the access token ({status}): run `hf auth login`, or set HF_TOKEN to one that may "
-                    "write to the repository."
+                    f"the Hub refused the access token ({status}): run `hf auth login`, or set HF_TOKEN to one that "
+                    "may write there."
                 ) from error
             if attempt == attempts or not (status in _BUSY or _is_cut(error)):
                 raise

@@ -31,7 +31,7 @@ def test_card_is_rendered_from_its_results(folder):
     }
     student = SMTRecurrentForCausalLM(SMTRecurrentConfig(**known))
     card = ModelCard.load(folder / "README.md")
-    assert card.text.strip() == student_card(student, results).text.strip()
+    assert card.content == student_card(student, results).content
     assert problems_of_card(folder) == []
     index = metadata_load(folder / "README.md")["model-index"]
     assert model_index_to_eval_results(index)[1] == card.data.eval_results
