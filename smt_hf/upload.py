@@ -209,7 +209,10 @@ def check_hub_access(
     """
     check_repo_id(repo_id)
     if is_offline_mode():
-        raise InputError(f"{repo_id} cannot be written in offline mode: unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE.")
+        raise InputError(
+            f"nothing can be sent to {repo_id} in offline mode: unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE, or do not "
+            "push."
+        )
     if not (token or get_token()):
         raise InputError("the Hub needs a login: run `hf auth login`, or set HF_TOKEN to an access token.")
     api = HfApi(endpoint=endpoint, token=token)
@@ -220,7 +223,9 @@ def check_hub_access(
     except Exception as error:
         if not _is_cut(error):
             raise
-        raise InputError(f"the Hub at {api.endpoint} cannot be reached ({error}): check the connection.") from error
+        raise InputError(
+            f"the Hub at {api.endpoint} cannot be reached ({error}): check the connection, or do not push."
+        ) from error
     owner = repo_id.split("/")[0]
     organisations = {entry["name"]: entry.get("roleInOrg") for entry in account.get("orgs", [])}
     if owner != account["name"] and organisations.get(owner, "read") == "read":

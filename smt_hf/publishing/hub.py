@@ -115,9 +115,7 @@ def publish(
         files["README.md"] = len(contents["README.md"])
     notes = []
     if card.data.license is None:
-        notes.append(
-            "README.md names no licence: give one that the data and the base model permit by `--license NAME`."
-        )
+        notes.append("README.md names no licence: give one by `--license NAME` that data and base model permit.")
     if "sample" in json.loads((Path(folder) / "eval_results.json").read_bytes()):
         notes.append("eval_results.json quotes held-out text in `sample`: check that it may be published.")
     if dry_run:

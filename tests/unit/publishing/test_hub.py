@@ -233,6 +233,7 @@ REFUSED_FILES = {
     "tokenizer.model": (pickled(4), "tokenizer.model is a pickle"),
     "spiece.model": (zipped(), "spiece.model is a pickle or an archive"),
     "old.txt": (pickled(0), "old.txt is a pickle"),
+    "longer.txt": (pickled(0) + b"\nmore", "longer.txt is a pickle"),
     "first.py": (pickle.dumps({"a": 1}, 0), "first.py is a pickle"),
     "rows.txt": (arrays(), "rows.txt is a pickle"),
     "small.json": (gzip.compress(pickled(2)), "small.json is a pickle"),
