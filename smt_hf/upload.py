@@ -210,8 +210,8 @@ def check_hub_access(
     check_repo_id(repo_id)
     if is_offline_mode():
         raise InputError(
-            f"nothing can be sent to {repo_id} in offline mode: unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE, or do not "
-            "push."
+            f"nothing can be sent to {repo_id} in offline mode: unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE, or do "
+            "not push."
         )
     if not (token or get_token()):
         raise InputError("the Hub needs a login: run `hf auth login`, or set HF_TOKEN to an access token.")
