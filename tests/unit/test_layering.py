@@ -11,7 +11,7 @@ MAY_IMPORT = {
     "command_line": {"errors"},
     "upload": {"errors"},
     "student": set(),
-    "teachers": {"student.configuration_smt_recurrent"},
+    "teachers": {"errors", "student.configuration_smt_recurrent"},
     "data": {"errors", "student.configuration_smt_recurrent"},
     "training": {"errors", "command_line", "upload", "student", "teachers", "data"},
     "evaluation": {"errors", "student", "teachers"},
