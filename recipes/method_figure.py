@@ -1,17 +1,16 @@
 """Draw the picture of the method: `python recipes/method_figure.py --output method.png`."""
 
-import argparse
+import sys
 
-from smt_hf.publishing.method_figure import plot_method
+from smt_hf.command_line import parse
+from smt_hf.publishing.method_figure import MethodFigureArguments, plot_method
+from smt_hf.recipe import run_to_end
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", default="model_cards/method.png", help="PNG file to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
-    arguments = parser.parse_args()
-    print(f"written: {plot_method(arguments.output, arguments.overwrite)}")
+    usage = "usage: python recipes/method_figure.py [--output FILE.png] [--overwrite]"
+    print(f"written: {plot_method(**vars(parse(MethodFigureArguments, sys.argv[1:], usage)))}")
 
 
 if __name__ == "__main__":
-    main()
+    run_to_end(main)

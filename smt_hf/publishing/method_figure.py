@@ -1,12 +1,14 @@
 """The picture of the method: a teacher makes memory labels, a student learns transitions, in three phases."""
 
 import io
+from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from PIL import Image
 
+from smt_hf.command_line import argument
 from smt_hf.errors import InputError
 
 TEXT = "def main"  # one token per character; the picture's columns are numbers of tokens read
@@ -55,20 +57,28 @@ _PHASES = (
 )
 
 
-def plot_method(path: str | Path, overwrite: bool = False) -> Path:
+@dataclass
+class MethodFigureArguments:
+    """Arguments of `plot_method`."""
+
+    output: str = argument("model_cards/method.png", "PNG file to write.")
+    overwrite: bool = argument(False, "Replace the file if it exists.")
+
+
+def plot_method(output: str | Path, overwrite: bool = False) -> Path:
     """Draw the method on a white card with a transparent margin, readable on light and dark pages.
 
     Args:
-        path: PNG to write.
+        output: PNG file to write.
         overwrite: whether a file that is there may be replaced.
 
     Returns:
-        `path`.
+        `output`.
 
     Raises:
-        InputError: `path` exists and `overwrite` is false.
+        InputError: `output` exists and `overwrite` is false.
     """
-    path = Path(path)
+    path = Path(output)
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists: pass --overwrite to replace it, or choose another --output.")
     figure = Figure(figsize=(11.6, 7.3), facecolor="none")
