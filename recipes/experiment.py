@@ -6,6 +6,7 @@ from smt_hf.experiments.grid import run_grid
 from smt_hf.experiments.grid_file import parse_grid
 from smt_hf.publishing.evidence import read_lines
 from smt_hf.publishing.report import render_report
+from smt_hf.recipe import run_to_end
 
 
 def main() -> None:
@@ -19,4 +20,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_to_end(main)

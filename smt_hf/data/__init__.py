@@ -1,10 +1,11 @@
 """Text, synthetic tasks and pixels to rows of tokens to batches."""
 
 from .batching import CarriedWindows, EpochSampler, IndexedExamples, Levels, collate
+from .files import load_table
 from .instructions import Instructions, holds_instructions, padded, tokenize_instructions
 from .packing import byte_tokenizer, heldout_streams, number_tokenizer, pack, tokenize
 from .pixels import PixelFacts, load_pixels
-from .sources import Corpus, load_corpus, load_table, stream_corpus
+from .sources import Corpus, load_corpus, stream_corpus
 from .streaming import StreamedRows
 from .tasks import TASKS, Task, load_task, task_facts
 

@@ -1,14 +1,22 @@
 """Where text comes from: the embedded corpus, files, or a dataset of the Hub. All end as documents in `datasets`."""
 
-import glob
 import hashlib
 import os
 import sysconfig
 import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, IterableDataset, load_dataset
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset, Features, IterableDataset, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
+
+from smt_hf.errors import InputError
+
+from .files import find_files, no_column, rows_of, shown, text_in
 
 # Tests, other packages, and files that are tables rather than text, by part of their path.
 _LEFT_OUT = (
@@ -24,7 +32,9 @@ _LEFT_OUT = (
     "__pycache__",
     "_sysconfigdata",
 )
-_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_TEXT = Features({"text": Value("string")})
+
+Files = str | Sequence[str] | None
 
 
 @dataclass(frozen=True)
@@ -33,10 +43,11 @@ class Corpus:
 
     Args:
         name: for tables and model cards.
-        train, heldout: `datasets.Dataset`s with a column `text`, a row a document; a stream's `train` is an
-            `IterableDataset`.
+        train, heldout: `datasets.Dataset`s with a column `text`, one row per document, none of them blank; a stream's
+            `train` is an `IterableDataset`.
         digest: SHA-256 over all documents in order, the first 16 hex digits; names what was trained on. Of a stream,
             over the held-out documents.
+        heldout_bytes: of the held-out documents in UTF-8.
         hub_name: of a dataset of the Hub.
     """
 
@@ -44,12 +55,13 @@ class Corpus:
     train: Dataset | IterableDataset
     heldout: Dataset
     digest: str
+    heldout_bytes: int
     hub_name: str | None = None
 
 
 def load_corpus(
-    train_file: str | None = None,
-    validation_file: str | None = None,
+    train_file: Files = None,
+    validation_file: Files = None,
     dataset_name: str | None = None,
     dataset_config_name: str | None = None,
     text_column: str = "text",
@@ -57,129 +69,270 @@ def load_corpus(
     """The corpus that the arguments name; with no argument, the standard library's source text.
 
     Args:
-        train_file: a text file, a folder (all files below it), a glob, or json / jsonl / csv / parquet.
-        validation_file: likewise, held out; without it every tenth document is, or the last tenth of a single text.
+        train_file: a text file, a folder (all files below it), a glob, or json / jsonl / csv / tsv / parquet, each also
+            compressed by gzip, bzip2 or xz; or several of them.
+        validation_file: likewise, held out; without it every tenth document is, or the last tenth of each document
+            where there are fewer than ten.
         dataset_name, dataset_config_name: a dataset of the Hub or a local one that `datasets.load_dataset` knows.
         text_column: column that holds the text.
 
     Raises:
-        ValueError: nothing found, an empty or binary file, no such column, or both a file and a dataset.
+        InputError: nothing found, no text in it, a faulty row or file (named), no such column, arguments that exclude
+            each other, or a `validation_file` whose documents are all trained on.
     """
     if train_file and dataset_name:
-        raise ValueError("pass either `train_file` or `dataset_name`, not both.")
+        raise InputError("pass either `train_file` or `dataset_name`, not both.")
     if validation_file and not train_file:
-        raise ValueError("`validation_file` goes with `train_file`.")
+        raise InputError("`validation_file` goes with `train_file`.")
+    if dataset_config_name and not dataset_name:
+        raise InputError("`dataset_config_name` goes with `dataset_name`.")
     if dataset_name:
-        return _from_hub(dataset_name, dataset_config_name, text_column)
+        name, hub_name = _names_of_dataset(dataset_name)
+        splits, heldout_split = _splits(dataset_name, dataset_config_name)
+        heldout = _text_only(splits[heldout_split], text_column, dataset_name) if heldout_split else None
+        return _corpus(name, _text_only(splits["train"], text_column, dataset_name), heldout, hub_name)
     if train_file:
         train = _from_files(train_file, text_column)
         heldout = _from_files(validation_file, text_column) if validation_file else None
-        return _corpus(os.path.basename(os.path.normpath(train_file)), train, heldout)
-    files = standard_library_files()
-    return _corpus(
-        f"python {sysconfig.get_python_version()} standard library",
-        _documents([_read_text(path) for path in files]),
-        None,
-    )
+        if heldout is not None:
+            _check_heldout(train, heldout)
+        return _corpus(_name_of_files(train_file), train, heldout)
+    name = f"python {sysconfig.get_python_version()} standard library"
+    return _corpus(name, _documents(standard_library_files(), None, "text", name), None)
 
 
 def stream_corpus(
-    train_file: str | None = None,
-    validation_file: str | None = None,
+    train_file: Files = None,
+    validation_file: Files = None,
     dataset_name: str | None = None,
     dataset_config_name: str | None = None,
     text_column: str = "text",
     num_heldout: int = 100,
+    num_ranks: int = 1,
 ) -> Corpus:
     """The corpus as a stream: documents are read when they are trained on, from the files or over the network.
 
     Held out is `validation_file`, or the split `validation` or `test` of the dataset; without one, the first documents
-    of the stream, and wherever the same text comes again.
+    of the stream. Wherever a held-out text comes again in the stream, it is left out.
+
+    A faulty row or file is left out with a warning that names it, since it may come hours into a run.
 
     Args:
         num_heldout: documents to hold out at most.
+        num_ranks: processes that are to share the documents.
         others: as in `load_corpus`.
 
     Raises:
-        ValueError: as `load_corpus`, or fewer documents than are to be held out.
+        InputError: as `load_corpus`, or fewer documents than are to be held out and trained on.
     """
     if bool(train_file) == bool(dataset_name):
-        raise ValueError("a stream needs a `train_file` or a `dataset_name`, one of the two.")
+        raise InputError("a stream needs a `train_file` or a `dataset_name`, one of the two.")
     heldout: Dataset | None = None
     if train_file:
-        name, hub_name = os.path.basename(os.path.normpath(train_file)), None
+        name, hub_name = _name_of_files(train_file), None
         train = _streamed_files(train_file, text_column)
         if validation_file:
             heldout = _from_files(validation_file, text_column)
+            heldout = heldout.select(range(min(num_heldout, len(heldout))))
     else:
-        assert dataset_name is not None
-        is_local = os.path.exists(dataset_name)
-        hub_name = None if is_local else dataset_name
-        name = os.path.basename(os.path.normpath(dataset_name)) if is_local else dataset_name
-        splits = _loaded(dataset_name, dataset_name, dataset_config_name, streaming=True)
-        if "train" not in splits:
-            raise ValueError(f"dataset {dataset_name!r} has no split `train`, only {', '.join(splits)}.")
-        train = _streamed_text(splits["train"], text_column, dataset_name)
-        split = next((split for split in ("validation", "test") if split in splits), None)
-        if split is not None:
-            texts = [row["text"] for row in _streamed_text(splits[split], text_column, dataset_name).take(num_heldout)]
-            heldout = _documents(texts)
+        name, hub_name = _names_of_dataset(str(dataset_name))
+        splits, heldout_split = _splits(str(dataset_name), dataset_config_name, streaming=True)
+        train = _streamed_text(splits["train"], text_column, name)
+        if heldout_split is not None:
+            heldout = _taken(_streamed_text(splits[heldout_split], text_column, name), num_heldout)
     if heldout is None:
-        texts = [row["text"] for row in train.take(num_heldout)]
-        if len(texts) < num_heldout:
-            raise ValueError(
-                f"{name} has only {len(texts)} document(s), too few to stream and to hold {num_heldout} out: leave "
+        heldout = _taken(train, num_heldout)
+        if len(heldout) < num_heldout:
+            raise InputError(
+                f"{name} has only {len(heldout)} document(s), too few to stream and to hold {num_heldout} out: leave "
                 "`--streaming` out, or name a `validation_file`."
             )
-        heldout = _documents(texts)
-        kept_out = {_digest([text]) for text in texts}
-        train = train.filter(lambda row: _digest([row["text"]]) not in kept_out)
-    heldout = heldout.select(range(min(num_heldout, len(heldout))))
-    return Corpus(name, train, heldout, _digest(heldout["text"]), hub_name)
+    kept_out = {_digest([text]) for text in heldout["text"]}
+    train = train.filter(lambda row: _digest([row["text"]]) not in kept_out)
+    num_left = sum(1 for _ in train.take(num_ranks))
+    if num_left < num_ranks:
+        raise InputError(
+            f"the stream of {name} has {num_left} document(s) to train on besides the {len(heldout)} that are held "
+            f"out, and {num_ranks} process(es) need one each: bring more documents, leave `--streaming` out, or start "
+            "fewer processes."
+        )
+    return Corpus(name, train, heldout, _digest(heldout["text"]), _num_bytes(heldout), hub_name)
 
 
-def _streamed_files(pattern: str, text_column: str) -> IterableDataset:
-    paths, table_format = _files(pattern, reads=False)
-    if table_format is None:  # a file a document, read when its turn comes
-        return IterableDataset.from_generator(_read_one_by_one, gen_kwargs={"paths": paths})
-    loaded = _loaded(pattern, table_format, data_files=[str(entry) for entry in paths], split="train", streaming=True)
-    return _streamed_text(loaded, text_column, pattern)
+def _name_of_files(pattern: str | Sequence[str]) -> str:
+    names = [pattern] if isinstance(pattern, str) else pattern
+    return os.path.basename(os.path.normpath(names[0])) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-def _read_one_by_one(paths: list[Path]):
+def _names_of_dataset(dataset_name: str) -> tuple[str, str | None]:
+    """A title, and the name on the Hub. The path of a local dataset says where it is, not what."""
+    if os.path.exists(dataset_name):
+        return os.path.basename(os.path.normpath(dataset_name)), None
+    return dataset_name, dataset_name
+
+
+def _splits(name: str, config_name: str | None, **settings) -> tuple[Any, str | None]:
+    """All splits of a dataset, and the name of the one to hold out, if there is one."""
+    try:
+        splits = load_dataset(name, config_name, **settings)
+    except Exception as error:  # it raises whatever its readers and the network raise
+        reason = str(error.__cause__ or error).strip() or type(error).__name__
+        raise InputError(f"dataset {name!r} could not be read: {reason}") from error
+    if "train" not in splits:
+        raise InputError(f"dataset {name!r} has no split `train`, only {', '.join(splits)}.")
+    return splits, next((split for split in ("validation", "test") if split in splits), None)
+
+
+def _found(pattern: str | Sequence[str], text_column: str) -> tuple[list[Path], str | None]:
+    paths, table_format = find_files(pattern)
+    if table_format is None and text_column != "text":
+        raise InputError(f"{shown(pattern)} is plain text, which has no columns: leave `text_column` out.")
+    return paths, table_format
+
+
+def _from_files(pattern: str | Sequence[str], text_column: str) -> Dataset:
+    paths, table_format = _found(pattern, text_column)
+    return _documents(paths, table_format, text_column, shown(pattern))
+
+
+def _documents(paths: list[Path], table_format: str | None, text_column: str, name: str) -> Dataset:
+    digests = [_digest_of(path) for path in paths]
+    files = {"paths": [str(path) for path in paths], "digests": digests}
+    return _filled(_generated(_texts_of_files, **files, table_format=table_format, text_column=text_column), name)
+
+
+def _digest_of(path: Path) -> str:
+    """Of a file's bytes: `datasets` caches documents by the names that they are read from, whose content may change."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+    return digest.hexdigest()
+
+
+def _texts_of_files(paths: list[str], digests: list[str], table_format: str | None, text_column: str):
+    is_empty = True
     for path in paths:
-        try:
-            text = _read_text(path)
-        except (ValueError, OSError) as error:  # hours into a run, one bad file is no reason to end it
-            warnings.warn(f"skipped a file of the stream: {error}", stacklevel=1)
-            continue
+        for place, row in rows_of(Path(path), table_format, text_column):
+            is_empty = False
+            yield {"text": text_in(place, row, text_column)}
+    if is_empty:  # which `datasets` reports as a missing split
+        raise InputError(f"{paths[0]} has no rows: there is nothing to train on.")
+
+
+def _texts(texts: list[str]):
+    for text in texts:
         yield {"text": text}
 
 
+def _generated(generator: Callable[..., Iterator[dict]], **arguments) -> Dataset:
+    """Documents on disk, memory-mapped; `datasets` caches them by the arguments."""
+    try:
+        return Dataset.from_generator(generator, features=_TEXT, gen_kwargs=arguments)
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, InputError):
+            raise error.__cause__ from None
+        raise
+
+
+def _filled(documents: Dataset, name: str) -> Dataset:
+    """Without the documents that hold white space alone, which are counted."""
+    lengths = pc.utf8_length(pc.utf8_trim_whitespace(documents.data.column("text"))).to_numpy()
+    if not lengths.any():
+        raise InputError(f"{name} holds no text, its {len(documents)} document(s) are blank.")
+    if lengths.all():
+        return documents
+    warnings.warn(
+        f"{int((lengths == 0).sum())} of {len(documents)} documents of {name} are blank: left out.", stacklevel=2
+    )
+    return documents.select(np.flatnonzero(lengths))
+
+
+def _text_only(dataset: Dataset, text_column: str, name: str) -> Dataset:
+    """The text of a dataset that `datasets` has read, under the name `text`."""
+    if text_column not in dataset.column_names:
+        raise no_column(name, text_column, dataset.column_names)
+    column = dataset.data.column(text_column)
+    if dataset.features[text_column].dtype not in ("string", "large_string"):
+        raise InputError(f"column {text_column!r} of {name} holds {dataset.features[text_column].dtype}, not text.")
+    if column.null_count:
+        first = int(np.flatnonzero(column.is_null().to_numpy())[0])
+        raise InputError(
+            f"{name}, row {first + 1}: column {text_column!r} holds null, as {column.null_count} of {len(dataset)} "
+            "rows do. Filter them out first."
+        )
+    dataset = dataset.select_columns([text_column])
+    return _filled(dataset if text_column == "text" else dataset.rename_column(text_column, "text"), name)
+
+
+def _streamed_files(pattern: str | Sequence[str], text_column: str) -> IterableDataset:
+    paths, table_format = _found(pattern, text_column)
+    for place, row in rows_of(paths[0], table_format):
+        if isinstance(row, dict) and text_column not in row:  # nor do the others have it
+            raise no_column(place, text_column, row)
+        break
+    settings = {"table_format": table_format, "text_column": text_column}
+    # A list is what `datasets` shares out among processes and counts a position in.
+    return IterableDataset.from_generator(
+        _texts_of_stream, gen_kwargs={"paths": [str(path) for path in paths], **settings}
+    )
+
+
+def _texts_of_stream(paths: list[str], table_format: str | None, text_column: str):
+    for path in paths:
+        num_faulty = 0
+        try:
+            for place, row in rows_of(Path(path), table_format, text_column):
+                try:
+                    text = text_in(place, row, text_column)
+                except InputError as error:
+                    if not num_faulty:
+                        warnings.warn(f"left out a row of the stream: {error}", stacklevel=1)
+                    num_faulty += 1
+                    continue
+                if text.strip():
+                    yield {"text": text}
+        except InputError as error:
+            warnings.warn(f"left out a file of the stream, or what follows in it: {error}", stacklevel=1)
+        if num_faulty > 1:
+            warnings.warn(f"left out {num_faulty} rows of {path} in all.", stacklevel=1)
+
+
 def _streamed_text(dataset: IterableDataset, text_column: str, name: str) -> IterableDataset:
+    """The text of a streamed dataset of the Hub, whose rows that hold none are left out."""
     first = next(iter(dataset), None)
     if first is None:
-        raise ValueError(f"{name} has no rows: there is nothing to train on.")
+        raise InputError(f"{name} has no rows: there is nothing to train on.")
     if text_column not in first:
-        raise ValueError(f"{name} has no column {text_column!r}: pass `--text_column` with one of {', '.join(first)}.")
-    if not isinstance(first[text_column], str):
-        raise ValueError(f"column {text_column!r} of {name} holds something that is not text.")
+        raise no_column(name, text_column, first)
+    if not isinstance(first[text_column], str | None):
+        raise InputError(f"column {text_column!r} of {name} holds something else than text.")
     dataset = dataset.select_columns([text_column])
     dataset = dataset if text_column == "text" else dataset.rename_column(text_column, "text")
-    return dataset.filter(_is_text)
+    return dataset.filter(_is_text, fn_kwargs={"name": name})
 
 
-def _is_text(row: dict) -> bool:
-    if isinstance(row["text"], str) and row["text"].strip():
-        return True
-    warnings.warn("skipped rows of the stream that hold no text.", stacklevel=1)
+def _is_text(row: dict, name: str) -> bool:
+    if isinstance(row["text"], str):
+        return bool(row["text"].strip())
+    warnings.warn(f"left out rows of {name} whose text is null or something else than text.", stacklevel=1)
     return False
+
+
+def _taken(documents: IterableDataset, num: int) -> Dataset:
+    return Dataset.from_dict({"text": [row["text"] for row in documents.take(num)]}, features=_TEXT)
 
 
 def standard_library_files() -> list[Path]:
     """The embedded corpus: source files of the running Python's standard library, in a fixed order.
 
     About 370 files and 8 MB. Files under 2,000 bytes say little and are left out, as are those that are not UTF-8.
+
+    Raises:
+        InputError: this Python comes without its source.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     files = []
@@ -193,110 +346,31 @@ def standard_library_files() -> list[Path]:
             continue
         files.append(path)
     if not files:
-        raise ValueError(f"this Python has no source files of its standard library in {root}: pass `--train_file`.")
+        raise InputError(f"this Python has no source files of its standard library in {root}: pass `--train_file`.")
     return files
 
 
-def _read_text(path: Path) -> str:
-    content = path.read_bytes()
-    if not content.strip():
-        raise ValueError(f"{path} is empty: there is nothing to train on.")
-    try:
-        text = content.decode()
-    except UnicodeDecodeError:
-        text = None
-    if text is None or "\0" in text:
-        raise ValueError(f"{path} is not text (UTF-8): pass a text file, or jsonl, csv or parquet with `text_column`.")
-    return text
+def _check_heldout(train: Dataset, heldout: Dataset) -> None:
+    """Refuse a validation text that is trained on, and warn of one that is in part.
 
-
-def _documents(texts: list[str]) -> Dataset:
-    """Texts as a dataset on disk, memory-mapped; `datasets` caches it by its content."""
-    return Dataset.from_generator(_rows, gen_kwargs={"texts": texts})
-
-
-def _rows(texts: list[str]):
-    for text in texts:
-        yield {"text": text}
-
-
-def _from_files(pattern: str, text_column: str) -> Dataset:
-    paths, table_format = _files(pattern)
-    if table_format is None:
-        return _documents([_read_text(entry) for entry in paths])
-    loaded = _loaded(pattern, table_format, data_files=[str(entry) for entry in paths], split="train")
-    return _text_only(loaded, text_column, pattern)
-
-
-def load_table(pattern: str) -> Dataset | None:
-    """The rows of json / jsonl / csv / parquet files with all their columns, or `None` where the files are text.
-
-    Raises:
-        ValueError: as `load_corpus`.
+    A document also counts as trained on where it is a piece of one of a few long training documents.
     """
-    paths, table_format = _files(pattern)
-    if table_format is None:
-        return None
-    return _loaded(pattern, table_format, data_files=[str(entry) for entry in paths], split="train")
-
-
-def _files(pattern: str, reads: bool = True) -> tuple[list[Path], str | None]:
-    """The files that a pattern names, and the format of the table that they are, `None` for text.
-
-    `reads`: look into them for blank ones; else only empty ones are left out.
-    """
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        hidden = lambda entry: any(part.startswith(".") for part in entry.relative_to(path).parts)  # noqa: E731
-        found = sorted(entry for entry in path.rglob("*") if entry.is_file() and not hidden(entry))
-        paths = [  # an empty file of a folder says nothing
-            entry for entry in found if (entry.read_bytes().strip() if reads else entry.stat().st_size)
-        ]
-    else:
-        found = paths = sorted(Path(entry) for entry in glob.glob(str(path), recursive=True) if Path(entry).is_file())
-    if not found:
-        raise ValueError(f"no file found at {pattern!r}: pass a file, a folder or a glob that matches some.")
-    if not paths:
-        raise ValueError(f"all files in {pattern!r} are empty: there is nothing to train on.")
-    formats = {_FORMATS.get(entry.suffix.lower()) for entry in paths}
-    if len(formats) > 1:
-        raise ValueError(f"{pattern!r} mixes formats: {', '.join(sorted({entry.suffix for entry in paths}))}.")
-    return paths, formats.pop()
-
-
-def _loaded(what: str, *args, **kwargs):
-    """`datasets.load_dataset`, whose many errors become one that names what was asked for."""
-    try:
-        return load_dataset(*args, **kwargs)
-    except Exception as error:  # it raises whatever its readers and the network raise
-        reason = str(error.__cause__ or error).strip() or type(error).__name__
-        raise ValueError(f"{what!r} could not be read: {reason}") from error
-
-
-def _from_hub(name: str, config_name: str | None, text_column: str) -> Corpus:
-    splits = _loaded(name, name, config_name)
-    if "train" not in splits:
-        raise ValueError(f"dataset {name!r} has no split `train`, only {', '.join(splits)}.")
-    heldout = next((splits[split] for split in ("validation", "test") if split in splits), None)
-    train = _text_only(splits["train"], text_column, name)
-    heldout = None if heldout is None else _text_only(heldout, text_column, name)
-    is_local = os.path.exists(name)
-    title = os.path.basename(os.path.normpath(name)) if is_local else name  # a path says where, not what
-    return _corpus(title, train, heldout, None if is_local else name)
-
-
-def _text_only(dataset: Dataset, text_column: str, name: str) -> Dataset:
-    if text_column not in dataset.column_names:
-        raise ValueError(
-            f"{name} has no column {text_column!r}: pass `--text_column` with one of {', '.join(dataset.column_names)}."
+    trained = {_digest([text.strip()]) for text in train["text"]}
+    long = list(train["text"]) if max(len(train), len(heldout)) < 10 else []
+    shared = sum(
+        _digest([text.strip()]) in trained or any(text.strip() in other for other in long) for text in heldout["text"]
+    )
+    if shared == len(heldout):
+        raise InputError(
+            "all text of `validation_file` is part of `train_file`: its score would say nothing about new text. Name "
+            "another file, or leave `validation_file` out."
         )
-    if (
-        dataset.features[text_column].dtype not in ("string", "large_string")
-        or dataset.data.column(text_column).null_count
-    ):
-        raise ValueError(f"column {text_column!r} of {name} holds something that is not text.")
-    dataset = dataset.select_columns([text_column])
-    return dataset if text_column == "text" else dataset.rename_column(text_column, "text")
+    if shared:
+        warnings.warn(
+            f"{shared} of {len(heldout)} documents of `validation_file` are part of `train_file`: the score is partly "
+            "of text that was trained on.",
+            stacklevel=2,
+        )
 
 
 def _corpus(name: str, train: Dataset, heldout: Dataset | None, hub_name: str | None = None) -> Corpus:
@@ -307,13 +381,17 @@ def _corpus(name: str, train: Dataset, heldout: Dataset | None, hub_name: str | 
     elif heldout is None:
         texts = train["text"][:]
         cuts = [len(text) - max(len(text) // 10, 1) for text in texts]
-        heldout = _documents([text[cut:] for text, cut in zip(texts, cuts)])
-        train = _documents([text[:cut] for text, cut in zip(texts, cuts)])
+        heldout = _generated(_texts, texts=[text[cut:] for text, cut in zip(texts, cuts)])
+        train = _generated(_texts, texts=[text[:cut] for text, cut in zip(texts, cuts)])
     digest = _digest(text for part in (train, heldout) for text in part["text"])
-    return Corpus(name, train, heldout, digest, hub_name)
+    return Corpus(name, train, heldout, digest, _num_bytes(heldout), hub_name)
 
 
-def _digest(texts) -> str:
+def _num_bytes(documents: Dataset) -> int:
+    return sum(len(text.encode()) for text in documents["text"])
+
+
+def _digest(texts: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for text in texts:
         digest.update(text.encode())

@@ -5,15 +5,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from accelerate.utils import gather_object
 from datasets import IterableDataset as Documents
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset
+
+from smt_hf.errors import InputError
 
 _AT_A_TIME = 32  # documents that the tokenizer gets at once
 
 
 class StreamedRows(IterableDataset):
-    """Packed rows of `context_length + 1` tokens from a stream of documents, without end, for one rank of several.
+    """Packed rows of `context_length + 1` tokens from an endless stream of documents, for one rank of several.
 
     Every document is read by one rank alone. Rows carry `document_ids`: the memory starts anew with every document, and
     its first token is predicted only where a row starts with it. Neighbouring rows share one token. Each pass over the
@@ -22,16 +25,19 @@ class StreamedRows(IterableDataset):
     The position is exact: [`state_dict`] holds the place in the stream, the buffer, what is left of the last document
     and the state of the random numbers, so that a resumed run reads what an uninterrupted one would.
 
+    All ranks make theirs at the same time: they tell each other whether there is a document for each, so that all of
+    them raise, not only the one without.
+
     Args:
         documents: a streamed dataset with a column `text`.
         tokenizer: with an `eos_token`, which ends each document.
-        context_length: transitions a row.
-        buffer_size: documents that the next one is drawn from; 1: in their order.
+        context_length: transitions per row.
+        buffer_size: number of documents that the next one is drawn from; 1 keeps their order.
         seed: of the order.
         rank, num_ranks: of this process.
 
     Raises:
-        ValueError: the tokenizer has no `eos_token`, or the stream has no document for this rank.
+        InputError: the tokenizer has no `eos_token`, `buffer_size` is below 1, or a rank gets no document.
     """
 
     def __init__(
@@ -45,11 +51,12 @@ class StreamedRows(IterableDataset):
         num_ranks: int = 1,
     ):
         if tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no `eos_token`, which goes between documents: set one before training.")
+            raise InputError("the tokenizer has no `eos_token`, which goes between documents: set one before training.")
         if buffer_size < 1:
-            raise ValueError(f"`buffer_size` must be at least 1, got {buffer_size}.")
+            raise InputError(f"`buffer_size` must be at least 1, got {buffer_size}.")
         self.documents = split_dataset_by_node(documents, rank, num_ranks) if num_ranks > 1 else documents
         self._start = self.documents.state_dict()
+        self._check_documents(num_ranks)
         self.tokenizer, self.context_length, self.buffer_size = tokenizer, context_length, buffer_size
         self.seed, self.rank, self.num_ranks = seed, rank, num_ranks
         self._state: dict[str, Any] = {
@@ -66,6 +73,15 @@ class StreamedRows(IterableDataset):
             "num_rows": 0,
         }
 
+    def _check_documents(self, num_ranks: int) -> None:
+        has_document = next(iter(self.documents), None) is not None
+        self.documents.load_state_dict(self._start)
+        if not all(gather_object([has_document])):
+            raise InputError(
+                f"the stream has too few documents, or too few files with documents, to give each of {num_ranks} "
+                "process(es) one: bring more, or start fewer processes."
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """The position after the last row that was given out, as JSON can hold it."""
         return copy.deepcopy(self._state)
@@ -74,10 +90,10 @@ class StreamedRows(IterableDataset):
         """Go on from a `state_dict`.
 
         Raises:
-            ValueError: it was saved by another number of ranks, whose documents were others.
+            InputError: it was saved by another number of ranks, whose documents were others.
         """
         if state["num_ranks"] != self.num_ranks:
-            raise ValueError(
+            raise InputError(
                 f"the position in the stream was saved by {state['num_ranks']} process(es), this run has "
                 f"{self.num_ranks}: resume with as many, or start a new run from the exported student."
             )
@@ -135,10 +151,8 @@ class StreamedRows(IterableDataset):
                     state["random"] = generator.bit_generator.state
                     text, state["buffer"][place] = state["buffer"][place], row["text"]
                     yield text
-                if not found:
-                    raise ValueError(
-                        f"the stream has no document for rank {self.rank} of {self.num_ranks}: bring more documents."
-                    )
+                if not found:  # or this would never end
+                    raise InputError("the stream gives no document any more: its files have changed while it was read.")
                 state["is_drained"] = True
             while state["buffer"]:
                 place = int(generator.integers(len(state["buffer"])))

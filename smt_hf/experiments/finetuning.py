@@ -3,10 +3,10 @@
 import dataclasses
 import hashlib
 import json
-import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import AutoConfig, AutoTokenizer, set_seed
@@ -24,17 +24,17 @@ from smt_hf.command_line import (
     whole_number,
 )
 from smt_hf.data import holds_instructions, load_table, padded, tokenize_instructions
-from smt_hf.evaluation import score_student_probe
+from smt_hf.evaluation import Scores
 from smt_hf.evaluation.ngram import uniform_bits
 from smt_hf.evaluation.streams import count_bytes
-from smt_hf.publishing.export import export_student, write_json
+from smt_hf.publishing.export import export_student, write_card, write_json
 from smt_hf.publishing.figures import plot_curves
 from smt_hf.publishing.provenance import run_facts
 from smt_hf.student import SMTRecurrentConfig, SMTRecurrentForCausalLM
 from smt_hf.training.adapters import LoraSettings
 from smt_hf.training.arguments import BPTTTrainingArguments, PhaseArguments
 from smt_hf.training.composite import SMTForPreTraining, SMTPreTrainingConfig
-from smt_hf.training.phases import lay_out, run_phases
+from smt_hf.training.phases import apply_required, lay_out, run_phases
 
 from .pretraining import (
     MAY_CHANGE,
@@ -125,19 +125,16 @@ class InstructionSubject(Subject):
         content = json.dumps([train[:], heldout[:]], sort_keys=True, default=str)
         self.digest = hashlib.sha256(content.encode()).hexdigest()[:16]
 
-    def fit(self, phases) -> None:
-        for arguments in phases:
-            refuse_curriculum(arguments)
-            arguments.carries_memory = False
-            arguments.transition_steps = min(arguments.transition_steps, arguments.context_length)
+    def required(self, arguments) -> dict[str, Any]:
+        refuse_curriculum(arguments)
+        steps = min(arguments.transition_steps, arguments.context_length)
+        return {"carries_memory": False, "transition_steps": steps}
 
     def rows(self, arguments):
         return self.train
 
-    def evaluate(self, model: SMTForPreTraining, arguments) -> dict[str, dict]:
-        scores = score_student_probe(model.student, *self.heldout)
-        bits = scores.loss * scores.n / math.log(2) / self.num_bytes
-        return {"student": {"bits_per_byte": bits, "accuracy": scores.accuracy, "n": scores.n}}
+    def described_scores(self, scores: Scores) -> dict[str, Any]:
+        return {"bits_per_byte": scores.bits_per(self.num_bytes), "accuracy": scores.accuracy, "n": scores.n}
 
     def facts(self) -> dict:
         return {
@@ -176,7 +173,7 @@ def finetune(run: FinetuneArguments, arguments: FinetuneTrainingArguments) -> di
     student = student.float()  # a checkpoint may be of bfloat16; what is trained is not
     with arguments.main_process_first(desc="preparing the data"):
         subject = _subject(run, arguments, tokenizer)
-    subject.fit([arguments])
+    apply_required(arguments, subject.required(arguments))
     if subject.vocab_size > student.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {subject.vocab_size} tokens and the model knows {student.config.vocab_size}: call "
@@ -203,7 +200,7 @@ def finetune(run: FinetuneArguments, arguments: FinetuneTrainingArguments) -> di
         print(f"{subject.describe()}\n{run.checkpoint}: {student.num_parameters():,} parameters; {num_threads} threads")
     evaluate_ten_times(arguments)
     model = SMTForPreTraining.from_student(student)
-    before = _scores(subject.evaluate(model.eval(), arguments)) if is_main else {}
+    before = _scores(subject.evaluate(model.eval(), arguments))
     (result,) = run_phases(
         model,
         [arguments],
@@ -236,7 +233,8 @@ def finetune(run: FinetuneArguments, arguments: FinetuneTrainingArguments) -> di
     adapter = Path(str(arguments.output_dir)) / "adapter"
     if adapter.exists():
         shutil.copytree(adapter, output_dir / "adapter", dirs_exist_ok=True)
-    export_student(model.student, tokenizer, output_dir / "student", results)
+    export_student(model.student, tokenizer, output_dir / "student")
+    write_card(output_dir / "student", model.student, results)
     write_json(results, output_dir / _RESULTS)
     print(f"written to {output_dir}: {', '.join(sorted(path.name for path in output_dir.iterdir()))}")
     if pushed is not None:

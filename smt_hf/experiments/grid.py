@@ -18,6 +18,7 @@ from smt_hf.publishing.evidence import append_lines, read_lines
 from smt_hf.publishing.units import metric_of
 
 from .grid_run import Run, train_run
+from .run_folder import locked
 
 
 def is_done(run: Run, lines: list[dict]) -> bool:
@@ -44,16 +45,30 @@ def run_grid(runs: list[Run], output: Path, jobs: int = 1) -> Iterator[list[dict
     Yields the lines of each run.
 
     Raises:
-        InputError: `output` holds something else, or lines of a run of the grid with other settings.
+        InputError: another process writes to `output`; it holds something else, or lines of a run of the grid with other
+            settings.
     """
-    done = read_lines(output) if output.exists() else []
-    waiting = [run for run in runs if not is_done(run, done)]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(total=len(runs), initial=len(runs) - len(waiting), desc=output.stem, dynamic_ncols=True)
-    # Processes of their own, with no more threads than a run has, and cores of their own where there are enough: two
-    # timed runs on one core would each take the other's seconds.
+    with locked(output.parent, f".{output.name}.lock"):
+        done = read_lines(output) if output.exists() else []
+        waiting = [run for run in runs if not is_done(run, done)]
+        with tqdm(total=len(runs), initial=len(runs) - len(waiting), desc=output.stem, dynamic_ncols=True) as bar:
+            for lines in _trained(waiting, jobs):
+                append_lines(lines, output)
+                bar.update()
+                tqdm.write("; ".join(_short(line) for line in lines))
+                yield lines
+
+
+def _trained(runs: list[Run], jobs: int) -> Iterator[list[dict]]:
+    """The lines of each run, in the order in which the runs end.
+
+    Workers are processes of their own, with no more threads than a run has, and with cores of their own where there are
+    enough: two timed runs on one core would each take the other's seconds.
+    """
+    if not runs:
+        return
     context = multiprocessing.get_context("spawn")
-    num_threads = max((run.num_threads for run in waiting), default=1)
+    num_threads = max(run.num_threads for run in runs)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(num_threads)
     slots = context.Queue()
@@ -62,21 +77,15 @@ def run_grid(runs: list[Run], output: Path, jobs: int = 1) -> Iterator[list[dict
     with concurrent.futures.ProcessPoolExecutor(
         jobs, context, initializer=_settle, initargs=(slots, jobs, num_threads)
     ) as pool:
-        futures = {pool.submit(_train_quietly, run): run for run in waiting}
+        futures = {pool.submit(_train_quietly, run): run for run in runs}
         for future in concurrent.futures.as_completed(futures):
-            run = futures[future]
             try:
-                lines = future.result()
+                yield future.result()
             except Exception:
-                tqdm.write(f"failed: {run.key()}")
+                tqdm.write(f"failed: {futures[future].key()}")
                 for other in futures:
                     other.cancel()
                 raise
-            append_lines(lines, output)
-            bar.update()
-            tqdm.write("; ".join(_short(line) for line in lines))
-            yield lines
-    bar.close()
 
 
 def _settle(slots, jobs: int, num_threads: int) -> None:

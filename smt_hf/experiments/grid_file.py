@@ -20,6 +20,7 @@ from smt_hf.command_line import (
     names_of,
     read_flags,
     read_yaml,
+    typed,
     whole_number,
 )
 from smt_hf.data import TASKS, task_facts
@@ -27,7 +28,7 @@ from smt_hf.errors import InputError
 from smt_hf.training.phases import ARGUMENTS
 
 from .grid_run import Run
-from .run_arguments import PHASE_NAMES, STUDENT_FIELDS, typed, typed_teacher
+from .run_arguments import PHASE_NAMES, STUDENT_FIELDS, typed_teacher
 
 _GRID_KEYS = {"output", "jobs", "num_threads", "seeds", "num_heldout", "student", "teacher", "tasks", "arms"}
 _TASK_KEYS = {"difficulties", "seconds", "curriculum", "arms"}
@@ -81,21 +82,15 @@ def parse_grid(argv: list[str]) -> ParsedGrid:
         InputError: unknown keys (the closest valid one is named), values of the wrong type, malformed YAML.
         SystemExit: after `--help`.
     """
-    if "--help" in argv or "-h" in argv:
-        print("\n".join([_USAGE, *described(GridArguments, "", {})]))
-        raise SystemExit(0)
     flags = read_flags(argv)
+    if "help" in flags:
+        print("\n".join([_USAGE, *described(GridArguments)]))
+        raise SystemExit(0)
     check_keys(flags, names_of(GridArguments), "flag")
-    if not isinstance(flags.get("config"), str):
+    given = built(GridArguments, flags)
+    if not given.config:
         raise InputError("name the grid: `--config recipes/probes.yaml`.")
-    given = built(
-        GridArguments, {name: value for name, value in flags.items() if value is not True or name == "report"}
-    )
-    for name in flags.keys() - {"report"}:
-        if flags[name] is True:
-            raise InputError(f"`--{name}` needs a value.")
-    path = Path(given.config).expanduser()
-    grid = read_yaml(str(path))
+    grid = read_yaml(given.config)
     _check_grid(grid, given.config)
     only = _read_only(given.only, grid)
     sources = {name: value for name in ("train_file", "mnist_dir") if (value := getattr(given, name)) is not None}
@@ -110,7 +105,7 @@ def parse_grid(argv: list[str]) -> ParsedGrid:
     jobs = whole_number("jobs", given.jobs if given.jobs is not None else grid.get("jobs", 1))
     if jobs < 1:
         raise InputError(f"`jobs` must be at least 1, got {jobs}.")
-    output = Path(given.output or f"runs/{path.stem}.jsonl").expanduser()
+    output = Path(given.output or f"runs/{Path(given.config).stem}.jsonl")
     return ParsedGrid(runs=runs, output=output, jobs=jobs, report=given.report)
 
 

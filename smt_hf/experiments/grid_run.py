@@ -21,23 +21,17 @@ from datasets import disable_progress_bars
 from transformers import set_seed
 from transformers.utils import logging
 
-from smt_hf.evaluation import (
-    drift_by_position,
-    geometry_of,
-    gradient_norm_by_distance,
-    score_student_probe,
-    teacher_gradient_norm,
-)
+from smt_hf.evaluation import evaluate_rows, score_student
 from smt_hf.publishing.provenance import run_facts
 from smt_hf.training.arguments import PhaseArguments
 from smt_hf.training.composite import SMTForPreTraining
 from smt_hf.training.phases import ARGUMENTS, PhaseResult, lay_out, run_phases
 
-from .pretraining import model_config, phase_settings
+from .composition import model_config, phase_settings, resolve
 from .subjects import HELDOUT_SEED, PixelSubject, Subject, TaskSubject, TextSubject
 
-# Rows that the data of figures is computed from: drift, gradients and geometry; longer rows.
-_FIGURE_ROWS, _LONGER_ROWS = 64, 256
+# What the data of figures is computed from: rows, tokens of a stream of text, rows of several times the length.
+_FIGURE_ROWS, _STREAM_TOKENS, _LONGER_ROWS = 64, 256 + 1, 256
 _CURVE_POINTS = 24
 _UNUSED = "unused"  # every run gets a folder of its own
 # Settings that tell arms apart, kept in every line; those of a schedule that phases share follow from the others.
@@ -93,7 +87,7 @@ def train_run(run: Run) -> list[dict]:
     torch.set_num_threads(run.num_threads)
     _be_quiet()
     subject = subject_of(run, arguments)
-    subject.fit(arguments)
+    resolve(arguments, subject)
     config = model_config(subject, arguments, run.student, run.teacher)
     set_seed(run.seed)
     model = SMTForPreTraining(config)
@@ -114,7 +108,7 @@ def train_run(run: Run) -> list[dict]:
         for number, result in enumerate(results, start=1):
             curve += _curve(result, spent)
             _add_costs(spent, result)
-            if not getattr(result.arguments, "trains_updater", True):
+            if not result.arguments.trains_updater:
                 continue  # the teacher's line comes with the phase that trains the student
             phases = [naming_settings(phase) for phase in arguments[:number]]
             for part, scores in reversed(result.scores.items()):  # the teacher's line before the student's
@@ -126,7 +120,7 @@ def train_run(run: Run) -> list[dict]:
         last |= {name: facts[name] for name in ("num_threads", "versions")}
         last["curve"] = _columns(curve)
         if last[subject.metric] is not None:  # a diverged student has no figures
-            last |= data_of_figures(model, subject, is_of_a_group=run.group is not None)
+            last |= data_of_figures(model, subject)
     last |= {"is_last": True, "total_seconds": round(time.perf_counter() - started, 1)}
     return lines
 
@@ -211,49 +205,19 @@ def _columns(points: list[dict]) -> dict[str, list]:
     return {name: [points[at][name] for at in places] for name in points[0]}
 
 
-def data_of_figures(model: SMTForPreTraining, subject: Subject, is_of_a_group: bool) -> dict[str, Any]:
-    """What the figures of a line are drawn from: drift, geometry, gradients, longer rows, samples.
-
-    A sweep or an ablation has tables alone: it gets drift and geometry, which say what became of the memories.
-    """
-    student = model.student
+def data_of_figures(model: SMTForPreTraining, subject: Subject) -> dict[str, Any]:
+    """What the figures of a line are drawn from: all evaluations of `smt_hf.evaluation`, samples, longer rows."""
+    # The streams of text are long; a row of a task is asked at its end.
+    most = _STREAM_TOKENS if isinstance(subject, TextSubject) else None
+    rows, labels = (part[:_FIGURE_ROWS, :most] for part in subject.heldout)
+    shown = evaluate_rows(model, rows, labels)
     if isinstance(subject, TextSubject):
-        rows = labels = subject.streams[:_FIGURE_ROWS, : 256 + 1]
+        shown["samples"] = [_written(model.student, subject)]
     elif isinstance(subject, PixelSubject):
-        rows = labels = subject.heldout[:_FIGURE_ROWS]
-    else:
-        assert isinstance(subject, TaskSubject)
-        rows, labels = (part[:_FIGURE_ROWS] for part in subject.heldout)
-    shown: dict[str, Any] = {
-        "geometry": {
-            part: {"rank": _rounded(values["effective_rank"]), "spread": _rounded(values["spread"])}
-            for part, values in geometry_of(model, rows[:, :-1]).items()
-        }
-    }
-    if model.teacher is not None:
-        shown["drift"] = [[at + 1, value] for at, value in _thinned(drift_by_position(model, rows[:, :-1]))]
-    if is_of_a_group:
-        return shown
-    shown["gradient_norm"] = _thinned(gradient_norm_by_distance(student, rows, labels))
-    if model.teacher is not None:
-        shown["teacher_gradient_norm"] = _thinned(teacher_gradient_norm(model, rows, labels))
-    if isinstance(subject, TextSubject):
-        shown["samples"] = [_written(student, subject)]
-    elif isinstance(subject, PixelSubject):
-        shown["samples"] = subject.samples(student)
-    else:
-        shown["length_generalization"] = _longer(student, subject)
+        shown["samples"] = subject.samples(model.student)
+    elif isinstance(subject, TaskSubject):
+        shown["length_generalization"] = _longer(model.student, subject)
     return shown
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")
-
-
-def _thinned(values: np.ndarray, most: int = 24) -> list[list[float]]:
-    """`[place, value]` at places that are evenly spaced on a logarithmic axis; what is not finite is left out."""
-    places = sorted(set(np.geomspace(1, len(values), most).astype(int) - 1))
-    return [[int(at), _rounded(values[at])] for at in places if np.isfinite(values[at])]
 
 
 def _longer(student, subject: TaskSubject) -> dict[str, float]:
@@ -262,7 +226,7 @@ def _longer(student, subject: TaskSubject) -> dict[str, float]:
         difficulty = subject.longer(factor)
         if difficulty is not None:
             rows = subject.heldout_rows(difficulty, _LONGER_ROWS)
-            scores[str(factor)] = round(score_student_probe(student, *rows).accuracy, 4)
+            scores[str(factor)] = round(score_student(student, *rows).accuracy, 4)
     return scores
 
 

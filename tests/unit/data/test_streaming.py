@@ -90,8 +90,25 @@ def test_bad_streams():
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="eos_token"):
         StreamedRows(documents(), tokenizer, 10)
-    with pytest.raises(ValueError, match="no document for rank 3 of 4"):
-        taken(StreamedRows(documents(3, 1), byte_tokenizer(), 4, rank=3, num_ranks=4), 1)
+    with pytest.raises(ValueError, match=r"too few documents.* each of 4"):
+        StreamedRows(documents(3, 1), byte_tokenizer(), 4, rank=3, num_ranks=4)
+
+
+def test_resumed_twice():
+    """The position of a resumed stream is as good as that of a fresh one, also before it has given a row."""
+    whole = taken(stream(), 90)
+    state = None
+    given = []
+    for num in (37, 0, 29, 24):
+        rows = stream()
+        if state is not None:
+            rows.load_state_dict(state)
+        given += taken(rows, num) if num else []
+        state = json.loads(json.dumps(rows.state_dict()))
+    assert len(given) == 90
+    for own, other in zip(whole, given):
+        np.testing.assert_array_equal(own["input_ids"], other["input_ids"])
+        assert own["example_ids"] == other["example_ids"]
 
 
 @pytest.mark.parametrize("kind", ["text", "jsonl"])
@@ -111,19 +128,12 @@ def test_files(tmp_path, kind):
     assert sorted({*train, *corpus.heldout["text"]}) == sorted(texts)
 
 
-def test_what_is_no_text_is_skipped(tmp_path):
-    """Hours into a run, one bad record or file is no reason to end it."""
-    lines = [json.dumps({"text": text}) for text in ("one", None, "two", "  ", "three")]
-    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
-    with pytest.warns(UserWarning, match="hold no text"):
-        corpus = stream_corpus(str(tmp_path / "a.jsonl"), num_heldout=1)
-        assert [row["text"] for row in corpus.train] == ["two", "three"]
-    texts = tmp_path / "texts"
-    texts.mkdir()
+def test_a_faulty_file_is_left_out(tmp_path):
+    """Hours into a run, one bad file is no reason to end it."""
     for name, content in (("a", b"first"), ("b", b"\xff\xfe\x00"), ("c", b"  \n"), ("d", b"last"), ("e", b"")):
-        (texts / f"{name}.txt").write_bytes(content)
-    with pytest.warns(UserWarning, match=r"skipped a file of the stream: .*b\.txt is not text"):
-        corpus = stream_corpus(str(texts), num_heldout=1)
+        (tmp_path / f"{name}.txt").write_bytes(content)
+    with pytest.warns(UserWarning, match=r"left out a file of the stream.*b\.txt is not text"):
+        corpus = stream_corpus(str(tmp_path), num_heldout=1)
         assert [row["text"] for row in corpus.train] == ["last"]
 
 
@@ -131,6 +141,10 @@ def test_bad_sources(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     with pytest.raises(ValueError, match="too few to stream"):
         stream_corpus(str(tmp_path / "a.jsonl"))
+    with pytest.raises(ValueError, match=r"has 0 document.* besides the 2"):
+        stream_corpus(str(tmp_path / "a.jsonl"), num_heldout=2)
+    with pytest.raises(ValueError, match=r"has 1 document.* and 2 process"):
+        stream_corpus(str(tmp_path / "a.jsonl"), num_heldout=1, num_ranks=2)
     with pytest.raises(ValueError, match="no column 'body'"):
         stream_corpus(str(tmp_path / "a.jsonl"), text_column="body")
     with pytest.raises(ValueError, match="one of the two"):
