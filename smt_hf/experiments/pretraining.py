@@ -25,7 +25,7 @@ from smt_hf.training.composite import SMTForPreTraining, SMTPreTrainingConfig
 from smt_hf.training.phases import PhaseResult, arm_name, lay_out, run_phases
 
 from .composition import cost_of, launch_settings, model_config, phase_settings, resolve, set_threads, tokenizer_hash
-from .preflight import check_run, lora_settings, pushed_repository
+from .preflight import check_run, lora_settings
 from .run_arguments import ParsedRun, PretrainArguments
 from .run_folder import RESULTS, RUN, locked, writing
 from .subjects import PixelSubject, Subject, TaskSubject, TextSubject
@@ -76,7 +76,7 @@ def pretrain(parsed: ParsedRun) -> dict:
     """
     run, phases = parsed.run, parsed.phases
     is_main = phases[0].process_index == 0
-    check_run(parsed)
+    repository = check_run(parsed)
     logging.disable_progress_bar()  # of saving; the phases have their own
     num_threads = set_threads(run.num_threads)
     with phases[0].main_process_first(desc="preparing the data"):
@@ -107,7 +107,6 @@ def pretrain(parsed: ParsedRun) -> dict:
                 with locked(path.absolute().parent, f".{path.name}.lock", waits=True):
                     append_evidence(results, path)
             print(f"\nwritten to {output_dir}: {', '.join(sorted(path.name for path in output_dir.glob('[!.]*')))}")
-        repository = pushed_repository(phases)
         if repository is not None and is_main:  # the Hub may have refused it the first time
             print(publish_student(output_dir / "student", repository, phases[-1], f"The student of {arm_name(phases)}"))
     return results
@@ -136,7 +135,8 @@ def make_subject(parsed: ParsedRun) -> Subject:
             streaming=run.streaming,
             buffer_size=run.shuffle_buffer_size,
         )
-    given = [name for name in (*_OF_A_STREAM, "tokenizer_name") if getattr(run, name) != getattr(PretrainArguments, name)]
+    of_text = (*_OF_A_STREAM, "tokenizer_name")
+    given = [name for name in of_text if getattr(run, name) != getattr(PretrainArguments, name)]
     if given:
         raise InputError(f"`task` {run.task} brings its own data: leave {', '.join(given)} out.")
     if run.task == "pixels":
@@ -193,7 +193,8 @@ def _train(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subject, nu
     set_seed(run.seed)
     model = SMTForPreTraining(config)
     if phases[0].process_index == 0:
-        sizes = [f"{part} {_num_parameters(module):,}" for part, module in model.named_children() if part in config]
+        parts = [(part, module) for part, module in model.named_children() if part in ("student", "teacher")]
+        sizes = [f"{part} {sum(weights.numel() for weights in module.parameters()):,}" for part, module in parts]
         print(f"parameters: {', '.join(sizes)}; {num_threads} threads; pipeline {arm_name(phases)}", flush=True)
     lora = lora_settings(run)
     trained = Trained(model, spent={"wall_clock_s": 0.0, "sequential_steps": 0, "tokens": 0})
@@ -217,16 +218,12 @@ def _train(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subject, nu
     return trained
 
 
-def _num_parameters(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def _check_finite(name: str, scores: dict, result: PhaseResult) -> None:
     bad = [metric for metric, value in scores.items() if not math.isfinite(value)]
     if bad:
         raise InputError(
-            f"{name} has diverged ({bad[0]} {scores[bad[0]]}): lower `{result.arguments.phase}_learning_rate`. Its log is "
-            f"in {result.arguments.output_dir}."
+            f"{name} has diverged ({bad[0]} {scores[bad[0]]}): lower `{result.arguments.phase}_learning_rate`. Its log "
+            f"is in {result.arguments.output_dir}."
         )
 
 
