@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token, is_offline_mode
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from smt_hf.errors import InputError
@@ -148,7 +149,7 @@ def _problem_of_content(path: Path, content: bytes) -> str | None:
         except UnicodeDecodeError:
             return "is not text in UTF-8: take it out."
         try:
-            for part in {".json": [text], ".jsonl": filter(str.strip, text.splitlines())}.get(path.suffix, []):
+            for part in {".json": [text], ".jsonl": filter(str.strip, text.split("\n"))}.get(path.suffix, []):
                 json.loads(part)
         except ValueError as error:
             return f"is not valid JSON ({error}): mend it or take it out."
@@ -243,7 +244,11 @@ def check_hub_access(
 
 def check_repo_id(repo_id: str) -> None:
     """Raise an InputError unless the name of a repository is `user/name`."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise InputError(f"no repository can have the name {repo_id!r}: {error}") from error
+    if "/" not in repo_id:
         raise InputError(f"the repository must be named `user/name`, got {repo_id!r}.")
 
 

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 import torch
-from accelerate.utils import AcceleratorConfig
 from huggingface_hub.errors import StrictDataclassError
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from smt_hf.command_line import names_of
 from smt_hf.errors import InputError
@@ -16,16 +16,17 @@ from smt_hf.student import SMTRecurrentConfig
 from smt_hf.training.arguments import BPTTTrainingArguments, PhaseArguments
 from smt_hf.training.composite import SMTPreTrainingConfig
 from smt_hf.training.launch import LAUNCHED_PRECISION
-from smt_hf.training.phases import PhaseResult
+from smt_hf.training.phases import PhaseResult, apply_required
 
 from .subjects import Subject
 
 # TrainingArguments that say what is written down, shown or loaded, not what is trained: a resumed run may change them.
 _WRITTEN_DOWN = (
     "output_dir", "log", "report_to", "run_name", "project", "trackio_", "disable_tqdm", "include_", "eval_", "do_",
-    "per_device_eval_batch_size", "prediction_loss_only", "batch_eval_metrics", "bf16", "save_", "enable_jit_checkpoint",
-    "push_to_hub", "hub_", "resume_from_checkpoint", "restore_", "use_cpu", "dataloader_num_workers", "dataloader_p",
-    "dataloader_multiprocessing_context", "ddp_", "debug", "skip_memory_metrics", "local_rank", "label_cache_dir",
+    "per_device_eval_batch_size", "prediction_loss_only", "batch_eval_metrics", "bf16", "seed", "save_", "push_to_hub",
+    "enable_jit_checkpoint", "hub_", "resume_from_checkpoint", "restore_", "use_cpu", "dataloader_num_workers",
+    "dataloader_p", "dataloader_multiprocessing_context", "ddp_", "debug", "skip_memory_metrics", "local_rank",
+    "label_cache_dir",
 )  # fmt: skip
 
 
@@ -55,9 +56,7 @@ def model_config(
         raise InputError(str(error)) from error
 
 
-def resolve(
-    phases: list[PhaseArguments], subject: Subject, rival: BPTTTrainingArguments | None = None
-) -> list[str]:
+def resolve(phases: list[PhaseArguments], subject: Subject, rival: BPTTTrainingArguments | None = None) -> list[str]:
     """Set, in place, what of the arguments follows from the subject.
 
     Args:
@@ -69,24 +68,17 @@ def resolve(
     Raises:
         InputError: arguments that do not fit the subject's rows.
     """
-    changes = _fitted(phases, subject)
-    if rival is None:
-        return changes
-    levels = {level for arguments in phases for level in arguments.levels}
-    if levels and rival.curriculum_threshold is not None:
-        rival.curriculum_levels = [str(level) for level in sorted(levels | {int(subject.difficulty)})]
-    return changes + [f"compare_bptt: {change}" for change in _fitted([rival], subject)]
-
-
-def _fitted(phases: list[PhaseArguments], subject: Subject) -> list[str]:
-    before = [dict(vars(arguments)) for arguments in phases]
-    subject.fit(phases)
-    return [
-        f"{arguments.phase}: {name} {earlier[name]} -> {value} (rows of {subject.name} {subject.difficulty})"
-        for arguments, earlier in zip(phases, before)
-        for name, value in vars(arguments).items()
-        if name in earlier and earlier[name] != value
+    changes = [
+        change
+        for arguments, required in zip(phases, subject.required_of(phases))
+        for change in apply_required(arguments, required)
     ]
+    if rival is not None:
+        levels = {level for arguments in phases for level in arguments.levels}
+        if levels and rival.curriculum_threshold is not None:
+            rival.curriculum_levels = [str(level) for level in sorted(levels | {int(subject.difficulty)})]
+        changes += [f"compare_bptt: {change}" for change in apply_required(rival, subject.required(rival))]
+    return [f"{change} (rows of {subject.name} {subject.difficulty})" for change in changes]
 
 
 def set_threads(num_threads: int | None) -> int:

@@ -1,5 +1,6 @@
 """Supervised fine-tuning of a checkpoint on a text or on instructions: what `recipes/finetune.py` runs."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoTokenizer, TrainingArguments, set_seed
 from transformers.utils import logging
 
 from smt_hf.command_line import (
@@ -30,29 +31,18 @@ from smt_hf.evaluation.streams import count_bytes
 from smt_hf.publishing.export import export_student, write_card, write_json
 from smt_hf.publishing.figures import plot_curves
 from smt_hf.publishing.provenance import run_facts
+from smt_hf.publishing.results_table import results_table
 from smt_hf.student import SMTRecurrentConfig, SMTRecurrentForCausalLM
-from smt_hf.training.adapters import LoraSettings
-from smt_hf.training.arguments import BPTTTrainingArguments, PhaseArguments
+from smt_hf.training.arguments import BPTTTrainingArguments
 from smt_hf.training.composite import SMTForPreTraining, SMTPreTrainingConfig
 from smt_hf.training.phases import apply_required, lay_out, run_phases
 
-from .pretraining import (
-    MAY_CHANGE,
-    check_output_dir,
-    check_same_run,
-    evaluate_ten_times,
-    phase_settings,
-    publish_student,
-    pushed_repository,
-    results_table,
-    set_threads,
-)
-from .run_arguments import HIDDEN
+from .composition import cost_of, launch_settings, phase_settings, set_threads, tokenizer_hash
+from .preflight import check_trackers, lora_settings, pushed_repository
+from .pretraining import publish_student
+from .run_arguments import HIDDEN, built_phase, new_fields
+from .run_folder import RESULTS, check_output_dir, writing
 from .subjects import Subject, TextSubject, refuse_curriculum
-
-_RESULTS = "eval_results.json"
-_RUN = "run.json"
-_WRITTEN = ("student", "adapter", "bptt", _RESULTS, _RUN, "curves.png")
 
 
 @dataclass
@@ -161,10 +151,11 @@ def finetune(run: FinetuneArguments, arguments: FinetuneTrainingArguments) -> di
     """
     if not run.checkpoint or not run.train_file:
         raise ValueError("name what to fine-tune and on what: `--checkpoint DIR_OR_REPO --train_file FILE`.")
-    lora = LoraSettings(run.lora_r, run.lora_alpha, parts=tuple(run.lora_parts.split(","))) if run.use_peft else None
+    lora = lora_settings(run)
     pushed = pushed_repository([arguments])
     output_dir = Path(run.output_dir)
-    check_output_dir(run, output_dir)
+    check_output_dir(run)
+    check_trackers([arguments])
     logging.disable_progress_bar()
     num_threads = set_threads(run.num_threads)
     lay_out([arguments], str(output_dir))
@@ -184,21 +175,19 @@ def finetune(run: FinetuneArguments, arguments: FinetuneTrainingArguments) -> di
         "weights": _digest(value.numpy().tobytes() for value in student.state_dict().values()),
         "data_hash": subject.facts()["hash"],
         "lora": None if lora is None else dataclasses.asdict(lora),
-        "training": {name: value for name, value in phase_settings(arguments).items() if name not in MAY_CHANGE},
+        "tokenizer_hash": tokenizer_hash(tokenizer),
+        "training": phase_settings(arguments),
+        **launch_settings(arguments),
         "seed": run.seed,
     }
-    if run.resume_from_checkpoint:
-        check_same_run(output_dir / _RUN, settings)
-    elif is_main:
-        if run.overwrite_output_dir and output_dir.is_dir():
-            for entry in output_dir.iterdir():
-                if entry.name in _WRITTEN:
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(settings, output_dir / _RUN)
+    with writing(run, settings) if is_main else contextlib.nullcontext():
+        return _finetuned(run, arguments, student, tokenizer, subject, lora, pushed, num_threads)
+
+
+def _finetuned(run, arguments, student, tokenizer, subject, lora, pushed, num_threads) -> dict:
+    is_main, output_dir = arguments.process_index == 0, Path(run.output_dir)
     if is_main:
         print(f"{subject.describe()}\n{run.checkpoint}: {student.num_parameters():,} parameters; {num_threads} threads")
-    evaluate_ten_times(arguments)
     model = SMTForPreTraining.from_student(student)
     before = _scores(subject.evaluate(model.eval(), arguments))
     (result,) = run_phases(
@@ -214,9 +203,8 @@ def finetune(run: FinetuneArguments, arguments: FinetuneTrainingArguments) -> di
     model = result.model
     if not is_main:
         return {}
-    cost = {"wall_clock_s": result.seconds, "sequential_steps": result.sequential_steps, "tokens": result.tokens}
     results = {
-        "arms": {"checkpoint": before, "finetuned": {**_scores(result.scores), **cost}},
+        "arms": {"checkpoint": before, "finetuned": {**_scores(result.scores), **cost_of(result)}},
         "student_arm": "finetuned",
         "base_model": _name_of(run.checkpoint),
         "task": {"name": subject.name, "difficulty": subject.difficulty, "chance": subject.chance},
@@ -235,7 +223,7 @@ def finetune(run: FinetuneArguments, arguments: FinetuneTrainingArguments) -> di
         shutil.copytree(adapter, output_dir / "adapter", dirs_exist_ok=True)
     export_student(model.student, tokenizer, output_dir / "student")
     write_card(output_dir / "student", model.student, results)
-    write_json(results, output_dir / _RESULTS)
+    write_json(results, output_dir / RESULTS)
     print(f"written to {output_dir}: {', '.join(sorted(path.name for path in output_dir.iterdir()))}")
     if pushed is not None:
         print(publish_student(output_dir / "student", pushed, arguments, f"Fine-tuned from {results['base_model']}"))
@@ -305,8 +293,7 @@ def parse_finetune(argv: list[str]) -> tuple[FinetuneArguments, FinetuneTraining
         SystemExit: after `--help`.
     """
     if "--help" in argv or "-h" in argv:
-        own = [entry for entry in vars(PhaseArguments)["__annotations__"] if entry not in HIDDEN]
-        own += [name for name in vars(BPTTTrainingArguments)["__annotations__"] if name not in own]
+        own = new_fields(FinetuneTrainingArguments, TrainingArguments)
         lines = ["usage: accelerate launch recipes/finetune.py --checkpoint DIR_OR_REPO --train_file FILE [--flag ...]"]
         lines += ["", "the run:", *described(FinetuneArguments, "", {}), "", "the training:"]
         lines += [*described(FinetuneTrainingArguments, "", {}, own)]
@@ -325,4 +312,4 @@ def parse_finetune(argv: list[str]) -> tuple[FinetuneArguments, FinetuneTraining
         length = whole_number("context_length", settings["context_length"])
         default = FinetuneTrainingArguments.transition_steps
         settings["transition_steps"] = next((k for k in range(min(default, length), 0, -1) if length % k == 0), 1)
-    return run, built(FinetuneTrainingArguments, {**settings, "seed": run.seed})
+    return run, built_phase(FinetuneTrainingArguments, {**settings, "seed": run.seed})

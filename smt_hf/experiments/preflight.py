@@ -1,6 +1,5 @@
 """What is wrong with a run and can be known before anything is read or written."""
 
-import os
 import warnings
 
 from transformers.integrations import get_reporting_integration_callbacks
@@ -8,7 +7,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from smt_hf.errors import InputError
 from smt_hf.training.adapters import LoraSettings
 from smt_hf.training.arguments import PhaseArguments
-from smt_hf.training.launch import launched_with_deepspeed
+from smt_hf.training.launch import launched_sharded
 from smt_hf.training.phases import arm_name, check_named_checkpoint, lay_out
 from smt_hf.upload import check_hub_access
 
@@ -16,8 +15,11 @@ from .run_arguments import ParsedRun
 from .run_folder import check_output_dir
 
 
-def check_run(parsed: ParsedRun) -> None:
+def check_run(parsed: ParsedRun) -> str | None:
     """Check everything about a pretraining run but its data, and lay out its phases, in place.
+
+    Returns:
+        The repository of the Hub to which the student is to be sent, if any.
 
     Raises:
         InputError: bad input, with the way to mend it.
@@ -29,8 +31,7 @@ def check_run(parsed: ParsedRun) -> None:
         )
     if run.use_peft:
         lora_settings(run)
-        sharded = launched_with_deepspeed() or os.environ.get("ACCELERATE_USE_FSDP") == "true"
-        if sharded or any(arguments.deepspeed or arguments.fsdp for arguments in phases):
+        if launched_sharded() or any(arguments.deepspeed or arguments.fsdp for arguments in phases):
             raise InputError("LoRA phases run on one process or under DDP: leave DeepSpeed, FSDP or `use_peft` out.")
         if "dmt" not in [arguments.phase for arguments in phases[1:]]:
             raise InputError(
@@ -49,7 +50,7 @@ def check_run(parsed: ParsedRun) -> None:
             "the first phase is dmt: the student will imitate a teacher that was never trained.", stacklevel=2
         )
     check_trackers(phases)
-    pushed_repository(phases)
+    return pushed_repository(phases)
 
 
 def lora_settings(run) -> LoraSettings | None:
@@ -66,7 +67,7 @@ def check_trackers(phases: list[PhaseArguments]) -> None:
             for tracker in get_reporting_integration_callbacks(arguments.report_to):
                 tracker()
         except (ValueError, RuntimeError, ImportError) as error:
-            raise InputError(f"`report_to` {', '.join(arguments.report_to)}: {error} Or pass `--report_to none`.") from error
+            raise InputError(f"`report_to` : {error} Or pass `--report_to none`.") from error
 
 
 def pushed_repository(phases: list[PhaseArguments]) -> str | None:

@@ -25,7 +25,8 @@ from smt_hf.training.composite import SMTForPreTraining, SMTPreTrainingConfig
 from smt_hf.training.phases import PhaseResult, arm_name, lay_out, run_phases
 
 from .composition import cost_of, launch_settings, model_config, phase_settings, resolve, set_threads, tokenizer_hash
-from .preflight import check_run, lora_settings, pushed_repository
+from .grid_run import changed_settings
+from .preflight import check_run, lora_settings
 from .run_arguments import ParsedRun, PretrainArguments
 from .run_folder import RESULTS, RUN, locked, writing
 from .subjects import PixelSubject, Subject, TaskSubject, TextSubject
@@ -45,6 +46,7 @@ class Trained:
         model: student and teacher after the last phase.
         arms: name -> scores and cost.
         losses: arm -> held-out loss by position, where the subject has it.
+        phases: arm -> settings of the phases that trained it.
         histories: phase and log of each phase.
         spent: cost of all phases so far.
     """
@@ -52,13 +54,15 @@ class Trained:
     model: SMTForPreTraining
     arms: dict[str, dict] = dataclasses.field(default_factory=dict)
     losses: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    phases: dict[str, list[dict]] = dataclasses.field(default_factory=dict)
     histories: list[tuple[str, list[dict]]] = dataclasses.field(default_factory=list)
     spent: dict = dataclasses.field(default_factory=dict)
 
-    def add_arm(self, name: str, scores: dict, cost: dict) -> None:
+    def add_arm(self, name: str, scores: dict, cost: dict, phases: list[PhaseArguments]) -> None:
         """Take in the scores of an arm; `losses` among them are kept apart."""
         if "losses" in scores:
             self.losses[name] = np.array(scores["losses"])
+        self.phases[name] = [changed_settings(arguments) for arguments in phases]
         self.arms[name] = {**{key: value for key, value in scores.items() if key != "losses"}, **cost}
 
 
@@ -76,7 +80,7 @@ def pretrain(parsed: ParsedRun) -> dict:
     """
     run, phases = parsed.run, parsed.phases
     is_main = phases[0].process_index == 0
-    check_run(parsed)
+    repository = check_run(parsed)
     logging.disable_progress_bar()  # of saving; the phases have their own
     num_threads = set_threads(run.num_threads)
     with phases[0].main_process_first(desc="preparing the data"):
@@ -105,9 +109,8 @@ def pretrain(parsed: ParsedRun) -> dict:
             if run.evidence_file:
                 path = Path(run.evidence_file)
                 with locked(path.absolute().parent, f".{path.name}.lock", waits=True):
-                    append_evidence(results, path)
+                    append_evidence(results, trained.phases, path)
             print(f"\nwritten to {output_dir}: {', '.join(sorted(path.name for path in output_dir.glob('[!.]*')))}")
-        repository = pushed_repository(phases)
         if repository is not None and is_main:  # the Hub may have refused it the first time
             print(publish_student(output_dir / "student", repository, phases[-1], f"The student of {arm_name(phases)}"))
     return results
@@ -136,7 +139,8 @@ def make_subject(parsed: ParsedRun) -> Subject:
             streaming=run.streaming,
             buffer_size=run.shuffle_buffer_size,
         )
-    given = [name for name in (*_OF_A_STREAM, "tokenizer_name") if getattr(run, name) != getattr(PretrainArguments, name)]
+    of_text = (*_OF_A_STREAM, "tokenizer_name")
+    given = [name for name in of_text if getattr(run, name) != getattr(PretrainArguments, name)]
     if given:
         raise InputError(f"`task` {run.task} brings its own data: leave {', '.join(given)} out.")
     if run.task == "pixels":
@@ -193,11 +197,12 @@ def _train(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subject, nu
     set_seed(run.seed)
     model = SMTForPreTraining(config)
     if phases[0].process_index == 0:
-        sizes = [f"{part} {_num_parameters(module):,}" for part, module in model.named_children() if part in config]
+        parts = [(part, module) for part, module in model.named_children() if part in ("student", "teacher")]
+        sizes = [f"{part} {sum(weights.numel() for weights in module.parameters()):,}" for part, module in parts]
         print(f"parameters: {', '.join(sizes)}; {num_threads} threads; pipeline {arm_name(phases)}", flush=True)
     lora = lora_settings(run)
     trained = Trained(model, spent={"wall_clock_s": 0.0, "sequential_steps": 0, "tokens": 0})
-    for result in run_phases(
+    stages = run_phases(
         model,
         phases,
         subject.rows,
@@ -206,27 +211,24 @@ def _train(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subject, nu
         subject.evaluate,
         run.resume or None,
         {"dmt": lora} if lora else None,
-    ):
+    )
+    for number, result in enumerate(stages, start=1):
         trained.model = result.model
         trained.spent = {name: spent + cost_of(result)[name] for name, spent in trained.spent.items()}
         trained.histories.append((result.arguments.phase, result.log_history))
         for part, scores in result.scores.items():
             name = result.arm if part == "student" else part
-            trained.add_arm(name, scores, trained.spent)
+            trained.add_arm(name, scores, trained.spent, phases[:number])
             _check_finite(name, trained.arms[name], result)
     return trained
-
-
-def _num_parameters(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _check_finite(name: str, scores: dict, result: PhaseResult) -> None:
     bad = [metric for metric, value in scores.items() if not math.isfinite(value)]
     if bad:
         raise InputError(
-            f"{name} has diverged ({bad[0]} {scores[bad[0]]}): lower `{result.arguments.phase}_learning_rate`. Its log is "
-            f"in {result.arguments.output_dir}."
+            f"{name} has diverged ({bad[0]} {scores[bad[0]]}): lower `{result.arguments.phase}_learning_rate`. Its log "
+            f"is in {result.arguments.output_dir}."
         )
 
 
@@ -259,7 +261,7 @@ def _train_rival(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subje
     lay_out([rival], str(Path(run.output_dir) / "compare_bptt"))
     resume = True if run.resume else None
     (result,) = run_phases(model, [rival], subject.rows, subject.eval_rows, subject.tokenizer, subject.evaluate, resume)
-    trained.add_arm(result.arm, result.scores.get("student", {}), cost_of(result))
+    trained.add_arm(result.arm, result.scores.get("student", {}), cost_of(result), [rival])
 
 
 def _results(
@@ -291,7 +293,7 @@ def _describe(results: dict, subject: Subject, trained: Trained, output_dir: Pat
         results["sample"] = _sample(trained.model.student, subject)
         losses = {arm: losses / subject.bytes_per_token for arm, losses in trained.losses.items()}
         ngrams = {arm: scores["bits_per_byte"] for arm, scores in trained.arms.items() if arm.startswith("ngram")}
-        plot_loss_by_position(losses, ngrams, output_dir / "loss_by_position.png")
+        plot_loss_by_position(losses, ngrams, trained.phases, output_dir / "loss_by_position.png")
     plot_curves(trained.histories, output_dir / "curves.png")
     write_card(output_dir / "student", trained.model.student, results)
     write_json(results, output_dir / RESULTS)

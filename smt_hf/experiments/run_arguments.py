@@ -99,8 +99,8 @@ class PretrainArguments:
     @property
     def resume(self) -> str | bool:
         """Path of the checkpoint to go on from; true for the newest, false for none."""
-        word = self.resume_from_checkpoint
-        return word.lower() == "true" if word is None or word.lower() in ("true", "false") else word
+        word = self.resume_from_checkpoint or "false"
+        return word.lower() == "true" if word.lower() in ("true", "false") else word
 
 
 @dataclass
@@ -135,9 +135,7 @@ def _plain_dataclass(config_class, left_out: Iterable[str] = ()):
 
 STUDENT_FIELDS = _plain_dataclass(SMTRecurrentConfig)
 # `model_type` of a teacher -> its fields.
-TEACHER_FIELDS = {
-    name: _plain_dataclass(teacher.config_class, _TEACHER_SHAPE) for name, teacher in TEACHERS.items()
-}
+TEACHER_FIELDS = {name: _plain_dataclass(teacher.config_class, _TEACHER_SHAPE) for name, teacher in TEACHERS.items()}
 PHASE_NAMES = {phase: names_of(arguments) - HIDDEN for phase, arguments in ARGUMENTS.items()}
 _TEACHER_NAMES = {"model_type"}.union(*map(names_of, TEACHER_FIELDS.values()))
 

@@ -18,6 +18,7 @@ from smt_hf.publishing.export import write_json
 RESULTS = "eval_results.json"
 RUN = "run.json"
 LOCK = ".lock"
+_RIVAL = "compare_bptt"
 # What a run leaves in its folder, and `--overwrite_output_dir` removes.
 _OF_A_RUN = re.compile(
     r"(smt|dmt|bptt)(_\d+)?|student|teacher|adapter|compare_bptt|run\.json|eval_results\.json"
@@ -155,11 +156,11 @@ def writing(run: RunArguments, settings: dict) -> Iterator[None]:
             stack.callback(_remove_if_empty, folder)
         stack.enter_context(locked(folder))
         if run.resume_from_checkpoint:
-            check_same_run(folder / RUN, settings)
+            settings = same_run(folder / RUN, settings)
         else:
             if run.overwrite_output_dir:
                 _remove(path for path in folder.iterdir() if _OF_A_RUN.fullmatch(path.name))
-            write_json(settings, folder / RUN)
+        write_json(settings, folder / RUN)
         try:
             yield
         except InputError:
@@ -178,8 +179,8 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def check_same_run(path: Path, settings: dict) -> None:
-    """Compare the settings of a run with those that it was started with.
+def same_run(path: Path, settings: dict) -> dict:
+    """The settings of a resumed run, which must be those that it was started with. `compare_bptt` may be added.
 
     Args:
         path: of `run.json`.
@@ -189,13 +190,16 @@ def check_same_run(path: Path, settings: dict) -> None:
     """
     if not path.exists():
         raise InputError(f"the run in {path.parent} cannot be resumed: {path.name} is missing. Start over.")
-    earlier, now = _flat(json.loads(path.read_text())), _flat(json.loads(json.dumps(settings)))
-    changed = [name for name in sorted(earlier.keys() | now) if earlier.get(name) != now.get(name)]
+    earlier, now = json.loads(path.read_text()), json.loads(json.dumps(settings))
+    both = {**earlier, **now}
+    old, new = (_flat({_RIVAL: both.get(_RIVAL), **part}) for part in (earlier, now))
+    changed = [name for name in sorted(old.keys() | new) if old.get(name) != new.get(name)]
     if changed:
-        shown = [f"{name}: {earlier.get(name, 'default')} then, {now.get(name, 'default')} now" for name in changed]
+        shown = [f"{name}: {old.get(name, 'default')} then, {new.get(name, 'default')} now" for name in changed]
         raise InputError(
             f"the run in {path.parent} was started with other arguments ({', '.join(shown)}): resume it with the same."
         )
+    return both
 
 
 def _flat(settings, prefix: str = "") -> dict:

@@ -7,10 +7,8 @@ def results_table(results: dict) -> str:
     """The arms as aligned lines, the best last, and a line that says what was scored."""
     metric = results["metric"]
     unit, task = UNITS[metric], results["task"]
-    heads = [*([] if metric == "accuracy" else [unit.heading]), "accuracy"]
-    lines = [
-        f"{'arm':<18}" + "".join(f"{head:>12}" for head in heads) + f"{'seconds':>9}{'tokens':>13}{'sequential steps':>18}"
-    ]
+    heads = f"{'' if metric == 'accuracy' else f'{unit.heading:>12}'}{'accuracy':>12}"
+    lines = [f"{'arm':<18}{heads}{'seconds':>9}{'tokens':>13}{'sequential steps':>18}"]
     for arm, scores in sorted(results["arms"].items(), key=lambda entry: -unit.badness(entry[1][metric])):
         mark = " *" if arm == results["student_arm"] else ""
         columns = [] if metric == "accuracy" else [f"{unit.written(scores[metric]):>12}"]

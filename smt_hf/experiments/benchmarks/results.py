@@ -1,8 +1,8 @@
 """Results as JSON lines and as a table."""
 
 import json
-from pathlib import Path
 
+from smt_hf.publishing.evidence import append_lines
 from smt_hf.publishing.provenance import run_facts
 
 
@@ -13,13 +13,10 @@ def facts(num_threads: int) -> dict:
 
 def write_lines(lines: list[dict], output: str | None) -> None:
     """Append the lines to the file `output`; print them without one."""
-    text = "".join(json.dumps(line) + "\n" for line in lines)
     if output is None:
-        print(text, end="")
-        return
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    with Path(output).open("a") as file:
-        file.write(text)
+        print("".join(json.dumps(line) + "\n" for line in lines), end="")
+    else:
+        append_lines(lines, output)
 
 
 def print_table(lines: list[dict], columns: list[str]) -> None:

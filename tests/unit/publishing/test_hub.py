@@ -315,8 +315,9 @@ def test_size_and_name(folder):
         check_folder(folder, largest_file=10_000)
     with pytest.raises(InputError, match="no folder"):
         check_folder(folder / "missing")
-    with pytest.raises(InputError, match="named `user/name`"):
-        publishing.publish(folder, "name", dry_run=True)
+    for name in ("name", "a/b/c", "../b", "user/na me", ""):
+        with pytest.raises(InputError, match="name"):
+            publishing.publish(folder, name, dry_run=True)
 
 
 def test_the_licence_is_the_publishers(folder, monkeypatch):

@@ -1,12 +1,14 @@
 """Checkpoints: what is written, what loads, as which class, in which precision."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import smt_hf
 from smt_hf import (
     SMTRecurrentConfig,
     SMTRecurrentForCausalLM,
@@ -16,7 +18,7 @@ from smt_hf import (
 from smt_hf.student.modeling_smt_recurrent import CACHE_NAME
 from tests.conftest import VOCAB, make_student
 
-CODE = {f"{name}_smt_recurrent.py" for name in ("configuration", "cache", "layers", "modeling")}
+CODE = {path.name for path in (Path(smt_hf.student.__file__).parent).glob("*_smt_recurrent.py")}
 
 
 def test_save_and_load(student, tokens, tmp_path):

@@ -61,7 +61,7 @@ def naive_step(model, memory, token):
             stream = stream + layer.down_proj(F.gelu(layer.up_proj(norm(stream))))
     else:
         stream = memory.flatten(1)
-        for input_proj, state_proj in zip(updater.input_projs, updater.state_projs):
+        for input_proj, state_proj in zip(updater.input_projs.values(), updater.state_projs.values()):
             cell = torch.nn.GRUCell(embeds.shape[1], stream.shape[1])
             cell.weight_ih, cell.bias_ih = input_proj.weight, input_proj.bias
             cell.weight_hh, cell.bias_hh = state_proj.weight, state_proj.bias
