@@ -45,8 +45,7 @@ def run_grid(runs: list[Run], output: Path, jobs: int = 1) -> Iterator[list[dict
     Yields the lines of each run.
 
     Raises:
-        InputError: another process writes to `output`; it holds something else, or lines of a run of the grid with other
-            settings.
+        InputError: another process writes to `output`; it holds something else, or lines of other settings.
     """
     with locked(output.parent, f".{output.name}.lock"):
         done = read_lines(output) if output.exists() else []

@@ -22,6 +22,7 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from smt_hf.evaluation import evaluate_rows, score_student
+from smt_hf.publishing.arms import NAMING
 from smt_hf.publishing.provenance import run_facts
 from smt_hf.training.arguments import PhaseArguments
 from smt_hf.training.composite import SMTForPreTraining
@@ -34,8 +35,7 @@ from .subjects import HELDOUT_SEED, PixelSubject, Subject, TaskSubject, TextSubj
 _FIGURE_ROWS, _STREAM_TOKENS, _LONGER_ROWS = 64, 256 + 1, 256
 _CURVE_POINTS = 24
 _UNUSED = "unused"  # every run gets a folder of its own
-# Settings that tell arms apart, kept in every line; those of a schedule that phases share follow from the others.
-_NAMING = ("phase", "transition_steps", "context_length", "trains_updater", "num_supervised_transitions")
+# Settings of a schedule that phases share, which follow from the others.
 _DERIVED = ("schedule_offset", "schedule_steps")
 _QUIET: dict[str, Any] = {"disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no", "report_to": "none"}
 
@@ -142,7 +142,7 @@ def _be_quiet() -> None:
 def naming_settings(arguments: PhaseArguments) -> dict:
     """Of a phase's settings those that tell arms apart."""
     settings = changed_settings(arguments)
-    return {name: settings[name] for name in _NAMING if name in settings}
+    return {name: settings[name] for name in NAMING if name in settings}
 
 
 def changed_settings(arguments: PhaseArguments) -> dict:

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 # In the order of every table, axis and legend.
 KINDS = ("ours", "mixed", "published", "rival", "other", "teacher", "ngram")
 YARDSTICKS = ("teacher", "ngram")
+# Settings of a phase that tell arms apart; every line has them where they differ from their defaults.
+NAMING = ("phase", "transition_steps", "context_length", "trains_updater", "num_supervised_transitions")
 
 
 def student_phases(line: dict) -> list[dict]:

@@ -30,7 +30,9 @@ class BenchmarkArguments:
     num_attention_heads: int | None = argument(None, "Heads of every attention.")
     num_memory_tokens: int | None = argument(None, "Memory tokens.")
     updater_type: str | None = argument(None, "transformer, mlp or gru.")
-    output: str | None = argument(None, "File to which the results are appended, one JSON line each; default: print them.")
+    output: str | None = argument(
+        None, "File to which the results are appended, one JSON line each; default: print them."
+    )
     num_threads: int = argument(torch.get_num_threads, "CPU threads; default: torch's.")
     seed: int = argument(0, "Seed of weights and tokens.")
 

@@ -16,7 +16,7 @@ from smt_hf.command_line import argument
 from smt_hf.student import SMTRecurrentConfig
 from smt_hf.student.layers_smt_recurrent import UPDATERS, SMTRecurrentBlock
 from smt_hf.teachers import SMTTeacherConfig
-from smt_hf.training.composite import Objective
+from smt_hf.training.objective import Objective
 
 from .arguments import BenchmarkArguments
 
@@ -84,15 +84,15 @@ def step_flops(
             they come out of the one pass.
     """
     updates = length * updater_flops(student)
-    read = (length + 1) * readout_flops(student) if objective.readout_weight else 0.0
+    read = (length + 1) * readout_flops(student) if objective.weight("readout") else 0.0
     flops = 3 * (updates + read)
     if objective.phase == "bptt" or teacher is None:
         return flops
-    labels = teacher_flops(teacher, length, objective.phase == "smt" and objective.teacher_weight > 0)
+    labels = teacher_flops(teacher, length, objective.phase == "smt" and objective.weight("teacher") > 0)
     if objective.phase == "dmt":
         return flops + labels + (updates if on_gpu else 0)
     flops += 3 * labels
-    if objective.predictive_weight:
+    if objective.weight("predictive"):
         flops += 3 * objective.num_predictive_positions * readout_flops(student, objective.future_length)
     if objective.on_policy_mode == "parallel":
         flops += objective.on_policy_fraction * objective.on_policy_sweeps * updates
@@ -152,13 +152,10 @@ def _line_of(
     teacher_parameters += layers * width * arguments.memory_tokens * width
     line: dict = {"size": name, "student": updater + rest, "teacher": teacher_parameters}
     length, steps = arguments.context_length, arguments.transition_steps
-    smt = Objective(
-        **{"phase": "smt", "transition_steps": steps, "readout_weight": 1.0, "predictive_weight": 1.0},
-        **{"num_predictive_positions": 8, "future_length": 8, "teacher_weight": 1.0},
-        **{"on_policy_fraction": 0.5, "on_policy_mode": "parallel"},
-    )
-    dmt = Objective(phase="dmt", transition_steps=steps, readout_weight=1.0)
-    bptt = Objective(phase="bptt", transition_steps=length, readout_weight=1.0)
+    weights = {"readout": 1.0, "predictive": 1.0, "teacher": 1.0}
+    decoded = {"num_predictive_positions": 8, "future_length": 8}
+    smt = Objective("smt", steps, weights, on_policy_fraction=0.5, on_policy_mode="parallel", **decoded)
+    dmt, bptt = Objective("dmt", steps, {"readout": 1.0}), Objective("bptt", length, {"readout": 1.0})
     for objective in (smt, dmt, bptt):
         flops = step_flops(student, teacher, objective, length, on_gpu=True)
         line[f"{objective.phase}_gflops_per_token"] = flops / length / 1e9
