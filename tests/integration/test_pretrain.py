@@ -458,7 +458,7 @@ def test_recipes_parse():
     for path in sorted((ROOT / "recipes").glob("*.yaml")):
         if "\narms:" in path.read_text():
             parsed = parse_grid(["--config", str(path)])
-            assert parsed.runs and parsed.output == f"model_cards/evidence/{path.stem}.jsonl"
+            assert parsed.runs and parsed.output == Path(f"runs/{path.stem}.jsonl")
         else:
             assert parse_run(["--config", str(path)]).phases
         assert path.name in table
