@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -69,6 +70,12 @@ def shown(pattern: str | Sequence[str]) -> str:
     """A pattern as an error message quotes it."""
     names = _as_list(pattern)
     return repr(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def name_of_files(pattern: str | Sequence[str]) -> str:
+    """A name for results and cards, which says nothing of the folders of the machine."""
+    names = _as_list(pattern)
+    return os.path.basename(os.path.normpath(names[0])) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _as_list(pattern: str | Sequence[str]) -> list[str]:

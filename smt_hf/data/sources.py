@@ -16,7 +16,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from smt_hf.errors import InputError
 
-from .files import find_files, no_column, rows_of, shown, text_in
+from .files import find_files, name_of_files, no_column, rows_of, shown, text_in
 
 # Tests, other packages, and files that are tables rather than text, by part of their path.
 _LEFT_OUT = (
@@ -96,7 +96,7 @@ def load_corpus(
         heldout = _from_files(validation_file, text_column) if validation_file else None
         if heldout is not None:
             _check_heldout(train, heldout)
-        return _corpus(_name_of_files(train_file), train, heldout)
+        return _corpus(name_of_files(train_file), train, heldout)
     name = f"python {sysconfig.get_python_version()} standard library"
     return _corpus(name, _documents(standard_library_files(), None, "text", name), None)
 
@@ -129,7 +129,7 @@ def stream_corpus(
         raise InputError("a stream needs a `train_file` or a `dataset_name`, one of the two.")
     heldout: Dataset | None = None
     if train_file:
-        name, hub_name = _name_of_files(train_file), None
+        name, hub_name = name_of_files(train_file), None
         train = _streamed_files(train_file, text_column)
         if validation_file:
             heldout = _from_files(validation_file, text_column)
@@ -157,11 +157,6 @@ def stream_corpus(
             "fewer processes."
         )
     return Corpus(name, train, heldout, _digest(heldout["text"]), _num_bytes(heldout), hub_name)
-
-
-def _name_of_files(pattern: str | Sequence[str]) -> str:
-    names = [pattern] if isinstance(pattern, str) else pattern
-    return os.path.basename(os.path.normpath(names[0])) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _names_of_dataset(dataset_name: str) -> tuple[str, str | None]:
