@@ -128,20 +128,27 @@ def _tokenized(place: str, example: dict, tokenizer) -> _Tokens:
 
 
 def _messages(place: str, example: dict, column: str) -> list[dict]:
-    """The messages of a row, checked. Parquet fills keys that a message lacks with null: these are left out."""
+    """The messages of a row, checked."""
     messages = example[column] or []
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         others = "" if column == "messages" else ", or both `prompt` and `completion` texts"
         raise InputError(f"{place}: `{column}` must be a list of messages with `role` and `content`{others}.")
     checked = []
     for number, message in enumerate(messages, start=1):
-        known = {key: value for key, value in message.items() if value is not None}
+        known = _known(message)
         if not isinstance(known.get("role"), str):
             raise InputError(f"{place}: message {number} of `{column}` has no `role`, but {', '.join(known)}.")
         if "content" not in known and "tool_calls" not in known and known["role"] != "assistant":
             raise InputError(f"{place}: message {number} of `{column}` has no `content`.")
         checked.append({"content": "", **known})
     return checked
+
+
+def _known(value: Any) -> Any:
+    """Without keys that hold null, with which parquet fills what one row lacks and another has."""
+    if isinstance(value, dict):
+        return {key: _known(entry) for key, entry in value.items() if entry is not None}
+    return [_known(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _tools(place: str, tools: Any) -> list | None:
@@ -151,7 +158,7 @@ def _tools(place: str, tools: Any) -> list | None:
         raise InputError(f"{place}: `tools` is not valid JSON: {error}.") from error
     if tools is not None and not isinstance(tools, list):
         raise InputError(f"{place}: `tools` must be a list of functions, as JSON schema describes them.")
-    return tools
+    return _known(tools)
 
 
 def _from_texts(place: str, prompt: str | None, completion: str | None, tools: list | None, tokenizer) -> _Tokens:
