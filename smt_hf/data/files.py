@@ -26,14 +26,7 @@ from smt_hf.errors import InputError
 # Where a row stands, and its columns or what is wrong with it: one bad row does not hide those after it.
 Row = tuple[str, dict[str, Any] | InputError]
 
-_TABLES = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".parquet": "parquet",
-}
+_TABLES = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 _UNPACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _PACKED = (".zip", ".tar", ".tgz", ".zst", ".lz4", ".7z", ".rar")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"

@@ -20,18 +20,9 @@ from .files import find_files, name_of_files, no_column, rows_of, shown, text_in
 
 # Tests, other packages, and files that are tables rather than text, by part of their path.
 _LEFT_OUT = (
-    "site-packages",
-    "dist-packages",
-    "test",
-    "idlelib",
-    "pydoc_data",
-    "encodings",
-    "lib2to3",
-    "ensurepip",
-    "turtledemo",
-    "__pycache__",
-    "_sysconfigdata",
-)
+    "site-packages", "dist-packages", "test", "idlelib", "pydoc_data", "encodings", "lib2to3", "ensurepip",
+    "turtledemo", "__pycache__", "_sysconfigdata",
+)  # fmt: skip
 _TEXT = Features({"text": Value("string")})
 
 Files = str | Sequence[str] | None
@@ -82,10 +73,13 @@ def load_corpus(
     """
     if train_file and dataset_name:
         raise InputError("pass either `train_file` or `dataset_name`, not both.")
-    if validation_file and not train_file:
-        raise InputError("`validation_file` goes with `train_file`.")
-    if dataset_config_name and not dataset_name:
-        raise InputError("`dataset_config_name` goes with `dataset_name`.")
+    for name, is_given, needed, is_there in (
+        ("validation_file", validation_file, "train_file", train_file),
+        ("dataset_config_name", dataset_config_name, "dataset_name", dataset_name),
+        ("text_column", text_column != "text", "train_file` or `dataset_name", train_file or dataset_name),
+    ):
+        if is_given and not is_there:
+            raise InputError(f"`{name}` goes with `{needed}`.")
     if dataset_name:
         name, hub_name = _names_of_dataset(dataset_name)
         splits, heldout_split = _splits(dataset_name, dataset_config_name)

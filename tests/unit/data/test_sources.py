@@ -188,6 +188,7 @@ def test_arguments_that_exclude_each_other(tmp_path):
         ({"train_file": "a", "dataset_name": "b"}, "not both"),
         ({"validation_file": "a"}, "goes with `train_file`"),
         ({"dataset_config_name": "a"}, "goes with `dataset_name`"),
+        ({"text_column": "a"}, "`text_column` goes with"),
         ({"train_file": str(tmp_path / "a.txt"), "text_column": "body"}, "plain text, which has no columns"),
         ({"dataset_name": "nobody/nothing"}, "nobody/nothing"),
     ):
