@@ -122,13 +122,14 @@ class CarriedWindows(Dataset):
         self.windows_per_row = length // window
         self.seed = seed
         self._open: dict[int, tuple[int, np.ndarray, np.ndarray]] = {}
+        self._order_epoch: int | None = None
 
     def __len__(self) -> int:
         return self.num_streams * self.num_steps
 
     def _row_of(self, turn: int) -> int:
         epoch, place = divmod(turn, len(self.rows))
-        if getattr(self, "_order_epoch", None) != epoch:
+        if self._order_epoch != epoch:
             self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
             self._order_epoch = epoch
         return int(self._order[place])

@@ -81,7 +81,7 @@ def tokenize_instructions(examples: Iterable[tuple[str, dict]], tokenizer, max_t
         InputError: columns or a row of another form (named), messages or tools that the tokenizer has no chat template
             for, a row that the template refuses, or nothing left.
     """
-    if getattr(tokenizer, "chat_template", None) is None and tokenizer.eos_token_id is None:
+    if tokenizer.chat_template is None and tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no `eos_token`, which ends a completion: set one before training.")
     rows, without_answer, too_long = [], [], []
     digest = hashlib.sha256()
@@ -106,7 +106,7 @@ def tokenize_instructions(examples: Iterable[tuple[str, dict]], tokenizer, max_t
 
 
 def _tokenized(place: str, example: dict, tokenizer) -> _Tokens:
-    has_template = getattr(tokenizer, "chat_template", None) is not None
+    has_template = tokenizer.chat_template is not None
     tools = _tools(place, example.get("tools"))
     if "messages" in example:
         prompt, completion = [], _messages(place, example, "messages")
@@ -166,7 +166,7 @@ def _from_texts(place: str, prompt: str | None, completion: str | None, tools: l
         raise InputError(f"{place}: `prompt` is null. Give an empty text where there is no prompt.")
     if not _says_something(completion):
         return [], []
-    if getattr(tokenizer, "chat_template", None) is not None:
+    if tokenizer.chat_template is not None:
         messages = [{"role": "user", "content": prompt}], [{"role": "assistant", "content": completion}]
         return _from_messages(place, *messages, tools, tokenizer)
     if tools is not None:

@@ -8,7 +8,7 @@ reaches `chance` and no more.
 
 import difflib
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -163,7 +163,7 @@ class TaskFamily:
         num_answers: number of admissible answers, given the difficulty.
         smallest: smallest valid difficulty.
         largest: largest valid difficulty, if there is one.
-        allowed: all valid difficulties, if not every number from `smallest` to `largest` is valid.
+        allowed: all valid difficulties, if they are no range.
     """
 
     draw: Callable[[int, int, np.random.Generator], _Rows]
@@ -205,8 +205,6 @@ TASKS: dict[str, TaskFamily] = {
         11,
         lambda modulus: 2 * _NUM_EXAMPLES - 1,
         lambda modulus: modulus - 1,
-        smallest=3,
-        largest=11,
         allowed=(3, 5, 7, 11),  # modulo a prime no product is 0, and every multiplier has an inverse
     ),
     "parity": TaskFamily(parity_rows, "bits", (16, 32, 64), 3, lambda length: length + 1, lambda length: 2),
@@ -244,21 +242,14 @@ def task_facts(name: str, difficulty: int) -> Task:
         close = difflib.get_close_matches(name, TASKS, n=1, cutoff=0)[0]
         raise InputError(f"there is no task {name!r}: did you mean {close!r}? There are {', '.join(TASKS)}.")
     family = TASKS[name]
-    standard = ", ".join(map(str, family.difficulties))
-    if difficulty < family.smallest:
+    bounds = f"{family.smallest} or more" if family.largest is None else f"{family.smallest} to {family.largest}"
+    valid: Collection[int] = range(family.smallest, (family.largest or difficulty) + 1)
+    if family.allowed is not None:
+        bounds, valid = f"one of {', '.join(map(str, family.allowed))}", family.allowed
+    if difficulty not in valid:
         raise InputError(
-            f"{family.meaning} {difficulty} is too small for the task {name!r}: set `difficulty` to {family.smallest} "
-            f"or more, {standard} being standard."
-        )
-    if family.largest is not None and difficulty > family.largest:
-        raise InputError(
-            f"{family.meaning} {difficulty} is too large for the task {name!r}: set `difficulty` to {family.largest} "
-            f"or less, {standard} being standard."
-        )
-    if family.allowed is not None and difficulty not in family.allowed:
-        raise InputError(
-            f"the task {name!r} has no {family.meaning} {difficulty}: set `difficulty` to one of "
-            f"{', '.join(map(str, family.allowed))}."
+            f"the task {name!r} has no {family.meaning} {difficulty}: set `difficulty` to {bounds}. "
+            f"{', '.join(map(str, family.difficulties))} are standard."
         )
     return Task(
         name=name,
