@@ -1,4 +1,4 @@
-"""Send a checkpoint to the Hub: `python recipes/publish.py --checkpoint DIR --repo_id user/name --dry_run`."""
+"""Send a student to the Hub: `python recipes/publish.py --checkpoint DIR --repo_id USER/NAME [--dry_run]`."""
 
 import sys
 

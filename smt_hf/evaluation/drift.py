@@ -1,6 +1,6 @@
 """How far the student's own rollout leaves the teacher's trajectory, how far gradients reach, how memories are spread.
 
-Rows as in `probes.py`: `input_ids (N, T + 1)`, the last token only a target, and aligned `labels (N, T + 1)`.
+Rows as in `scores.py`: `input_ids (N, T + 1)`, the last token only a target, and aligned `labels (N, T + 1)`.
 Shapes: N rows, B rows of a batch, T tokens, K memory tokens, D width, V vocabulary.
 """
 
@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from .probes import check_aligned, own_memories, teacher_memories
+from .memories import own_memories, teacher_memories
+from .scores import check_aligned
 
 
 @torch.inference_mode()
@@ -100,7 +101,7 @@ def teacher_gradient_norm(model, input_ids: np.ndarray, labels: np.ndarray, batc
     Args:
         model: student and teacher (an `SMTForPreTraining`); their parameters get no gradient.
         input_ids, labels: `(N, T + 1)`; rows whose last label is at `m_0`, or that have none, are left out.
-        batch_size: rows a pass; changes memory use and speed, not the result.
+        batch_size: rows per pass; changes memory use and speed, not the result.
 
     Returns:
         `(T,)`, nats per unit of embedding: d = 0 .. T - 1 tokens before the last one that is read. NaN where no row

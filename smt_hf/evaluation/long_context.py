@@ -1,4 +1,4 @@
-"""What the constant memory is worth far beyond the training length.
+"""Predictions and recall far beyond the training length, from a memory of constant size.
 
 Shapes: B streams, L tokens predicted, N rows, T tokens.
 """
@@ -9,12 +9,12 @@ from itertools import pairwise
 
 import numpy as np
 
-from .probes import score_student_probe
-from .streams import score_student
+from .scores import score_student
+from .streams import stream_labels
 
 
 def bits_by_position(student, tokens: np.ndarray, edges: Sequence[int]) -> list[dict[str, float]]:
-    """Mean bits a token at increasing ages of long streams, the memory carried on from `m_0`.
+    """Mean bits per token at increasing ages of long streams, the memory carried on from `m_0`.
 
     Args:
         student: an `SMTRecurrentForCausalLM`.
@@ -30,10 +30,9 @@ def bits_by_position(student, tokens: np.ndarray, edges: Sequence[int]) -> list[
     length = tokens.shape[1] - 1
     if len(edges) < 2 or edges[0] < 0 or edges[-1] > length or any(a >= b for a, b in pairwise(edges)):
         raise ValueError(f"`edges` must be two or more increasing numbers from 0 to {length}, got {list(edges)}.")
-    losses = score_student(student, tokens, num_bytes=tokens[:, 1:].size).losses
-    return [
-        {"position": int(end), "bits": float(losses[begin:end].mean() / math.log(2))} for begin, end in pairwise(edges)
-    ]
+    scores = score_student(student, tokens, stream_labels(tokens))
+    bits = scores.nats[1:] / scores.counts[1:] / math.log(2)
+    return [{"position": int(end), "bits": float(bits[begin:end].mean())} for begin, end in pairwise(edges)]
 
 
 def far_needle_accuracy(
@@ -47,24 +46,17 @@ def far_needle_accuracy(
 
     Args:
         student: an `SMTRecurrentForCausalLM`.
-        make_rows: distance (tokens) -> `input_ids`, `labels`, each `(N, T + 1)`, as in `probes.py`.
+        make_rows: distance (tokens) -> `input_ids`, `labels`, each `(N, T + 1)`, as in `scores.py`.
         distances: the distances to try.
         chance: accuracy of guessing, noted in every result.
         batch_size: rows side by side; changes memory use and speed, not the result.
 
     Returns:
-        `{"distance": d, "accuracy": x, "loss": nats a label, "n": labels, "chance": chance}` for each distance.
+        `{"distance": d, "accuracy": x, "loss": nats per label, "n": labels, "chance": chance}` for each distance.
     """
     results: list[dict[str, float | None]] = []
     for distance in distances:
-        scores = score_student_probe(student, *make_rows(distance), batch_size=batch_size)
-        results.append(
-            {
-                "distance": distance,
-                "accuracy": scores.accuracy,
-                "loss": scores.loss,
-                "n": scores.n,
-                "chance": chance,
-            }
-        )
+        scores = score_student(student, *make_rows(distance), batch_size=batch_size)
+        entry = {"distance": distance, "accuracy": scores.accuracy, "loss": scores.loss, "n": scores.n}
+        results.append({**entry, "chance": chance})
     return results

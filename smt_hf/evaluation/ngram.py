@@ -1,17 +1,16 @@
-"""Interpolated n-gram models of bytes: the yardstick of every table.
+"""Interpolated n-gram models of bytes: the yardstick in every table of text.
 
-Witten-Bell interpolation (Bell, Cleary & Witten 1990): a context that was followed by many different bytes trusts the
-shorter context more.
+Witten-Bell interpolation (Bell, Cleary & Witten 1990): the more different bytes have followed a context, the more
+weight the next shorter context gets.
 """
 
 import math
 
 import numpy as np
 
-from .streams import is_byte_tokenizer
+from .streams import END_OF_DOCUMENT
 
-NUM_SYMBOLS = 257  # bytes and the end of a document
-END_OF_DOCUMENT = 256
+NUM_SYMBOLS = END_OF_DOCUMENT + 1
 
 
 def document_symbols(texts: list[str]) -> np.ndarray:
@@ -21,14 +20,6 @@ def document_symbols(texts: list[str]) -> np.ndarray:
         parts.append(np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64))
         parts.append(np.array([END_OF_DOCUMENT], dtype=np.int64))
     return np.concatenate(parts)
-
-
-def stream_symbols(tokenizer, streams: np.ndarray) -> list[np.ndarray]:
-    """Held-out token streams `(B, L)` as symbols, a sequence a stream."""
-    if is_byte_tokenizer(tokenizer):
-        return [np.minimum(row, END_OF_DOCUMENT) for row in streams]
-    texts = tokenizer.batch_decode(streams, skip_special_tokens=True)
-    return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) for text in texts]
 
 
 class NGramModel:
@@ -44,8 +35,8 @@ class NGramModel:
         self.tables = [_Table(symbols, context) for context in range(max_context + 1)]
 
     def bits_per_byte(self, sequences: list[np.ndarray], context: int) -> float:
-        """Mean bits of every symbol but the first of each sequence, with `context` symbols of context (less at the
-        beginning of a sequence)."""
+        """Mean bits per symbol, over all symbols but the first of each sequence, with `context` symbols of context
+        (fewer at the beginning of a sequence)."""
         total, count = 0.0, 0
         for sequence in sequences:
             probability = np.full(len(sequence) - 1, 1 / NUM_SYMBOLS)
@@ -64,7 +55,7 @@ class NGramModel:
 
 
 def uniform_bits() -> float:
-    """Bits a byte of knowing nothing."""
+    """Bits per byte of a uniform distribution over all symbols."""
     return math.log2(NUM_SYMBOLS)
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import TextStreamer, set_seed
 from transformers.utils import logging
 
-from smt_hf.command_line import argument, built, check_keys, check_values, described, names_of, read_flags
+from smt_hf.command_line import argument, parse
 from smt_hf.errors import InputError
 from smt_hf.student import SMTRecurrentCache
 from smt_hf.student.modeling_smt_recurrent import CACHE_NAME
@@ -22,7 +22,7 @@ class GenerateArguments:
     """Arguments of `continue_text`."""
 
     checkpoint: str | None = argument(None, "Folder or Hub name of an SMTRecurrentForCausalLM.")
-    prompt: str | None = argument(None, "Text to continue. `-` reads it from the standard input.")
+    prompt: str | None = argument(None, "Text to continue. `-` reads it from the standard input.", is_text=True)
     max_new_tokens: int = argument(200, "Largest number of tokens to generate.")
     temperature: float = argument(0.7, "Temperature of sampling. 0 takes the most likely token.")
     top_p: float = argument(1.0, "Sample from the smallest set of tokens whose probabilities sum to this.")
@@ -114,22 +114,8 @@ def parse_generate(argv: list[str]) -> GenerateArguments:
     """All settings of a continuation from its command line.
 
     Raises:
-        InputError: as `parse_run`.
+        InputError: as `parse`.
         SystemExit: after `--help`.
     """
-    if "--prompt" in argv[:-1]:  # the word after it is any text, also one that looks like a flag
-        at = argv.index("--prompt")
-        argv = [*argv[:at], f"--prompt={argv[at + 1]}", *argv[at + 2 :]]
-    if "--help" in argv or "-h" in argv:
-        lines = ["usage: python recipes/generate.py --checkpoint DIR_OR_REPO --prompt TEXT [--flag ...]", ""]
-        print("\n".join([*lines, *described(GenerateArguments, "", {})]))
-        raise SystemExit(0)
-    flags = read_flags(argv)
-    check_keys(flags, names_of(GenerateArguments), "argument")
-    check_values(flags, GenerateArguments)
-    prompt = flags.pop("prompt", None)
-    if isinstance(prompt, list):
-        raise InputError(f"`--prompt` takes one text: put quotes around {' '.join(prompt)!r}.")
-    arguments = built(GenerateArguments, flags)
-    arguments.prompt = prompt
-    return arguments
+    usage = "usage: python recipes/generate.py --checkpoint DIR_OR_REPO --prompt TEXT [--flag ...]"
+    return parse(GenerateArguments, argv, usage)

@@ -1,59 +1,40 @@
 """Supervised fine-tuning of a checkpoint on a text or on instructions: what `recipes/finetune.py` runs."""
 
+import contextlib
 import dataclasses
 import hashlib
-import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from accelerate import PartialState
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from smt_hf.command_line import (
-    argument,
-    built,
-    check_keys,
-    check_values,
-    described,
-    names_of,
-    read_flags,
-    read_yaml,
-    whole_number,
-)
+from smt_hf.command_line import argument, built, check_keys, described, names_of, read_layers, whole_number
 from smt_hf.data import check_columns, holds_instructions, load_table, name_of_files, padded, tokenize_instructions
 from smt_hf.errors import InputError
-from smt_hf.evaluation import score_student_probe
+from smt_hf.evaluation import Scores
 from smt_hf.evaluation.ngram import uniform_bits
 from smt_hf.evaluation.streams import count_bytes
-from smt_hf.publishing.export import export_student, write_json
+from smt_hf.publishing.export import export_student, write_card, write_json
 from smt_hf.publishing.figures import plot_curves
 from smt_hf.publishing.provenance import run_facts
+from smt_hf.publishing.results_table import results_table
 from smt_hf.student import SMTRecurrentConfig, SMTRecurrentForCausalLM
 from smt_hf.training.adapters import LoraSettings
-from smt_hf.training.arguments import BPTTTrainingArguments, PhaseArguments
+from smt_hf.training.arguments import BPTTTrainingArguments
 from smt_hf.training.composite import SMTForPreTraining, SMTPreTrainingConfig
-from smt_hf.training.phases import PhaseResult, lay_out, run_phases
+from smt_hf.training.phases import PhaseResult, apply_required, lay_out, run_phases
 
-from .pretraining import (
-    MAY_CHANGE,
-    check_output_dir,
-    check_same_run,
-    evaluate_ten_times,
-    phase_settings,
-    publish_student,
-    pushed_repository,
-    results_table,
-    set_threads,
-)
-from .run_arguments import HIDDEN
+from .composition import cost_of, launch_settings, phase_settings, set_threads, tokenizer_hash
+from .preflight import check_trackers, lora_settings, pushed_repository
+from .pretraining import publish_student
+from .run_arguments import HIDDEN, built_phase, new_fields
+from .run_folder import RESULTS, check_output_dir, writing
 from .subjects import Subject, TextSubject, refuse_curriculum
-
-_RESULTS = "eval_results.json"
-_RUN = "run.json"
-_WRITTEN = ("student", "adapter", "bptt", _RESULTS, _RUN, "curves.png")
 
 
 @dataclass
@@ -68,7 +49,7 @@ class FinetuneArguments:
     validation_file: list[str] | None = argument(
         None, "Held-out files of the same kind. Default: a tenth of the training file."
     )
-    text_column: str = argument("text", "Column of a table that holds the text.")
+    text_column: str = argument("text", "Column of a table that holds the text.", is_text=True)
     config: str | None = argument(None, "YAML file with any of these arguments; flags override it.")
     output_dir: str = argument("runs/finetune", "Folder that the run writes to.")
     use_peft: bool = argument(
@@ -77,6 +58,7 @@ class FinetuneArguments:
     lora_r: int = argument(8, "Rank of the LoRA layers. Not searched.")
     lora_alpha: int = argument(16, "The LoRA update is scaled by `lora_alpha / lora_r`. Not searched.")
     lora_parts: str = argument("updater,readout", "Parts that get LoRA layers: updater, readout, or both.")
+    license: str | None = argument(None, "Licence that the model card names, for example apache-2.0. Default: none.")
     seed: int = argument(0, "Seed of all random numbers.")
     overwrite_output_dir: bool = argument(False, "Remove what an earlier run left in `output_dir`.")
     resume_from_checkpoint: bool = argument(False, "Continue from the newest complete checkpoint of the run.")
@@ -135,23 +117,14 @@ class InstructionSubject(Subject):
 
     def required(self, arguments) -> dict[str, Any]:
         refuse_curriculum(arguments)
-        return {
-            "carries_memory": False,
-            "transition_steps": min(arguments.transition_steps, arguments.context_length),
-        }
-
-    def fit(self, phases) -> None:
-        for arguments in phases:
-            for name, value in self.required(arguments).items():
-                setattr(arguments, name, value)
+        steps = min(arguments.transition_steps, arguments.context_length)
+        return {"carries_memory": False, "transition_steps": steps}
 
     def rows(self, arguments):
         return self.train
 
-    def evaluate(self, model: SMTForPreTraining, arguments) -> dict[str, dict]:
-        scores = score_student_probe(model.student, *self.heldout)
-        bits = scores.loss * scores.n / math.log(2) / self.num_bytes
-        return {"student": {"bits_per_byte": bits, "accuracy": scores.accuracy, "n": scores.n}}
+    def described_scores(self, scores: Scores) -> dict[str, Any]:
+        return {"bits_per_byte": scores.bits_per(self.num_bytes), "accuracy": scores.accuracy, "n": scores.n}
 
     def facts(self) -> dict:
         return {
@@ -182,101 +155,109 @@ def finetune(run: FinetuneArguments, arguments: FinetuneTrainingArguments) -> di
     """
     if not run.checkpoint or not run.train_file:
         raise InputError("name what to fine-tune and on what: `--checkpoint DIR_OR_REPO --train_file FILE`.")
-    lora = LoraSettings(run.lora_r, run.lora_alpha, parts=tuple(run.lora_parts.split(","))) if run.use_peft else None
-    pushed = pushed_repository([arguments])
-    output_dir = Path(run.output_dir)
-    check_output_dir(run, output_dir)
+    lora = lora_settings(run)
+    repository = pushed_repository([arguments])
+    check_output_dir(run)
+    check_trackers([arguments])
     logging.disable_progress_bar()
     num_threads = set_threads(run.num_threads)
-    lay_out([arguments], str(output_dir))
+    lay_out([arguments], run.output_dir)
     set_seed(run.seed)
     student, tokenizer = load_checkpoint(run.checkpoint)
     student = student.float()  # a checkpoint may be of bfloat16; what is trained is not
     with arguments.main_process_first(desc="preparing the data"):
         subject = _subject(run, arguments, tokenizer)
-    subject.fit([arguments])
+    changes = apply_required(arguments, subject.required(arguments))
     if subject.vocab_size > student.config.vocab_size:
         raise InputError(
             f"the tokenizer has {subject.vocab_size} tokens and the model knows {student.config.vocab_size}: call "
             "`model.resize_token_embeddings(len(tokenizer))` and save both first."
         )
-    is_main = arguments.process_index == 0
-    _begin(run, arguments, student, lora, subject, is_main)
-    if is_main:
-        print(f"{subject.describe()}\n{run.checkpoint}: {student.num_parameters():,} parameters; {num_threads} threads")
-    evaluate_ten_times(arguments)
+    is_main, output_dir = arguments.process_index == 0, Path(run.output_dir)
+    with contextlib.ExitStack() as stack:
+        if is_main:
+            print("\n".join([*changes, subject.describe()]))
+            print(f"{run.checkpoint}: {student.num_parameters():,} parameters; {num_threads} threads", flush=True)
+            stack.enter_context(writing(run, _settings(run, arguments, student, subject, lora)))
+        PartialState().wait_for_everyone()  # an old run's folders are gone before a process looks into them
+        before, result = _train(run, arguments, student, subject, lora)
+        if not is_main:
+            return {}
+        results = {
+            "arms": {"checkpoint": before, "finetuned": {**_scores(result.scores), **cost_of(result)}},
+            "student_arm": "finetuned",
+            "base_model": _name_of(run.checkpoint),
+            "task": {"name": subject.name, "difficulty": subject.difficulty, "chance": subject.chance},
+            "metric": subject.metric,
+            "data": {**subject.facts(), "tokenizer_hash": tokenizer_hash(tokenizer)},
+            "config": {"student": result.model.student.config.to_dict(), "teacher": None},
+            "phases": [phase_settings(arguments)],
+            **({"lora": dataclasses.asdict(lora)} if lora is not None else {}),
+            **({"license": run.license} if run.license is not None else {}),
+            "seed": run.seed,
+            **run_facts(num_threads, arguments),
+        }
+        _write(output_dir, result, tokenizer, results)
+        if repository is not None:
+            message = f"Fine-tuned from {results['base_model']}"
+            print(publish_student(output_dir / "student", repository, arguments, message))
+    return results
+
+
+def _settings(
+    run: FinetuneArguments,
+    arguments: FinetuneTrainingArguments,
+    student: SMTRecurrentForCausalLM,
+    subject: Subject,
+    lora: LoraSettings | None,
+) -> dict:
+    """Everything that changes what a run trains: a resumed run must have the same."""
+    return {
+        "weights": _digest(value.numpy().tobytes() for value in student.state_dict().values()),
+        "data_hash": subject.facts()["hash"],
+        "tokenizer_hash": tokenizer_hash(subject.tokenizer),
+        "chat_template": subject.tokenizer.chat_template,
+        "lora": None if lora is None else dataclasses.asdict(lora),
+        "training": phase_settings(arguments),
+        **launch_settings(arguments),
+        "seed": run.seed,
+    }
+
+
+def _train(
+    run: FinetuneArguments,
+    arguments: FinetuneTrainingArguments,
+    student: SMTRecurrentForCausalLM,
+    subject: Subject,
+    lora: LoraSettings | None,
+) -> tuple[dict, PhaseResult]:
+    """The scores before, and what the training leaves."""
     model = SMTForPreTraining.from_student(student)
-    before = _scores(subject.evaluate(model.eval(), arguments)) if is_main else {}
+    before = _scores(subject.evaluate(model.eval(), arguments))
     (result,) = run_phases(
         model,
         [arguments],
         subject.rows,
         subject.eval_rows,
-        tokenizer,
+        subject.tokenizer,
         subject.evaluate,
         run.resume_from_checkpoint,
         {"bptt": lora} if lora is not None else None,
     )
-    if not is_main:
-        return {}
-    cost = {"wall_clock_s": result.seconds, "sequential_steps": result.sequential_steps, "tokens": result.tokens}
-    results = {
-        "arms": {"checkpoint": before, "finetuned": {**_scores(result.scores), **cost}},
-        "student_arm": "finetuned",
-        "base_model": _name_of(run.checkpoint),
-        "task": {"name": subject.name, "difficulty": subject.difficulty, "chance": subject.chance},
-        "metric": subject.metric,
-        "data": subject.facts(),
-        "config": {"student": result.model.student.config.to_dict(), "teacher": None},
-        "phases": [phase_settings(arguments)],
-        **({"lora": dataclasses.asdict(lora)} if lora is not None else {}),
-        "seed": run.seed,
-        **run_facts(num_threads, arguments),
-    }
-    _write(output_dir, result, tokenizer, results)
-    if pushed is not None:
-        print(publish_student(output_dir / "student", pushed, arguments, f"Fine-tuned from {results['base_model']}"))
-    return results
-
-
-def _begin(
-    run: FinetuneArguments,
-    arguments: FinetuneTrainingArguments,
-    student: SMTRecurrentForCausalLM,
-    lora: LoraSettings | None,
-    subject: Subject,
-    is_main: bool,
-) -> None:
-    """Note what the run trains in its folder, cleared if asked to, or check that a resumed run trains the same."""
-    output_dir = Path(run.output_dir)
-    settings = {
-        "weights": _digest(value.numpy().tobytes() for value in student.state_dict().values()),
-        "data_hash": subject.facts()["hash"],
-        "lora": None if lora is None else dataclasses.asdict(lora),
-        "training": {name: value for name, value in phase_settings(arguments).items() if name not in MAY_CHANGE},
-        "seed": run.seed,
-    }
-    if run.resume_from_checkpoint:
-        check_same_run(output_dir / _RUN, settings)
-    elif is_main:
-        if run.overwrite_output_dir and output_dir.is_dir():
-            for entry in output_dir.iterdir():
-                if entry.name in _WRITTEN:
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(settings, output_dir / _RUN)
+    return before, result
 
 
 def _write(output_dir: Path, result: PhaseResult, tokenizer, results: dict) -> None:
     """Export the student first: pictures can be made again, a training cannot."""
+    export_student(result.model.student, tokenizer, output_dir / "student")
     adapter = Path(str(result.arguments.output_dir)) / "adapter"
     if adapter.exists():
         shutil.copytree(adapter, output_dir / "adapter", dirs_exist_ok=True)
-    export_student(result.model.student, tokenizer, output_dir / "student", results)
-    write_json(results, output_dir / _RESULTS)
-    plot_curves([("bptt", result.log_history)], output_dir / "curves.png")
     print(f"\n{results_table(results)}\n")
-    print(f"written to {output_dir}: {', '.join(sorted(path.name for path in output_dir.iterdir()))}")
+    plot_curves([("bptt", result.log_history)], output_dir / "curves.png")
+    write_card(output_dir / "student", result.model.student, results)
+    write_json(results, output_dir / RESULTS)
+    print(f"written to {output_dir}: {', '.join(sorted(path.name for path in output_dir.glob('[!.]*')))}")
 
 
 def _digest(parts) -> str:
@@ -339,24 +320,16 @@ def parse_finetune(argv: list[str]) -> tuple[FinetuneArguments, FinetuneTraining
     """All settings of a fine-tuning from its command line.
 
     Raises:
-        InputError: as `parse_run`.
+        InputError: as `parse_run`, or a flag that has no effect.
         SystemExit: after `--help`.
     """
-    if "--help" in argv or "-h" in argv:
-        own = [entry for entry in vars(PhaseArguments)["__annotations__"] if entry not in HIDDEN]
-        own += [name for name in vars(BPTTTrainingArguments)["__annotations__"] if name not in own]
-        lines = ["usage: accelerate launch recipes/finetune.py --checkpoint DIR_OR_REPO --train_file FILE [--flag ...]"]
-        lines += ["", "the run:", *described(FinetuneArguments, "", {}), "", "the training:"]
-        lines += [*described(FinetuneTrainingArguments, "", {}, own)]
-        print("\n".join([*lines, "", "Every other field of transformers' TrainingArguments is a flag too."]))
-        raise SystemExit(0)
-    flags = read_flags(argv)
-    given = {**(read_yaml(str(flags["config"])) if "config" in flags else {}), **flags}
     of_run, of_training = names_of(FinetuneArguments), names_of(FinetuneTrainingArguments) - HIDDEN
-    if "num_train_epochs" in given:
-        raise InputError("a fine-tuning counts steps, not epochs: set `max_steps`.")
-    check_keys(given, of_run | of_training, "argument")
-    check_values(given, FinetuneArguments)
+    given: dict[str, Any] = {}
+    for layer in read_layers(argv, _help_text):
+        if "num_train_epochs" in layer:
+            raise InputError("a fine-tuning counts steps, not epochs: set `max_steps`.")
+        check_keys(layer, of_run | of_training, "argument")
+        given |= layer
     run = built(FinetuneArguments, {key: value for key, value in given.items() if key in of_run})
     unused = sorted(key for key in given if key.startswith("lora_"))
     if unused and not run.use_peft:
@@ -366,4 +339,11 @@ def parse_finetune(argv: list[str]) -> tuple[FinetuneArguments, FinetuneTraining
         length = whole_number("context_length", settings["context_length"])
         default = FinetuneTrainingArguments.transition_steps
         settings["transition_steps"] = next((k for k in range(min(default, length), 0, -1) if length % k == 0), 1)
-    return run, built(FinetuneTrainingArguments, {**settings, "seed": run.seed})
+    return run, built_phase(FinetuneTrainingArguments, {**settings, "seed": run.seed})
+
+
+def _help_text() -> str:
+    lines = ["usage: accelerate launch recipes/finetune.py --checkpoint DIR_OR_REPO --train_file FILE [--flag ...]"]
+    lines += ["", "the run:", *described(FinetuneArguments), "", "the training:"]
+    lines += described(FinetuneTrainingArguments, names=new_fields(FinetuneTrainingArguments, TrainingArguments))
+    return "\n".join([*lines, "", "Every other field of transformers' TrainingArguments is a flag too."])

@@ -19,26 +19,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import disable_progress_bars
 from tqdm.auto import tqdm
 from transformers import set_seed
 from transformers.utils import logging
 
-from smt_hf.evaluation import (
-    drift_by_position,
-    geometry_of,
-    gradient_norm_by_distance,
-    score_student_probe,
-    teacher_gradient_norm,
-)
+from smt_hf.evaluation import evaluate_rows, score_student
 from smt_hf.publishing.provenance import run_facts
 from smt_hf.training.arguments import PhaseArguments
 from smt_hf.training.composite import SMTForPreTraining
-from smt_hf.training.phases import ARGUMENTS, PhaseResult, lay_out, run_phases
+from smt_hf.training.phases import ARGUMENTS, PhaseResult, apply_required, lay_out, run_phases
 
-from .pretraining import model_config, phase_settings
+from .composition import model_config, phase_settings
 from .subjects import HELDOUT_SEED, PixelSubject, Subject, TaskSubject, TextSubject
 
 # Rows of the pictures: drift, gradients, geometry, longer rows.
@@ -116,7 +109,8 @@ def train_run(run: Run) -> list[dict]:
     disable_progress_bars()
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     subject = subject_of(run, arguments)
-    subject.fit(arguments)
+    for phase, values in zip(arguments, subject.required_of(arguments)):
+        apply_required(phase, values)
     config = model_config(subject, arguments, run.student, run.teacher)
     set_seed(run.seed)
     model = SMTForPreTraining(config)
@@ -186,36 +180,16 @@ def _curve(result: PhaseResult, spent: dict) -> list[dict]:
 
 def pictures(model: SMTForPreTraining, subject: Subject) -> dict[str, Any]:
     """What the figures of a line are drawn from: drift, gradients, geometry, longer rows, samples."""
+    rows, labels = (part[:_PICTURE_ROWS] for part in subject.heldout)
     shown: dict[str, Any] = {}
-    student = model.student
     if isinstance(subject, TextSubject):
-        rows = subject.streams[:_PICTURE_ROWS, : 256 + 1]
-        labels = rows
-        shown["samples"] = [_written(student, subject)]
+        rows, labels = rows[:, : 256 + 1], labels[:, : 256 + 1]
+        shown["samples"] = [_written(model.student, subject)]
     elif isinstance(subject, PixelSubject):
-        rows = labels = subject.heldout[:_PICTURE_ROWS]
-        shown["samples"] = subject.samples(student)
-    else:
-        assert isinstance(subject, TaskSubject)
-        rows, labels = (part[:_PICTURE_ROWS] for part in subject.heldout)
-        shown["length_generalization"] = _longer(student, subject)
-    shown["gradient_norm"] = _thinned(gradient_norm_by_distance(student, rows, labels))
-    shown["geometry"] = {
-        part: {name: round(values[name], 4) for name in ("effective_rank", "participation_ratio", "spread")}
-        for part, values in geometry_of(model, rows[:, :-1]).items()
-    }
-    for values in shown["geometry"].values():
-        values["rank"] = values["effective_rank"]
-    if model.teacher is not None:
-        shown["teacher_gradient_norm"] = _thinned(teacher_gradient_norm(model, rows, labels))
-        shown["drift"] = [[at + 1, value] for at, value in _thinned(drift_by_position(model, rows[:, :-1]))]
-    return shown
-
-
-def _thinned(values: np.ndarray, most: int = 24) -> list[list[float]]:
-    """`[place, value]` at places that are evenly spaced on a logarithmic axis; what is not finite is left out."""
-    places = sorted(set(np.geomspace(1, len(values), most).astype(int) - 1))
-    return [[int(at), float(f"{values[at]:.4g}")] for at in places if np.isfinite(values[at])]
+        shown["samples"] = subject.samples(model.student)
+    elif isinstance(subject, TaskSubject):
+        shown["length_generalization"] = _longer(model.student, subject)
+    return shown | evaluate_rows(model, rows, labels)
 
 
 def _longer(student, subject: TaskSubject) -> dict[str, float]:
@@ -224,7 +198,7 @@ def _longer(student, subject: TaskSubject) -> dict[str, float]:
         difficulty = subject.longer(factor)
         if difficulty is not None:
             rows = subject.heldout_rows(difficulty, _LONGER_ROWS)
-            scores[str(factor)] = round(score_student_probe(student, *rows).accuracy, 4)
+            scores[str(factor)] = round(score_student(student, *rows).accuracy, 4)
     return scores
 
 

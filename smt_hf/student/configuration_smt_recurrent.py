@@ -61,37 +61,45 @@ class SMTRecurrentConfig(PreTrainedConfig):
     use_cache: bool = True
 
     def __post_init__(self, **kwargs):
+        # Here as well as in `validate()`, whose errors are no ValueError.
+        self.validate_sizes()
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         if self.initializer_range is None:
             self.initializer_range = (3 * self.hidden_size) ** -0.5
-        # Here as well as in `validate()`, whose errors are no ValueError.
-        self.validate_sizes()
         super().__post_init__(**kwargs)
 
     def validate_sizes(self):
         """Part of `validate()`: refuses sizes that no model can be built from."""
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_readout_layers",
-            "num_attention_heads",
-            "num_memory_tokens",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        if self.hidden_size % self.num_attention_heads or (self.hidden_size // self.num_attention_heads) % 2:
-            raise ValueError(
-                f"`num_attention_heads` ({self.num_attention_heads}) must divide `hidden_size` ({self.hidden_size}) "
-                "into heads of an even width (the readout uses rotary positions)."
-            )
+        check_layer_sizes(self, ("num_hidden_layers", "num_readout_layers"))
         if self.updater_type not in UPDATER_TYPES:
             raise ValueError(f"unknown `updater_type` {self.updater_type!r}: choose one of {', '.join(UPDATER_TYPES)}.")
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"unknown `hidden_act` {self.hidden_act!r}: choose one of {', '.join(sorted(ACT2FN))}.")
+
+
+def check_layer_sizes(config: PreTrainedConfig, own_sizes: tuple[str, ...]) -> None:
+    """Refuse what no attention and feed-forward layers can be built from; `None` is a value that is still derived.
+
+    Args:
+        own_sizes: names of the configuration's further fields that must be at least 1.
+
+    Raises:
+        ValueError: a size is out of range, or the heads do not divide the width.
+    """
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_memory_tokens")
+    lower_limits = dict.fromkeys((*sizes, *own_sizes), 1) | {"rms_norm_eps": 0, "initializer_range": 0}
+    for name, limit in lower_limits.items():
+        value = getattr(config, name)
+        if value is not None and not limit <= value < float("inf"):
+            raise ValueError(f"`{name}` must be at least {limit}, got {value}.")
+    if not 0 < config.rope_theta < float("inf"):
+        raise ValueError(f"`rope_theta` must be a number above 0, got {config.rope_theta}.")
+    if config.hidden_size % config.num_attention_heads or (config.hidden_size // config.num_attention_heads) % 2:
+        raise ValueError(
+            f"`num_attention_heads` ({config.num_attention_heads}) must divide `hidden_size` ({config.hidden_size}) "
+            "into heads of an even width (rotary positions)."
+        )
+    if config.hidden_act not in ACT2FN:
+        raise ValueError(f"`hidden_act` {config.hidden_act!r} is unknown: choose one of {', '.join(sorted(ACT2FN))}.")
 
 
 __all__ = ["SMTRecurrentConfig"]

@@ -1,9 +1,18 @@
-"""Who makes memory labels. Every teacher speaks one protocol:
-
-`teacher(input_ids, positions, initial_memory, attention_mask=None, document_ids=None) -> (B, S, K, D)`
-"""
+"""Who makes memory labels, one file per teacher; `protocol` says what a teacher is."""
 
 from .causal import SMTTeacherConfig, SMTTeacherEncoder
+from .protocol import DEFAULT_TEACHER, TEACHERS, make_teacher, register_teacher, teacher_config, teacher_config_class
 from .windowed import SMTWindowedTeacher, SMTWindowedTeacherConfig
 
-__all__ = ["SMTTeacherConfig", "SMTTeacherEncoder", "SMTWindowedTeacher", "SMTWindowedTeacherConfig"]
+__all__ = [
+    "DEFAULT_TEACHER",
+    "TEACHERS",
+    "SMTTeacherConfig",
+    "SMTTeacherEncoder",
+    "SMTWindowedTeacher",
+    "SMTWindowedTeacherConfig",
+    "make_teacher",
+    "register_teacher",
+    "teacher_config",
+    "teacher_config_class",
+]

@@ -9,15 +9,19 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+
+from smt_hf.errors import InputError
+
+from .protocol import DEFAULT_TEACHER, SMTTeacherSizes, register_teacher
 
 READOUTS = ("projection", "registers")
 
 
 @strict
-class SMTTeacherConfig(PreTrainedConfig):
+class SMTTeacherConfig(SMTTeacherSizes):
     """Configuration of [`SMTTeacherEncoder`].
 
     Args:
@@ -37,56 +41,23 @@ class SMTTeacherConfig(PreTrainedConfig):
         hidden_act, rope_theta, rms_norm_eps, initializer_range: as in `SMTRecurrentConfig`.
 
     Raises:
-        ValueError: a size is out of range, a name unknown, or the heads do not divide the width.
+        InputError: a size is out of range, a name unknown, or the heads do not divide the width.
     """
 
-    model_type = "smt_teacher"
+    model_type = DEFAULT_TEACHER
 
-    vocab_size: int = 258
-    hidden_size: int = 96
-    intermediate_size: int | None = None
-    num_hidden_layers: int = 2
-    num_attention_heads: int = 4
     sliding_window: int = 64
     conv_kernel: int = 4
     rotary_values: bool = True
     memory_readout: str = "projection"
-    num_memory_tokens: int = 4
-    memory_size: int = 64
-    hidden_act: str = "gelu"
-    rope_theta: float | int = 10000.0
-    rms_norm_eps: float = 1e-6
-    initializer_range: float | int | None = None
 
-    def __post_init__(self, **kwargs):
-        if self.intermediate_size is None:
-            self.intermediate_size = 4 * self.hidden_size
-        if self.initializer_range is None:
-            self.initializer_range = (3 * self.hidden_size) ** -0.5
-        self.validate_sizes()
-        super().__post_init__(**kwargs)
+    own_sizes = ("sliding_window", "conv_kernel")
 
     def validate_sizes(self):
         """Part of `validate()`: refuses sizes that no teacher can be built from."""
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "sliding_window",
-            "conv_kernel",
-            "num_memory_tokens",
-            "memory_size",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"the teacher's `{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.hidden_size % self.num_attention_heads or (self.hidden_size // self.num_attention_heads) % 2:
-            raise ValueError(
-                f"the teacher's `num_attention_heads` ({self.num_attention_heads}) must divide its `hidden_size` "
-                f"({self.hidden_size}) into heads of an even width (rotary positions)."
-            )
+        super().validate_sizes()
         if self.memory_readout not in READOUTS:
-            raise ValueError(f"unknown `memory_readout` {self.memory_readout!r}: choose one of {', '.join(READOUTS)}.")
+            raise InputError(f"unknown `memory_readout` {self.memory_readout!r}: choose one of {', '.join(READOUTS)}.")
 
 
 def local_causal_attention(queries, keys, values, window: int, document_ids=None) -> torch.Tensor:
@@ -234,6 +205,7 @@ class SMTTeacherBlock(nn.Module):
         return new_tokens, self.after_attention(registers, mixed, places)
 
 
+@register_teacher
 class SMTTeacherEncoder(PreTrainedModel):
     """`m_t = E(x_{<=t})` for all t from one pass over the tokens [Sec. 3.1, made causal].
 
@@ -246,9 +218,13 @@ class SMTTeacherEncoder(PreTrainedModel):
     base_model_prefix = "teacher"
     supports_gradient_checkpointing = False
     _no_split_modules = ["SMTTeacherBlock"]
+    has_next_token_head = True
+    labels_all_positions = True
 
     def __init__(self, config: SMTTeacherConfig):
         super().__init__(config)
+        # Registers are K tokens per position that look at all tokens read.
+        self.labels_all_positions = config.memory_readout == "projection"
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([SMTTeacherBlock(config) for _ in range(config.num_hidden_layers)])
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

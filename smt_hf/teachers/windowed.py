@@ -9,15 +9,17 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
+
+from smt_hf.errors import InputError
 
 from .causal import SMTTeacherBlock
+from .protocol import SMTTeacherSizes, register_teacher
 
 
 @strict
-class SMTWindowedTeacherConfig(PreTrainedConfig):
+class SMTWindowedTeacherConfig(SMTTeacherSizes):
     """Configuration of [`SMTWindowedTeacher`].
 
     Args:
@@ -31,7 +33,7 @@ class SMTWindowedTeacherConfig(PreTrainedConfig):
         hidden_act, rope_theta, rms_norm_eps, initializer_range: as in `SMTRecurrentConfig`.
 
     Raises:
-        ValueError: a size is out of range, a name unknown, or the heads do not divide the width.
+        InputError: a size is out of range, a name unknown, or the heads do not divide the width.
     """
 
     model_type = "smt_windowed_teacher"
@@ -40,49 +42,9 @@ class SMTWindowedTeacherConfig(PreTrainedConfig):
     # What the block of the causal teacher has beyond the published one.
     conv_kernel, rotary_values = 1, False
 
-    vocab_size: int = 258
-    hidden_size: int = 96
-    intermediate_size: int | None = None
-    num_hidden_layers: int = 2
-    num_attention_heads: int = 4
     context_length: int = 64
-    num_memory_tokens: int = 4
-    memory_size: int = 64
-    hidden_act: str = "gelu"
-    rope_theta: float | int = 10000.0
-    rms_norm_eps: float = 1e-6
-    initializer_range: float | int | None = None
 
-    def __post_init__(self, **kwargs):
-        if self.intermediate_size is None:
-            self.intermediate_size = 4 * self.hidden_size
-        if self.initializer_range is None:
-            self.initializer_range = (3 * self.hidden_size) ** -0.5
-        self.validate_sizes()
-        super().__post_init__(**kwargs)
-
-    def validate_sizes(self):
-        """Part of `validate()`: refuses sizes that no teacher can be built from."""
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "context_length",
-            "num_memory_tokens",
-            "memory_size",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"the teacher's `{name}` must be at least 1, got {value}.")
-        if self.hidden_size % self.num_attention_heads or (self.hidden_size // self.num_attention_heads) % 2:
-            raise ValueError(
-                f"the teacher's `num_attention_heads` ({self.num_attention_heads}) must divide its `hidden_size` "
-                f"({self.hidden_size}) into heads of an even width (rotary positions)."
-            )
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"unknown `hidden_act` {self.hidden_act!r}: choose one of {', '.join(sorted(ACT2FN))}.")
+    own_sizes = ("context_length",)
 
 
 class SMTWindowedTeacherBlock(SMTTeacherBlock):
@@ -104,6 +66,7 @@ class SMTWindowedTeacherBlock(SMTTeacherBlock):
         return self.after_attention(states[:, first:], mixed.transpose(1, 2), places[first:])
 
 
+@register_teacher
 class SMTWindowedTeacher(PreTrainedModel):
     """`m_t = E(x_{t-T_c}, .., x_{t-1})`: K learned registers behind the window become the memory [Sec. 3.1].
 
@@ -118,6 +81,8 @@ class SMTWindowedTeacher(PreTrainedModel):
     base_model_prefix = "teacher"
     supports_gradient_checkpointing = False
     _no_split_modules = ["SMTWindowedTeacherBlock"]
+    has_next_token_head = False
+    labels_all_positions = False
 
     def __init__(self, config: SMTWindowedTeacherConfig):
         super().__init__(config)
@@ -164,10 +129,10 @@ class SMTWindowedTeacher(PreTrainedModel):
             `(B, S, K, D)`, each memory token RMS-normalised.
 
         Raises:
-            ValueError: logits were asked for.
+            InputError: logits were asked for.
         """
         if return_logits:
-            raise ValueError(
+            raise InputError(
                 "the windowed teacher sees both sides of every token and has no next-token head to return logits "
                 "of; set `teacher_weight` to 0, as the published method does."
             )
@@ -202,8 +167,5 @@ class SMTWindowedTeacher(PreTrainedModel):
         memories = F.rms_norm(memories.to(initial_memory.dtype), memories.shape[-1:], eps=self.config.rms_norm_eps)
         return torch.where((positions == 0)[..., None, None], initial_memory.to(memories.dtype), memories)
 
-
-AutoConfig.register(SMTWindowedTeacherConfig.model_type, SMTWindowedTeacherConfig, exist_ok=True)
-AutoModel.register(SMTWindowedTeacherConfig, SMTWindowedTeacher, exist_ok=True)
 
 __all__ = ["SMTWindowedTeacher", "SMTWindowedTeacherConfig"]

@@ -1,16 +1,19 @@
 """What a launch has turned out to be, against what was asked for."""
 
 import atexit
+import contextlib
 import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
+
+from smt_hf.errors import InputError
 
 from .stopping import Interrupted
 
@@ -23,6 +26,47 @@ LAUNCHED_PRECISION = os.environ.get(_LAUNCHED, "no")
 def launched_with_deepspeed() -> bool:
     """Whether the launch configuration asks for DeepSpeed."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+
+
+def launched_sharded() -> bool:
+    """Whether the launch configuration asks for DeepSpeed or FSDP."""
+    return launched_with_deepspeed() or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
+@contextlib.contextmanager
+def applied_launch(arguments) -> Iterator[None]:
+    """Around the construction of `TrainingArguments`: everything that this machine and launch decide about them.
+
+    Sets `use_cpu`, `bf16` and `dataloader_pin_memory` of `arguments`, the device of accelerate's state, and under
+    DeepSpeed the variable ACCELERATE_MIXED_PRECISION: its own bfloat16 would make memories and norms of half precision.
+
+    Raises:
+        InputError: float16 was asked for.
+    """
+    on_cpu = not torch.accelerator.is_available()
+    if on_cpu:
+        arguments.use_cpu = True  # DeepSpeed and accelerate's launcher look for it, and for a GPU without it
+        arguments.dataloader_pin_memory = False
+    under_deepspeed = bool(arguments.deepspeed) or launched_with_deepspeed()
+    if under_deepspeed:
+        settle_deepspeed()
+    autocasts = under_deepspeed and (arguments.bf16 or LAUNCHED_PRECISION == "bf16")
+    if autocasts:
+        arguments.bf16 = False
+        os.environ[_LAUNCHED] = "no"
+    if arguments.fp16 or LAUNCHED_PRECISION == "fp16":
+        raise InputError(
+            "`fp16` is not supported: the memory is carried over thousands of steps, and a loss scale hides what "
+            "overflows. Use `bf16`."
+        )
+    yield
+    if autocasts:  # matrix products in bfloat16 under autocast, over float32 weights and states
+        arguments.deepspeed_plugin.hf_ds_config.config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    state = arguments.distributed_state
+    if state is not None and state.device.type == "cpu":
+        # transformers 5.17 loads to this device, and torch knows no "cpu:0" there.
+        state.device = torch.device("cpu")
+        vars(arguments)["_setup_devices"] = torch.device("cpu")  # what `device` has been computed to already
 
 
 def check_launch(accelerator: Accelerator, wants_deepspeed: bool = False, wants_fsdp: bool = False) -> None:
@@ -76,11 +120,6 @@ def settle_deepspeed() -> None:
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
     if not torch.accelerator.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def autocast_by_deepspeed(plugin) -> None:
-    """Let DeepSpeed run matrix products in bfloat16 under autocast, over float32 weights and states."""
-    plugin.hf_ds_config.config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
 
 
 def run_to_end(function: Callable[..., Any], *arguments) -> None:

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 # With a budget of seconds the learning-rate schedule counts milliseconds instead of steps.
-VIRTUAL_STEPS_A_SECOND = 1000
+VIRTUAL_STEPS_PER_SECOND = 1000
 
 
 class TrainingCost(TrainerCallback, ExportableState):
@@ -66,14 +66,14 @@ class Pace(TrainerCallback, ExportableState):
 
     Args:
         num_levels: of the training data, easiest first.
-        threshold: nats a label; below it the next level begins.
+        threshold: nats per label; below it the next level begins.
         first_level: index of the level to start with.
 
     Attributes:
         level: index of the level that is trained.
-        own_loss: running mean of the student's own rollout, nats a label (where it is not trained, of the readout of
-            the teacher's memories). A curriculum of the student that the *teacher* gated left it at chance: the
-            teacher had solved every length before the student had learned to write.
+        own_loss: running mean of the student's own rollout, nats per label; in a phase that does not train the student,
+            of the readout on the teacher's memories. A curriculum of the student that the *teacher* gated left the
+            student at chance: the teacher had solved every length before the student had learned to write.
         teacher_loss: running mean of the readout on the teacher's memories; `None` before the first step.
     """
 
@@ -116,3 +116,16 @@ class Pace(TrainerCallback, ExportableState):
             return least
         share = (starts_below - self.teacher_loss) / max(starts_below - full_below, 1e-6)
         return min(max(share, least), 1.0)
+
+
+def shifted_schedule(function, offset: int, cost: TrainingCost | None):
+    """A learning-rate schedule from a later step on; with `cost`, by the seconds used.
+
+    A plain function: the saved state of the scheduler holds the attributes of any other callable, and a checkpoint is
+    read back with `weights_only=True`.
+    """
+
+    def rate(step: int) -> float:
+        return function(offset + (step if cost is None else int(cost.seconds * VIRTUAL_STEPS_PER_SECOND)))
+
+    return rate

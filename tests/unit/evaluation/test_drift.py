@@ -1,5 +1,6 @@
 """Drift, gradients and geometry against naive twins, finite differences and constructed memories."""
 
+import json
 import math
 
 import numpy as np
@@ -9,14 +10,16 @@ import torch.nn.functional as F
 
 from smt_hf import SMTForPreTraining
 from smt_hf.evaluation import (
+    EVALUATIONS,
     drift_by_position,
+    evaluate_rows,
     geometry_of,
     gradient_norm_by_distance,
     memory_geometry,
     teacher_gradient_norm,
 )
 from smt_hf.evaluation.drift import _uniformity
-from smt_hf.evaluation.probes import own_memories
+from smt_hf.evaluation.memories import own_memories
 from smt_hf.training import SMTPreTrainingConfig
 from tests.conftest import UPDATERS, VOCAB, make_composite, student_config, wake
 
@@ -288,3 +291,15 @@ def test_geometry_without_a_teacher_and_of_short_rows():
     assert geometry.keys() == {"student"} and geometry["student"]["n"] == 15
     with pytest.raises(ValueError, match="at least two"):
         memory_geometry(torch.ones(1, 2, 4))
+
+
+def test_the_table_of_evaluations(labelled_rows):
+    """Values that JSON can hold, by every line of it; without a teacher, by those that need none."""
+    model = make_composite()
+    values = evaluate_rows(model, *labelled_rows)
+    assert values.keys() == EVALUATIONS.keys() and json.loads(json.dumps(values, allow_nan=False)) == values
+    assert [at for at, _ in values["gradient_norm"]] == [0, 1, 2, 3, 4, 5]
+    assert [at for at, _ in values["drift"]] == [1, 2, 3, 4, 5]  # tokens read
+    model.teacher = None
+    alone = evaluate_rows(model, *labelled_rows)
+    assert alone.keys() == {"gradient_norm", "geometry"} and alone["geometry"].keys() == {"student"}

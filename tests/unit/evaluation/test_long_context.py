@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from smt_hf.evaluation import bits_by_position, far_needle_accuracy, score_student_probe
+from smt_hf.evaluation import bits_by_position, far_needle_accuracy, score_student
 from tests.conftest import VOCAB, make_student
 
 
@@ -46,5 +46,5 @@ def test_far_needle():
     near, far = far_needle_accuracy(student, make_rows, [3, 9], chance=1 / VOCAB)
     assert (near["distance"], near["accuracy"], near["n"], near["chance"]) == (3, 1.0, 6, 1 / VOCAB)
     assert (far["distance"], far["accuracy"], far["n"]) == (9, 0.0, 6)
-    assert far["loss"] == score_student_probe(student, *make_rows(9)).loss
+    assert far["loss"] == score_student(student, *make_rows(9)).loss
     assert far_needle_accuracy(student, make_rows, [3], batch_size=4)[0]["loss"] == pytest.approx(near["loss"])

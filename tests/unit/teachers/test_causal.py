@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from smt_hf import SMTTeacherConfig, SMTTeacherEncoder
+from smt_hf import SMTTeacherEncoder
 from tests.conftest import VOCAB, teacher_config
 
 READOUTS = ("projection", "registers")
@@ -145,22 +145,3 @@ def test_positions_pick_rows(memory_readout):
         torch.testing.assert_close(picked[row], everything[row, chosen[row]])
         torch.testing.assert_close(picked_logits[row], logits[row, chosen[row]])
     assert not logits[:, 0].any()
-
-
-def test_memories_are_normalised():
-    labels = make_teacher()(torch.randint(VOCAB, (2, 6)), torch.arange(1, 7), torch.zeros(3, 16))
-    torch.testing.assert_close(labels.square().mean(-1), torch.ones(2, 6, 3), atol=1e-3, rtol=1e-3)
-
-
-def test_save_and_load(tmp_path):
-    teacher = make_teacher(memory_readout="registers").eval()
-    teacher.save_pretrained(tmp_path)
-    loaded = SMTTeacherEncoder.from_pretrained(tmp_path)
-    arguments = (torch.randint(VOCAB, (2, 6)), torch.arange(7), torch.zeros(3, 16))
-    assert torch.equal(loaded(*arguments), teacher(*arguments))
-
-
-@pytest.mark.parametrize("fields", [{"memory_readout": "x"}, {"hidden_size": 25}, {"sliding_window": 0}])
-def test_config_refuses(fields):
-    with pytest.raises(ValueError, match=next(iter(fields))):
-        SMTTeacherConfig(**fields)

@@ -1,16 +1,13 @@
-"""Yardsticks and stream scores against naive twins."""
+"""N-gram models against a naive twin."""
 
 import math
 from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 
-from smt_hf.evaluation import NGramModel, score_student, score_teacher
+from smt_hf.evaluation import NGramModel
 from smt_hf.evaluation.ngram import NUM_SYMBOLS, document_symbols
-from tests.conftest import VOCAB
 
 
 def naive_probability(text, context, symbol):
@@ -49,24 +46,3 @@ def test_ngram_probabilities_sum_to_one():
         sequence = np.array([97, 98, 114, symbol])
         total["all"] += 2 ** -(3 * model.bits_per_byte([sequence], 3) - 2 * model.bits_per_byte([sequence[:3]], 3))
     assert total["all"] == pytest.approx(1.0)
-
-
-def test_student_scores(student):
-    streams = np.random.default_rng(0).integers(0, VOCAB, (4, 21))
-    scores = score_student(student, streams, num_bytes=160, window=7)
-    tokens = torch.from_numpy(streams)
-    logits = student(tokens[:, :-1]).logits
-    losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(4, 20)
-    np.testing.assert_allclose(scores.losses, losses.mean(0).detach().numpy(), rtol=1e-4)
-    assert scores.bits_per_byte == pytest.approx(losses.sum().item() / math.log(2) / 160, rel=1e-4)
-    assert scores.accuracy == pytest.approx((logits.argmax(-1) == tokens[:, 1:]).float().mean().item())
-    assert scores.num_tokens == 80
-
-
-def test_teacher_scores(composite):
-    streams = np.random.default_rng(0).integers(0, VOCAB, (5, 9))
-    scores = score_teacher(composite, streams, num_bytes=40, batch_size=2)
-    tokens = torch.from_numpy(streams)
-    labels = composite.teacher(tokens[:, :-1], torch.arange(1, 9), composite.student.model.start_memory())
-    expected = F.cross_entropy(composite.student.read_logits(labels).flatten(0, 1), tokens[:, 1:].flatten())
-    assert scores.bits_per_byte == pytest.approx(expected.item() / math.log(2), rel=1e-4)

@@ -1,13 +1,16 @@
 """Scores of labelled rows against a loop that reads one token and one memory at a time."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from smt_hf.evaluation import score_student_probe, score_teacher_probe
-from smt_hf.evaluation.probes import own_memories, teacher_memories
+from smt_hf.evaluation import score_student, score_teacher
+from smt_hf.evaluation.memories import own_memories, teacher_memories
+from smt_hf.evaluation.streams import stream_labels
 from tests.conftest import VOCAB, make_composite, make_student
 
 ROWS, LENGTH = 7, 13
@@ -25,14 +28,12 @@ def rows():
 
 def naive_scores(memory_at, read_logits, labels):
     """`memory_at(row, t) -> (K, D)`; right answers planted by the caller."""
-    hits, losses, places = [], [], []
+    hits, losses = [], []
     for row, t in zip(*np.nonzero(labels != -100)):
         logits = read_logits(memory_at(row, t)[None, None])[0, 0].double()
         hits.append(float(logits.argmax() == labels[row, t]))
         losses.append(-logits.log_softmax(-1)[labels[row, t]].item())
-        places.append(int(t))
-    by_position = {t: np.mean([hit for hit, at in zip(hits, places) if at == t]) for t in sorted(set(places))}
-    return np.mean(hits), np.mean(losses), len(hits), by_position
+    return hits, losses, np.nonzero(labels != -100)[1]
 
 
 def plant_hits(memory_at, read_logits, labels):
@@ -43,11 +44,13 @@ def plant_hits(memory_at, read_logits, labels):
 
 
 def agrees(scores, expected):
-    accuracy, loss, n, by_position = expected
-    assert scores.accuracy == pytest.approx(accuracy) and 0 < accuracy < 1
-    assert scores.loss == pytest.approx(loss, rel=1e-4)
-    assert scores.n == n
-    assert scores.by_position == pytest.approx(by_position)
+    hits, losses, places = expected
+    assert scores.accuracy == pytest.approx(np.mean(hits)) and 0 < scores.accuracy < 1
+    assert scores.loss == pytest.approx(np.mean(losses), rel=1e-4)
+    assert scores.bits_per(7) == pytest.approx(np.sum(losses) / math.log(2) / 7, rel=1e-4)
+    assert scores.n == len(hits)
+    for sums, values in ((scores.counts, None), (scores.hits, hits), (scores.nats, losses)):
+        np.testing.assert_allclose(sums, np.bincount(places, values, LENGTH + 1), rtol=1e-4)
 
 
 def stepwise(student, input_ids):
@@ -62,30 +65,33 @@ def stepwise(student, input_ids):
     return memory_at
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 512])
-@pytest.mark.parametrize("window", [1, 5, 64])
+def ranks_of(monkeypatch, score, num_processes):
+    """What every rank returns where the sums of all ranks are gathered."""
+    parts = []
+    monkeypatch.setattr("smt_hf.evaluation.scores.gather_object", lambda own: parts.extend(own) or own)
+    for rank in range(num_processes):
+        score(process_index=rank, num_processes=num_processes)
+    monkeypatch.setattr("smt_hf.evaluation.scores.gather_object", lambda own: parts)
+    return [score(process_index=rank, num_processes=num_processes) for rank in range(num_processes)]
+
+
 @torch.no_grad()
-def test_student_probe_equals_naive_twin(rows, batch_size, window):
-    student = make_student()
+def test_the_student_equals_its_naive_twin(student, rows, monkeypatch):
+    """Whatever the batches, the windows and the number of processes."""
     input_ids, labels = rows
     memory_at = stepwise(student, input_ids)
     plant_hits(memory_at, student.read_logits, labels)
     expected = naive_scores(memory_at, student.read_logits, labels)
-    for keep_only_labelled in (True, False):
-        agrees(score_student_probe(student, input_ids, labels, batch_size, keep_only_labelled, window), expected)
-
-
-@torch.no_grad()
-def test_student_probe_of_every_updater(student, rows):
-    input_ids, labels = rows
-    memory_at = stepwise(student, input_ids)
-    plant_hits(memory_at, student.read_logits, labels)
-    agrees(score_student_probe(student, input_ids, labels), naive_scores(memory_at, student.read_logits, labels))
+    for batch_size, window in ((1, 5), (3, 1), (512, 64)):
+        agrees(score_student(student, input_ids, labels, batch_size, window), expected)
+    for num_processes in (2, 3, ROWS + 1):  # the last: some processes have no row
+        for scores in ranks_of(monkeypatch, partial(score_student, student, input_ids, labels, 2), num_processes):
+            agrees(scores, expected)
 
 
 @pytest.mark.parametrize("memory_readout", ["projection", "registers"])
 @torch.no_grad()
-def test_teacher_probe_equals_naive_twin(rows, memory_readout, monkeypatch):
+def test_the_teacher_equals_its_naive_twin(rows, memory_readout, monkeypatch):
     model = make_composite(memory_readout=memory_readout)
     input_ids, labels = rows
     m_0 = model.student.model.start_memory()
@@ -96,9 +102,34 @@ def test_teacher_probe_equals_naive_twin(rows, memory_readout, monkeypatch):
 
     plant_hits(memory_at, model.student.read_logits, labels)
     expected = naive_scores(memory_at, model.student.read_logits, labels)
-    for batch_size, memories in ((1, 4096), (3, 5), (64, 4096)):  # 5: several passes of registers
-        monkeypatch.setattr("smt_hf.evaluation.probes._MEMORIES_A_PASS", memories)
-        agrees(score_teacher_probe(model, input_ids, labels, batch_size), expected)
+    for batch_size, memories in ((1, 4096), (3, 5), (None, 4096)):  # 5: several passes of registers
+        monkeypatch.setattr("smt_hf.evaluation.memories._MEMORIES_PER_PASS", memories)
+        agrees(score_teacher(model, input_ids, labels, batch_size), expected)
+    for scores in ranks_of(monkeypatch, partial(score_teacher, model, input_ids, labels), 3):
+        agrees(scores, expected)
+
+
+def test_streams(student):
+    """All tokens but the first are labels; the logits are those of one pass over the whole stream."""
+    streams = np.random.default_rng(0).integers(0, VOCAB, (4, 21))
+    scores = score_student(student, streams, stream_labels(streams), window=7)
+    tokens = torch.from_numpy(streams)
+    logits = student(tokens[:, :-1]).logits.detach()
+    losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(4, 20)
+    np.testing.assert_allclose(scores.nats, [0, *losses.sum(0)], rtol=1e-4)
+    assert scores.accuracy == pytest.approx((logits.argmax(-1) == tokens[:, 1:]).float().mean().item())
+    assert scores.n == 80
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_perplexity_does_not_depend_on_the_batch(batch_size):
+    """Rows of different lengths, some with one label and some with all: labels count the same, rows do not."""
+    model = make_composite()
+    input_ids = np.random.default_rng(1).integers(0, VOCAB, (5, 12))
+    labels = np.where(np.arange(12) <= [[1], [11], [4], [11], [2]], input_ids, -100)
+    for score, scored in ((score_student, model.student), (score_teacher, model)):
+        together = score(scored, input_ids, labels, 5)
+        assert math.exp(score(scored, input_ids, labels, batch_size).loss) == pytest.approx(math.exp(together.loss))
 
 
 def test_only_labelled_memories_are_read(rows, monkeypatch):
@@ -108,10 +139,10 @@ def test_only_labelled_memories_are_read(rows, monkeypatch):
     monkeypatch.setattr(
         model.student, "read_logits", lambda memories: read.append(memories) or torch.zeros(len(memories), VOCAB)
     )
-    assert score_student_probe(model.student, input_ids, labels).loss == pytest.approx(math.log(VOCAB))
+    assert score_student(model.student, input_ids, labels).loss == pytest.approx(math.log(VOCAB))
     assert sum(len(memories) for memories in read) == num_labels
     read.clear()
-    assert score_teacher_probe(model, input_ids, labels).n == num_labels
+    assert score_teacher(model, input_ids, labels).n == num_labels
     assert sum(len(memories) for memories in read) == num_labels
 
 
@@ -123,7 +154,7 @@ def test_the_walk_ends_at_the_last_label(monkeypatch):
     seen = []
     updater = student.model.updater.forward
     monkeypatch.setattr(student.model.updater, "forward", lambda *args: seen.append(1) or updater(*args))
-    score_student_probe(student, np.ones_like(labels), labels)
+    score_student(student, np.ones_like(labels), labels)
     assert len(seen) == 4
 
 
@@ -137,7 +168,7 @@ def test_a_window_holds_no_more_memories_than_asked():
 @torch.no_grad()
 def test_a_teacher_that_pays_for_memories_gets_few_at_a_time(monkeypatch):
     model = make_composite(memory_readout="registers")
-    monkeypatch.setattr("smt_hf.evaluation.probes._MEMORIES_A_PASS", 8)
+    monkeypatch.setattr("smt_hf.evaluation.memories._MEMORIES_PER_PASS", 8)
     spans = []
     model.teacher.register_forward_pre_hook(lambda module, args: spans.append(args[1].shape[-1]))
     teacher_memories(model, torch.zeros(2, 10, dtype=torch.long), torch.arange(11))
@@ -147,7 +178,7 @@ def test_a_teacher_that_pays_for_memories_gets_few_at_a_time(monkeypatch):
 def test_no_labels_and_unaligned_labels_are_refused(rows):
     model = make_composite()
     input_ids, labels = rows
-    for score, scored in ((score_student_probe, model.student), (score_teacher_probe, model)):
+    for score, scored in ((score_student, model.student), (score_teacher, model)):
         with pytest.raises(ValueError, match="nothing to score"):
             score(scored, input_ids, np.full_like(labels, -100))
         with pytest.raises(ValueError, match="aligned"):

@@ -1,0 +1,131 @@
+"""Synthetic tasks, with easier levels of them as a curriculum."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from smt_hf.data import TASKS, Levels, load_task, number_tokenizer, task_facts
+from smt_hf.errors import InputError
+from smt_hf.training.arguments import PhaseArguments
+
+from .subject import HELDOUT_SEED, Subject, row_length
+
+_ROWS, _EVAL_ROWS = 30_000, 128
+
+
+class TaskSubject(Subject):
+    """A synthetic task, with easier levels of it as a curriculum for phases that have a `curriculum_threshold`.
+
+    Args:
+        name, difficulty: see `smt_hf.data.tasks`.
+        curriculum: easier difficulties to begin with; those not below `difficulty` are left out, as are those above it
+            of a phase's own `curriculum_levels`.
+        seed: of the training rows.
+        num_heldout: labels to score at least.
+        heldout_seed: of the rows to score. Settings are chosen on other rows than those of the final scores.
+
+    Raises:
+        InputError: no such task or difficulty, or a seed that is one of held-out rows.
+    """
+
+    metric = "accuracy"
+
+    def __init__(
+        self,
+        name: str,
+        difficulty: int,
+        curriculum: Iterable[int] = (),
+        seed: int = 0,
+        num_heldout: int = 4096,
+        heldout_seed: int = HELDOUT_SEED + 1,
+    ):
+        if seed >= HELDOUT_SEED:
+            raise InputError(f"seeds from {HELDOUT_SEED:,} on are those of held-out rows: take a smaller one.")
+        if num_heldout < 1:
+            raise InputError(f"`num_heldout` must be at least 1, got {num_heldout}.")
+        self.heldout_seed = heldout_seed
+        task = task_facts(name, difficulty)
+        self.name, self.difficulty, self.chance, self.vocab_size = name, difficulty, task.chance, task.vocab_size
+        self.num_transitions = task.num_transitions
+        self.tokenizer = number_tokenizer(task.vocab_size)
+        self.seed = seed
+        self.level_names = [*sorted(level for level in set(curriculum) if level < difficulty), difficulty]
+        self.levels = {level: load_task(name, level, _ROWS, seed) for level in self.level_names}
+        self.eval_rows = load_task(name, difficulty, _EVAL_ROWS, HELDOUT_SEED)
+        labels_per_row = int((self.eval_rows[0]["labels"] != -100).sum())
+        self.heldout = self.heldout_rows(difficulty, math.ceil(num_heldout / labels_per_row))
+
+    def heldout_rows(self, difficulty: int, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """`input_ids` and `labels` `(num_rows, T + 1)` that no training seed draws."""
+        rows = load_task(self.name, difficulty, num_rows, self.heldout_seed)
+        return np.stack(rows["input_ids"][:]).astype(np.int64), np.stack(rows["labels"][:]).astype(np.int64)
+
+    def longer(self, factor: int) -> int | None:
+        """The difficulty of rows `factor` times as long, where the difficulty is a length of some kind."""
+        family = TASKS[self.name]
+        difficulty = self.difficulty * factor
+        if family.allowed is not None or (family.largest is not None and difficulty > family.largest):
+            return None
+        return difficulty
+
+    def required(self, arguments: PhaseArguments) -> dict[str, Any]:
+        required = row_length(arguments, self.num_transitions)
+        levels = self.level_names
+        if arguments.levels:
+            levels = [level for level in arguments.levels if level <= self.difficulty]
+            if not levels:
+                raise InputError(
+                    f"`curriculum_levels` of the {arguments.phase} phase are all above the run's `difficulty` "
+                    f"({self.difficulty}): {arguments.levels}."
+                )
+            if len(levels) > 1 and arguments.curriculum_threshold is None:
+                raise InputError(
+                    f"`curriculum_levels` of the {arguments.phase} phase need a `curriculum_threshold`, which says "
+                    "when the next one begins."
+                )
+            for level in levels:
+                task_facts(self.name, level)
+            required["curriculum_levels"] = list(map(str, levels))
+        if len(levels) == 1:
+            required["curriculum_threshold"] = None
+        return required
+
+    def required_of(self, phases: Sequence[PhaseArguments]) -> list[dict[str, Any]]:
+        """As `required`. Where one phase has levels of its own, all phases name theirs, since their order then tells
+        where each phase begins."""
+        required = super().required_of(phases)
+        if any(arguments.levels for arguments in phases):
+            for arguments, values in zip(phases, required):
+                if values.get("curriculum_threshold", arguments.curriculum_threshold) is not None:
+                    values.setdefault("curriculum_levels", list(map(str, self.level_names)))
+        return required
+
+    def rows(self, arguments: PhaseArguments):
+        names = arguments.levels or self.level_names
+        if arguments.curriculum_threshold is None:
+            return self._level(names[-1])
+        return Levels([self._level(name) for name in names])
+
+    def _level(self, difficulty: int):
+        if difficulty not in self.levels:
+            self.levels[difficulty] = load_task(self.name, difficulty, _ROWS, self.seed)
+        return self.levels[difficulty]
+
+    def facts(self) -> dict:
+        return {
+            "name": self.name,
+            "hash": f"{self.name}-{self.difficulty}",
+            "training_tokens": len(self.levels[self.difficulty]) * self.num_transitions,
+            "heldout_tokens": int((self.heldout[1] != -100).sum()),
+            "heldout_streams": len(self.heldout[0]),
+        }
+
+    def describe(self) -> str:
+        family = TASKS[self.name]
+        levels = ", ".join(map(str, self.level_names))
+        return (
+            f"{self.name}: {family.meaning} {levels}; rows of {self.num_transitions} transitions, chance "
+            f"{self.chance:.1%}, {len(self.heldout[0]):,} held-out rows"
+        )

@@ -1,0 +1,106 @@
+"""What a teacher is, and the list of those there are.
+
+Shapes: B sequences, T tokens, S supervised positions, K memory tokens, D width of a memory token (the student's
+`hidden_size`), V vocabulary. A *position* is a number of tokens read, 0 .. T.
+
+A teacher is a `PreTrainedModel` that carries the decorator [`register_teacher`]. The rest of the package knows it by
+its configuration (`vocab_size`, `num_memory_tokens` [K], `memory_size` [D]), by two attributes and by one call:
+
+- `has_next_token_head`: whether it predicts tokens itself. The head is then `get_output_embeddings()`.
+- `labels_all_positions`: whether one pass makes the memories of all positions. A teacher without it computes every
+  position from tokens of its own, so that callers ask for few positions per pass.
+- `teacher(input_ids, positions, initial_memory, attention_mask=None, document_ids=None, return_logits=False)` returns
+  memories `(B, S, K, D)`, each memory token RMS-normalised, and with `return_logits` also next-token logits
+  `(B, S, V)`. [`SMTTeacherEncoder.forward`] describes the arguments.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+
+from smt_hf.errors import InputError
+from smt_hf.student.configuration_smt_recurrent import check_layer_sizes
+
+# The teacher that is meant where no `model_type` is given.
+DEFAULT_TEACHER = "smt_teacher"
+# `model_type` -> class of the teacher.
+TEACHERS: dict[str, type[PreTrainedModel]] = {}
+
+TeacherClass = TypeVar("TeacherClass", bound=type[PreTrainedModel])
+
+
+def register_teacher(teacher: TeacherClass) -> TeacherClass:
+    """Class decorator: `teacher_config`, `make_teacher`, `AutoConfig` and `AutoModel` know the teacher from then on."""
+    config_class = teacher.config_class
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AutoModel.register(config_class, teacher, exist_ok=True)
+    TEACHERS[config_class.model_type] = teacher
+    return teacher
+
+
+def teacher_config_class(model_type: str) -> type[PreTrainedConfig]:
+    """The configuration class of a teacher.
+
+    Raises:
+        InputError: no teacher has this `model_type`.
+    """
+    if model_type not in TEACHERS:
+        raise InputError(f"unknown teacher `model_type` {model_type!r}: choose one of {', '.join(TEACHERS)}.")
+    return TEACHERS[model_type].config_class
+
+
+def teacher_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
+    """The configuration of the teacher that `fields["model_type"]` names (default: `DEFAULT_TEACHER`).
+
+    Raises:
+        InputError: no teacher has this `model_type`, or a field is out of range.
+    """
+    settings = {"model_type": DEFAULT_TEACHER, **fields}
+    teacher_config_class(settings["model_type"])  # transformers would go through all of its own models
+    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+
+
+def make_teacher(config: PreTrainedConfig) -> PreTrainedModel:
+    """A new teacher of this configuration.
+
+    `AutoModel.from_config` would, under DeepSpeed's ZeRO-3, split this one half of the composite before the engine
+    splits the whole.
+    """
+    return TEACHERS[config.model_type](config)
+
+
+@strict
+class SMTTeacherSizes(PreTrainedConfig):
+    """Fields and checks that the teachers of this package share; their docstrings describe the fields."""
+
+    vocab_size: int = 258
+    hidden_size: int = 96
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    num_memory_tokens: int = 4
+    memory_size: int = 64
+    hidden_act: str = "gelu"
+    rope_theta: float | int = 10000.0
+    rms_norm_eps: float = 1e-6
+    initializer_range: float | int | None = None
+
+    # Names of a subclass's own fields that must be at least 1.
+    own_sizes: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self, **kwargs):
+        self.validate_sizes()
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.initializer_range is None:
+            self.initializer_range = (3 * self.hidden_size) ** -0.5
+        super().__post_init__(**kwargs)
+
+    def validate_sizes(self):
+        """Part of `validate()`: refuses sizes that no teacher can be built from."""
+        try:
+            check_layer_sizes(self, ("num_hidden_layers", "memory_size", *self.own_sizes))
+        except ValueError as error:
+            raise InputError(f"the teacher's {error}") from None

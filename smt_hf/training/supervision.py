@@ -1,0 +1,396 @@
+"""Where the chunks of a batch start, what their memories are compared with, and what is read out of them.
+
+One function per way to supervise: `backpropagated` (bptt), `supervised` (smt and dmt, every transition),
+`sparsely_supervised` (smt as published) and `teacher_alone` (smt without the updater). Each returns a `Supervision`,
+from which `objective.LOSS_TERMS` computes the loss terms.
+Shapes: B sequences, T transitions (rows hold T + 1 tokens), C chunks, k = T / C, S positions, F future tokens, K memory
+tokens, D width, V vocabulary. "Own memories" are those that the student has reached by its own rollout from `m_0`.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from .losses import dynamics_loss, masked_mean, next_token_loss, normalized_errors, predictive_loss
+from .objective import Objective
+from .rollout import example_uniforms, parallel_starts, rollout, sequential_starts, truncated_rollout
+
+if TYPE_CHECKING:
+    from .composite import SMTForPreTraining
+
+# What the random numbers of an example are for; see `example_uniforms`.
+STREAM_POSITIONS, STREAM_ON_POLICY, STREAM_AGES, STREAM_CHUNKS, STREAM_TRANSITIONS = range(5)
+
+
+class TransitionBatch:
+    """A batch cut for the rollout: T transitions, padded at the end to a multiple of k.
+
+    Args:
+        input_ids, attention_mask, labels, document_ids: `(B, T + 1)`, as in `SMTForPreTraining.forward`.
+        example_ids: `(B,)`.
+        steps: k, transitions per chunk.
+
+    Attributes:
+        inputs, mask, documents: `(B, C k)`, what the rollout reads.
+        transition_mask: `(B, T)` bool, transitions whose token and target are real; `None`: all.
+        lengths: `(B,)`, number of tokens up to the last real one.
+    """
+
+    def __init__(self, input_ids, attention_mask, labels, document_ids, example_ids, steps: int):
+        self.size, self.length = input_ids.shape[0], input_ids.shape[1] - 1
+        self.steps = steps
+        self.input_ids, self.labels, self.example_ids = input_ids, labels, example_ids
+        padding = -self.length % steps
+        mask = None if attention_mask is None else attention_mask[:, :-1].bool()
+        # The last real token of a row is only a target, whether padding follows it or not.
+        self.transition_mask = None if mask is None else mask & attention_mask[:, 1:].bool()
+        if padding and mask is None:
+            mask = torch.ones_like(input_ids[:, :-1], dtype=torch.bool)
+        self.lengths = torch.full((self.size,), self.length + 1, device=input_ids.device)
+        if attention_mask is not None:
+            places = torch.arange(1, self.length + 2, device=input_ids.device)
+            self.lengths = (attention_mask.bool() * places).amax(1)
+        self.inputs = F.pad(input_ids[:, :-1], (0, padding))
+        self.mask = None if mask is None else F.pad(mask, (0, padding))
+        self.documents = None
+        if document_ids is not None:
+            ends = document_ids[:, -2:-1].expand(-1, padding)
+            self.documents = torch.cat([document_ids[:, :-1], ends], dim=1)
+
+    @property
+    def num_chunks(self) -> int:
+        return self.inputs.shape[1] // self.steps
+
+    def read(self, rows=slice(None), length: int | None = None) -> tuple:
+        """`input_ids`, mask and documents of some rows, up to `length` tokens, as the rollout takes them."""
+        return tuple(None if part is None else part[rows, :length] for part in (self.inputs, self.mask, self.documents))
+
+
+@dataclass
+class Supervision:
+    """What the supervision of a batch has computed. `None` where a way to supervise has no such thing.
+
+    Args:
+        batch: the tokens.
+        depth: transitions computed one after the other.
+        transitions: transitions supervised, all rows together (memories, where the teacher is trained alone).
+        reached, reached_labels: `(B, S, K, D)`, the student's memories after transitions and the teacher's there.
+        reached_mask: `(B, S)` bool, those that count; `None`: all.
+        errors: `(B, S)`, normalised squared errors between the two.
+        read, read_targets: `(B, S, K, D)`, `(B, S)`: memories of the student and the tokens that follow.
+        labels: `(B, T + 1, K, D)`, the teacher's memories after 0 .. T tokens.
+        teacher_logits: `(B, T + 1, V)`, its own next-token logits there.
+        picked: the teacher's memories whose future is decoded `(B, S, K, D)`, the number of tokens read there `(B, S)`,
+            and whether they count `(B, S)` or `None`.
+        chunk_ends: likewise, the student's memories at chunk ends.
+        memory: `(B, K, D)`, the student's memory after the last transition.
+        starts: `(B, C, K, D)`, start states of the chunks.
+        own: `(B,)` bool, rows that the student rolled out from `m_0` by itself.
+        label_moments: see `SMTForPreTrainingOutput`.
+    """
+
+    batch: TransitionBatch
+    depth: int
+    transitions: int
+    reached: torch.Tensor | None = None
+    reached_labels: torch.Tensor | None = None
+    reached_mask: torch.Tensor | None = None
+    errors: torch.Tensor | None = None
+    read: torch.Tensor | None = None
+    read_targets: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    teacher_logits: torch.Tensor | None = None
+    picked: tuple | None = None
+    chunk_ends: tuple | None = None
+    memory: torch.Tensor | None = None
+    starts: torch.Tensor | None = None
+    own: torch.Tensor | None = None
+    label_moments: torch.Tensor | None = None
+
+    @staticmethod
+    def readout_loss(student, memories: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Next-token loss of memories `(B, S, K, D)`, nats: `(B,)`. Only memories that have a target are read out."""
+        is_labelled = targets != -100
+        if bool(is_labelled.all()):
+            return next_token_loss(student.read_logits(memories), targets)
+        losses = F.cross_entropy(student.read_logits(memories[is_labelled]), targets[is_labelled], reduction="none")
+        losses = losses.new_zeros(targets.shape).masked_scatter(is_labelled, losses)
+        return masked_mean(losses, is_labelled)
+
+    def future_loss(self, student, memories, positions, future_length: int, is_real=None) -> torch.Tensor:
+        """Cross-entropy of the tokens after `positions` `(B, S)`, decoded from the memories there `(B, S, K, D)`.
+
+        Tokens past the end of the row, or without a label, are not predicted. Returns nats, `(B,)`.
+        """
+        batch = self.batch
+        future_length = min(future_length, batch.length + 1 - int(positions.min()))
+        ahead = positions[..., None] + torch.arange(future_length, device=positions.device)
+        future_ids = F.pad(batch.input_ids, (0, future_length)).gather(1, ahead.flatten(1))
+        targets = F.pad(batch.labels, (0, future_length), value=-100).gather(1, ahead.flatten(1)).view(ahead.shape)
+        if is_real is not None:
+            targets = targets.masked_fill(~is_real[..., None], -100)
+        is_labelled = targets.flatten(0, 1) != -100
+        most = max(int(is_labelled.sum(1).max()), 1)
+        wanted = None
+        if 2 * most < future_length:  # labels are sparse: bring those of each future to the front, decode no others
+            wanted = (~is_labelled).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+            targets = targets.flatten(0, 1).gather(1, wanted).view(*positions.shape, most)
+        logits = student.decode_logits(memories.flatten(0, 1), future_ids.view(-1, future_length), wanted)
+        return predictive_loss(logits.view(*targets.shape, -1), targets)
+
+
+def backpropagated(
+    model: "SMTForPreTraining", batch: TransitionBatch, objective: Objective, memory: torch.Tensor | None
+) -> Supervision:
+    """BPTT over the row from `m_0` or a carried memory; truncated where its windows are shorter than the row."""
+    start = model.student.model.start_memory().expand(batch.size, -1, -1)
+    if memory is not None:
+        start = torch.where(memory.isnan(), start, memory.to(start.dtype))
+    if objective.carries_memory or objective.transition_steps >= batch.length:
+        memories = rollout(model.student, start[:, None], *batch.read())
+    else:
+        memories = truncated_rollout(model.student, start, objective.transition_steps, *batch.read())
+    return Supervision(
+        batch,
+        depth=batch.inputs.shape[1],
+        transitions=batch.size * batch.length,
+        read=torch.cat([start[:, None], memories[:, : batch.length]], dim=1),
+        read_targets=batch.labels,
+        memory=memories[:, -1],
+        own=torch.ones_like(batch.lengths, dtype=torch.bool),
+    )
+
+
+def teacher_alone(model: "SMTForPreTraining", batch: TransitionBatch, objective: Objective) -> Supervision:
+    """SMT before the updater is trained: the teacher and the readout of its memories, no transitions."""
+    positions = torch.arange(0, batch.length + 1, device=batch.inputs.device)
+    trains_teacher = model.trains_teacher
+    labels, logits = model.memory_labels(
+        batch, positions, trains_teacher, with_logits=trains_teacher and objective.weight("teacher") > 0
+    )
+    return Supervision(
+        batch,
+        depth=1,
+        transitions=batch.size * batch.length,
+        labels=labels,
+        teacher_logits=logits,
+        picked=_picked(batch, objective, labels),
+        own=torch.ones_like(batch.lengths, dtype=torch.bool) if objective.weight("teacher_readout") else None,
+    )
+
+
+def sparsely_supervised(model: "SMTForPreTraining", batch: TransitionBatch, objective: Objective) -> Supervision:
+    """SMT as published: a few random transitions per row, each between two labels of its own [Eq. 2-4]."""
+    student = model.student.model
+    counts = (batch.lengths - 1).clamp(min=1)[:, None]  # transitions of the row
+    noise = example_uniforms(
+        batch.example_ids, objective.num_supervised_transitions, objective.seed, STREAM_TRANSITIONS
+    )
+    before = (noise * counts).long()
+    labels, _ = model.memory_labels(batch, torch.cat([before, before + 1], dim=1), model.trains_teacher)
+    starts, ends = labels.chunk(2, dim=1)
+    if batch.documents is not None:  # the first token of a document is read by m_0
+        earlier = batch.documents.gather(1, (before - 1).clamp(min=0))
+        is_first = (batch.documents.gather(1, before) != earlier)[..., None, None]
+        starts = torch.where(is_first, student.start_memory().to(starts.dtype), starts)
+    embeds = student.embed_tokens(batch.inputs.gather(1, before))
+    reached = student.unroll(starts.flatten(0, 1), embeds.flatten(0, 1)[:, None])[:, 0].view(starts.shape)
+    return Supervision(
+        batch,
+        depth=1,
+        transitions=before.numel(),
+        reached=reached,
+        reached_labels=ends,
+        read=reached,
+        read_targets=batch.labels.gather(1, before + 1),
+        picked=(starts, before, None),
+    )
+
+
+def supervised(
+    model: "SMTForPreTraining",
+    batch: TransitionBatch,
+    objective: Objective,
+    stored_starts: torch.Tensor | None,
+    memory_labels: torch.Tensor | None,
+    progress: float,
+) -> Supervision:
+    """SMT and DMT: chunks from the teacher's or own memories, every transition supervised."""
+    is_smt = objective.phase == "smt"
+    first = model.student.model.start_memory().expand(batch.size, 1, -1, -1)
+    labels, teacher_logits = _labels_of_rows(model, batch, objective, memory_labels)
+    stride = objective.label_stride
+    starts, own, memories, depth = _rolled_out(model, batch, objective, first, labels, stored_starts, progress)
+    reached = memories[:, : batch.length][:, stride - 1 :: stride]
+    mask = None if batch.transition_mask is None else batch.transition_mask[:, stride - 1 :: stride]
+    moments = errors = chunk_ends = None
+    if objective.weight("normalized_dynamics") or objective.weight("consistency"):
+        errors = normalized_errors(reached, labels[:, 1:], model.label_variance())
+        moments = _moments(labels[:, 1:].detach(), mask)
+    if objective.weight("consistency"):
+        assert errors is not None
+        ends, is_real = _consistency_positions(batch, objective, errors.detach())
+        chunk_ends = (_gathered(memories, ends - 1), ends, is_real)
+    read = torch.cat([first, memories[:, : batch.length]], dim=1)
+    return Supervision(
+        batch,
+        depth=depth,
+        transitions=batch.size * batch.length,
+        reached=reached,
+        reached_labels=labels[:, 1:],
+        reached_mask=mask,
+        errors=errors,
+        read=read if objective.readout_trains_updater else read.detach(),
+        read_targets=batch.labels,
+        labels=labels if is_smt else None,
+        teacher_logits=teacher_logits,
+        picked=_picked(batch, objective, labels) if is_smt else None,
+        chunk_ends=chunk_ends,
+        memory=memories[:, -1],
+        starts=starts,
+        own=own if objective.weight("readout") else None,
+        label_moments=moments,
+    )
+
+
+def _labels_of_rows(model, batch: TransitionBatch, objective: Objective, memory_labels: torch.Tensor | None):
+    """The teacher's memories at every `label_stride`-th position, 0 included, and its logits or `None`."""
+    if memory_labels is not None:
+        m_0 = model.student.model.start_memory()
+        return torch.cat([m_0.detach().expand(batch.size, 1, -1, -1), memory_labels.to(m_0.dtype)], dim=1), None
+    positions = torch.arange(0, batch.length + 1, objective.label_stride, device=batch.inputs.device)
+    trains_teacher = objective.phase == "smt" and model.trains_teacher
+    return model.memory_labels(
+        batch, positions, trains_teacher, with_logits=trains_teacher and objective.weight("teacher") > 0
+    )
+
+
+def _rolled_out(model, batch: TransitionBatch, objective: Objective, first, labels, stored_starts, progress: float):
+    """Starts of the chunks (`None` where one pass makes them), rows of the student's own, memories `(B, C k, K, D)`,
+    and the number of transitions computed one after the other."""
+    student = model.student
+    # One chunk starts at m_0 whatever the teacher says: it is the student's own rollout already.
+    own = batch.lengths - 1 <= objective.transition_steps
+    takes_own = (
+        objective.on_policy_fraction > 0 and batch.num_chunks > 1 and progress >= objective.on_policy_warmup_ratio
+    )
+    depth = batch.steps + (_depth_of_starts(batch, objective) if takes_own else 0)
+    if takes_own and _is_one_pass(objective, batch.inputs.device):
+        memories = truncated_rollout(student, first[:, 0], batch.steps, *batch.read())
+        return None, torch.ones_like(own), memories, depth
+    if objective.label_stride == 1:
+        starts = torch.cat([first, labels[:, : batch.length : batch.steps][:, 1:]], dim=1)
+    else:  # own memories take the place of all starts but the first
+        starts = first.expand(-1, batch.num_chunks, -1, -1)
+    if takes_own:
+        rows, own_starts = _own_starts(model, batch, objective, starts.detach(), stored_starts)
+        if rows is not None:
+            starts = starts.index_copy(0, rows, torch.cat([first[rows], own_starts[:, 1:]], dim=1))
+            own = own.index_fill(0, rows, True) if objective.on_policy_mode == "sequential" else own
+    return starts, own, rollout(student, starts, *batch.read()), depth
+
+
+def _is_one_pass(objective: Objective, device: torch.device) -> bool:
+    """Whether all chunks go on from where the one before ends, so that one pass over the row yields the starts too.
+
+    On a GPU, T cheap steps without gradient and then k steps with gradient are faster than T steps with gradient.
+    """
+    return objective.on_policy_mode == "sequential" and objective.on_policy_fraction == 1 and device.type == "cpu"
+
+
+def _depth_of_starts(batch: TransitionBatch, objective: Objective) -> int:
+    if objective.on_policy_mode == "parallel":
+        return objective.on_policy_sweeps * batch.steps
+    return batch.inputs.shape[1] - batch.steps
+
+
+def _own_starts(model, batch: TransitionBatch, objective: Objective, starts, stored_starts):
+    """Rows whose chunks start from own memories, and those memories; `None` for both if this batch has no such row."""
+    draws = example_uniforms(batch.example_ids, 1, objective.seed, STREAM_ON_POLICY)[:, 0]
+    rows = own_rows = (draws < objective.on_policy_fraction).nonzero()[:, 0]
+    if not len(rows):
+        # Where weights are in shards, every call of the updater gathers them: all ranks have to call it as often.
+        rows = torch.zeros(1, dtype=torch.long, device=draws.device)
+    if objective.on_policy_mode == "parallel":
+        noise = example_uniforms(batch.example_ids[rows], starts.shape[1], objective.seed, STREAM_AGES)
+        ages = 1 + (noise * objective.on_policy_sweeps).long()
+        input_ids, mask, documents = batch.read(rows)
+        sweeps = objective.on_policy_sweeps
+        own = parallel_starts(model.student, starts[rows], ages, input_ids, mask, documents, sweeps)
+    else:
+        own = sequential_starts(model.student, starts.shape[1], *batch.read(rows))
+        if objective.on_policy_mode == "aggregate" and stored_starts is not None:
+            stored = stored_starts[rows].to(own.dtype)
+            own = torch.where(stored.isnan(), own, stored)
+    return (rows, own) if len(own_rows) else (None, None)
+
+
+def _picked(batch: TransitionBatch, objective: Objective, labels: torch.Tensor):
+    """Random positions of each row: the teacher's memories there, the positions, and whether they count."""
+    if not (objective.weight("predictive") or objective.weight("uniformity")):
+        return None
+    # As many tokens ahead as the row has left, anywhere if the future is longer than the row; in a padded row,
+    # positions past its own last one do not count, so that nothing depends on the width of the batch.
+    fits = objective.future_length < batch.lengths - 1
+    last = torch.where(fits, batch.lengths - objective.future_length, batch.lengths - 1).clamp(min=0)[:, None]
+    noise = example_uniforms(batch.example_ids, batch.length + 1, objective.seed, STREAM_POSITIONS)
+    noise = noise.masked_fill(torch.arange(batch.length + 1, device=last.device) > last, -1.0)
+    count = min(objective.num_predictive_positions, int(last.max()) + 1)
+    highest, chosen = noise.topk(count, dim=1)
+    return _gathered(labels, chosen), chosen, highest >= 0
+
+
+def _consistency_positions(batch: TransitionBatch, objective: Objective, errors: torch.Tensor):
+    """Chunk ends whose future is decoded: `(B, S)` tokens read there, and whether there is such an end.
+
+    A share `hard_chunk_fraction` of the draws is the chunk of the row with the largest error: of T transitions, about
+    one is informative.
+    """
+    length = batch.inputs.shape[1]
+    ends = torch.arange(batch.steps, length + 1, batch.steps, device=errors.device)
+    # Something is left to predict; a row shorter than a chunk has no chunk end.
+    is_end = (ends < batch.lengths[:, None]) & (batch.steps == objective.transition_steps)
+    padded = F.pad(errors, (0, length - errors.shape[1]))
+    hardest = padded.view(batch.size, len(ends), -1).amax(2).masked_fill(~is_end, -1.0).argmax(1)
+    count = objective.num_consistency_chunks
+    noise = example_uniforms(batch.example_ids, 2 * count, objective.seed, STREAM_CHUNKS)
+    anywhere = (noise[:, :count] * is_end.sum(1, keepdim=True)).long()
+    chosen = torch.where(noise[:, count:] < objective.hard_chunk_fraction, hardest[:, None], anywhere)
+    return ends[chosen].clamp(max=batch.length), is_end.gather(1, chosen)
+
+
+@torch.no_grad()
+def rollout_scores(model: "SMTForPreTraining", batch: TransitionBatch, with_teacher: bool) -> dict[str, torch.Tensor]:
+    """What the student is worth on its own, `(B,)` each: loss (nats), accuracy and drift of its rollout from `m_0`.
+
+    Drift is the squared distance to the teacher's memories relative to their spread over the row, no unit. A teacher
+    that pays for every position is not asked for it.
+    """
+    m_0 = model.student.model.start_memory()
+    start = m_0.expand(batch.size, 1, -1, -1)
+    memories = rollout(model.student, start, *batch.read())[:, : batch.length]
+    logits = model.student.read_logits(torch.cat([start, memories], dim=1))
+    hits = (logits.argmax(-1) == batch.labels).sum(1)
+    terms = {
+        "rollout": next_token_loss(logits, batch.labels),
+        "accuracy": hits / batch.labels.ne(-100).sum(1).clamp(min=1),
+    }
+    if with_teacher and model.teacher is not None and model.teacher.labels_all_positions:
+        positions = torch.arange(1, batch.length + 1, device=memories.device)
+        labels, _ = model.memory_labels(batch, positions, trains_teacher=False)
+        spread = dynamics_loss(labels, labels.mean(1, keepdim=True), batch.transition_mask)
+        terms["drift"] = dynamics_loss(memories, labels, batch.transition_mask) / spread.clamp(min=1e-6)
+    return terms
+
+
+def _gathered(memories: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Memories `(B, T, K, D)` at places `(B, S)`."""
+    return memories.gather(1, index[..., None, None].expand(-1, -1, *memories.shape[2:]))
+
+
+def _moments(labels: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    flat = (labels.flatten(0, 1) if mask is None else labels[mask]).float()
+    number = flat.new_full((1, labels.shape[-1]), len(flat))
+    return torch.cat([number, flat.sum(0), flat.square().sum(0)])
