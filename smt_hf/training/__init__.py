@@ -1,7 +1,8 @@
-"""Rollout, objectives, the composite that is trained, and a Trainer a phase."""
+"""The rollout, the loss terms, the composite that is trained, and the Trainer of each phase."""
 
 from .arguments import BPTTTrainingArguments, DMTTrainingArguments, SMTTrainingArguments
-from .composite import Objective, SMTForPreTraining, SMTPreTrainingConfig
+from .composite import SMTForPreTraining, SMTPreTrainingConfig
+from .objective import Objective
 from .rollout import rollout
 from .trainers import BPTTTrainer, DMTTrainer, SMTTrainer
 

@@ -1,4 +1,4 @@
-"""Arguments of the three phases: transformers' `TrainingArguments` with our defaults, and the settings of the objective.
+"""Arguments of the three phases: transformers' `TrainingArguments` with our defaults, and the objective's settings.
 
 `PhaseArguments` is what all phases share, `SupervisedArguments` what smt and dmt share. The weights of the loss terms
 come from the table in `objective.py`. Every default names its source: the paper (arXiv:2606.06479) or "ours" with what
@@ -21,13 +21,13 @@ UNBOUNDED = 10_000_000  # steps of a phase that ends by its seconds
 MATRIX_OPTIMIZERS = ("adamw", "muon")
 ON_POLICY_MODES = ("sequential", "parallel", "aggregate")
 _CONTINUES = (
-    "Go on with the learning-rate schedule of the previous phase and the student's optimiser state, instead of starting "
-    "both anew. Ours: going on was better for dmt (2.70 bits per byte against 2.80)."
+    "Go on with the learning-rate schedule of the previous phase and the student's optimiser state, instead of "
+    "starting both anew. Ours: going on was better for dmt (2.70 bits per byte against 2.80)."
 )
 _MODES = (
-    "Where own memories come from: `sequential` (rolled out from m_0: all ages, T cheap steps), `parallel` (sweeps over "
-    "all chunks at once: ages up to `on_policy_sweeps` chunks) or `aggregate` (sequential ones, kept and reused; dmt "
-    "only)."
+    "Where own memories come from: `sequential` (rolled out from m_0: all ages, T cheap steps), `parallel` (sweeps "
+    "over all chunks at once: ages up to `on_policy_sweeps` chunks) or `aggregate` (sequential ones, kept and reused; "
+    "dmt only)."
 )
 
 
@@ -110,9 +110,7 @@ class PhaseArguments(TrainingArguments):
     logging_nan_inf_filter: bool = argument(False, "Hide losses that are not finite in the log.")
     save_total_limit: int | None = argument(2, "Checkpoints kept per phase.")
     remove_unused_columns: bool = argument(False, "Leave it false: the collator keeps what the objective needs.")
-    context_length: int = argument(
-        64, "Transitions per training row; a row holds one token more. Ours, not searched."
-    )
+    context_length: int = argument(64, "Transitions per training row; a row holds one token more. Ours, not searched.")
     transition_steps: int = argument(8, "Transitions that a gradient crosses [k]; divides `context_length`.")
     trainable: list[str] | None = argument(
         None,
@@ -132,9 +130,9 @@ class PhaseArguments(TrainingArguments):
             super().__post_init__()
         self._check_batches_and_budget()
         self._check_optimizer()
-        refuse(
-            self.gradient_checkpointing,
-            "`gradient_checkpointing` is not supported: a chunk of `transition_steps` is short already. Leave it out.",
+        refuse(  # transformers 5.17 has the first name alone
+            self.gradient_checkpointing or getattr(self, "activation_checkpointing", False),
+            "activation checkpointing is not supported: a chunk of `transition_steps` is short already. Leave it out.",
         )
         refuse(self.label_smoothing_factor, "`label_smoothing_factor` is not supported by the losses: leave it at 0.")
         refuse(
@@ -199,9 +197,7 @@ class PhaseArguments(TrainingArguments):
                 not self.max_seconds > 0,
                 f"`max_seconds` of the {self.phase} phase must be positive, got {self.max_seconds}.",
             )
-            refuse(
-                self.warmup_steps >= 1, "with `max_seconds`, `warmup_steps` must be a share of the phase, below 1."
-            )
+            refuse(self.warmup_steps >= 1, "with `max_seconds`, `warmup_steps` must be a share of the phase, below 1.")
             self.max_steps = UNBOUNDED
         # Other rows are padded to a multiple, which costs little.
         refuse(
@@ -228,8 +224,8 @@ class PhaseArguments(TrainingArguments):
         optim = str(getattr(self.optim, "value", self.optim))
         refuse(
             not optim.startswith("adamw_torch"),
-            f"`matrix_optimizer=muon` trains everything else by torch's AdamW and has no use for `optim={optim}`: leave "
-            "one of the two out.",
+            f"`matrix_optimizer=muon` trains everything else by torch's AdamW and has no use for `optim={optim}`: "
+            "leave one of the two out.",
         )
         refuse(
             self.deepspeed or self.fsdp or launched_sharded(),
@@ -297,12 +293,12 @@ class SMTTrainingArguments(loss_weights("smt"), SupervisedArguments):  # type: i
 
     phase = "smt"
 
-    dynamics_starts_below: float | None = argument(
+    dynamics_starts_below: float | None = argument(  # type: ignore[assignment]
         None,
         "Nats per label: the dynamics terms stay at 5 % of their weight while the running loss of the readout on the "
         "teacher's memories (else the predictive loss) is above it. Default: they do not wait. Ours.",
     )
-    dynamics_full_below: float | None = argument(
+    dynamics_full_below: float | None = argument(  # type: ignore[assignment]
         None,
         "Nats per label at which the dynamics terms reach their full weight, linearly from `dynamics_starts_below`. "
         "Ours.",
@@ -327,11 +323,11 @@ class SMTTrainingArguments(loss_weights("smt"), SupervisedArguments):  # type: i
     )
 
     def __post_init__(self):
-        super().__post_init__()
         refuse(
             self.on_policy_mode == "aggregate",
             "`on_policy_mode=aggregate` needs a frozen teacher: use it in the dmt phase.",
         )
+        super().__post_init__()
         refuse(
             (self.dynamics_starts_below is None) != (self.dynamics_full_below is None),
             "set both `dynamics_starts_below` and `dynamics_full_below`, or neither.",
@@ -375,8 +371,8 @@ class SMTTrainingArguments(loss_weights("smt"), SupervisedArguments):  # type: i
             )
         refuse(
             self.curriculum_threshold is not None and not self.teacher_readout_weight,
-            "`curriculum_threshold` where the updater is not trained goes by the readout of the teacher's memories: set "
-            "`teacher_readout_weight` above 0.",
+            "`curriculum_threshold` where the updater is not trained goes by the readout of the teacher's memories: "
+            "set `teacher_readout_weight` above 0.",
         )
 
 
@@ -397,10 +393,11 @@ class DMTTrainingArguments(loss_weights("dmt"), SupervisedArguments):  # type: i
     )
     aggregate_capacity: int = argument(512, "Rows whose own memories are kept in the `aggregate` mode. Ours.")
     aggregate_fraction: float = argument(0.5, "Share of rows taken from the kept ones in the `aggregate` mode. Ours.")
-    label_cache_dir: str | None = argument(
+    label_cache_dir: str | None = argument(  # type: ignore[assignment]
         None,
-        "Folder for the frozen teacher's memories of every training row, in a file named after teacher and data: epochs "
-        "after the first do without the teacher. It takes 4 bytes per number, rows x transitions x size of a memory.",
+        "Folder for the frozen teacher's memories of every training row, in a file named after teacher and data: "
+        "epochs after the first do without the teacher. Its size is "
+        "4 bytes x rows x transitions x numbers in a memory.",
     )
 
     def __post_init__(self):

@@ -1,5 +1,6 @@
-"""Checkpoints that are complete or absent: written aside, synced, listed with their sizes, then renamed."""
+"""Checkpoints that are complete or absent: written aside, synced, listed with sizes and hashes, then renamed."""
 
+import hashlib
 import json
 import os
 import re
@@ -11,6 +12,8 @@ from safetensors import SafetensorError
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from smt_hf.errors import InputError
 
 _ASIDE = ".unfinished"
 _CONTENTS = "contents.json"
@@ -29,9 +32,9 @@ def publish_checkpoint(written: Path, name: Path) -> None:
         name: what it is to be called; a folder of that name is replaced.
     """
     files = sorted(path for path in written.rglob("*") if path.is_file())
-    sizes = {path.relative_to(written).as_posix(): path.stat().st_size for path in files}
+    listed = {path.relative_to(written).as_posix(): [path.stat().st_size, _hash(path)] for path in files}
     contents = written / _CONTENTS
-    contents.write_text(json.dumps(sizes, indent=1) + "\n")
+    contents.write_text(json.dumps(listed, indent=1) + "\n")
     for path in [*files, contents, *(folder for folder in written.rglob("*") if folder.is_dir()), written]:
         _sync(path)
     if name.exists():
@@ -41,6 +44,14 @@ def publish_checkpoint(written: Path, name: Path) -> None:
     written.rename(name)
     _sync(name.parent)
     shutil.rmtree(written.parent, ignore_errors=True)
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:
@@ -60,15 +71,17 @@ def what_is_missing(checkpoint: str | Path) -> str | None:
     if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", path.name) is None or not path.is_dir():
         return f"it is no folder named {PREFIX_CHECKPOINT_DIR}-N"
     try:
-        sizes = json.loads((path / _CONTENTS).read_text())
+        listed = json.loads((path / _CONTENTS).read_text())
     except (OSError, ValueError):
         return f"its list of files ({_CONTENTS}) is missing"
-    for name, size in sizes.items():
+    for name, (size, digest) in listed.items():
         file = path / name
         if not file.exists():
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size:,} of {size:,} bytes"
+        if _hash(file) != digest:
+            return f"the bytes of {name} are not those that were written"
     return None
 
 
@@ -146,14 +159,14 @@ class CheckpointingTrainer(Trainer):
         """As in transformers; `True` goes on from the newest checkpoint that is complete.
 
         Raises:
-            ValueError: the named checkpoint is damaged, or there is none.
+            InputError: the named checkpoint is damaged, or there is none.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
-                raise ValueError(f"there is no complete checkpoint in {self.args.output_dir}: train without resuming.")
+                raise InputError(f"there is no complete checkpoint in {self.args.output_dir}: train without resuming.")
         elif resume_from_checkpoint:
             problem = what_is_missing(resume_from_checkpoint)
             if problem is not None:
-                raise ValueError(f"{resume_from_checkpoint} is not a complete checkpoint: {problem}.")
+                raise InputError(f"{resume_from_checkpoint} is not a complete checkpoint: {problem}.")
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)

@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 
 from smt_hf.errors import InputError
 from smt_hf.student import SMTRecurrentConfig, SMTRecurrentForCausalLM
-from smt_hf.teachers import teacher_config
+from smt_hf.teachers import make_teacher, teacher_config
 
 from .adapters import has_lora
 from .objective import PHASES, Objective, part_of, trained_parts
@@ -125,7 +125,7 @@ class SMTForPreTraining(PreTrainedModel):
         super().__init__(config)
         assert isinstance(config.student, SMTRecurrentConfig) and not isinstance(config.teacher, dict)
         self.student = SMTRecurrentForCausalLM(config.student)
-        self.teacher = None if config.teacher is None else AutoModel.from_config(config.teacher)
+        self.teacher = None if config.teacher is None else make_teacher(config.teacher)
         # Spread of the memory labels per coordinate, a running estimate that is fixed within an optimiser step, so that
         # what it divides does not depend on how the step is cut; 1 as long as none has been seen.
         shape = (config.student.num_memory_tokens, config.student.hidden_size)
@@ -188,7 +188,7 @@ class SMTForPreTraining(PreTrainedModel):
             return
         predicts = objective.weight("teacher") and not objective.num_supervised_transitions
         if self.teacher is not None and self.teacher.has_next_token_head and not predicts:
-            self.teacher.lm_head.requires_grad_(False)
+            self.teacher.get_output_embeddings().requires_grad_(False)
         if not objective.trains_readout:
             for name, parameter in self.student.named_parameters():
                 if part_of(f"student.{name}") == "readout":
@@ -288,9 +288,7 @@ class SMTForPreTraining(PreTrainedModel):
             supervision = sparsely_supervised(self, batch, objective)
         else:
             supervision = supervised(self, batch, objective, stored_starts, memory_labels, progress)
-        terms = {
-            term.name: term.compute(self.student, supervision, objective) for term in objective.terms(supervision)
-        }
+        terms = {term.name: term.compute(self.student, supervision, objective) for term in objective.terms(supervision)}
         # A term that is still at weight 0 in its warm-up stays in the sum: the loss then has a gradient, if a zero one.
         weights = {name: objective.weight_at(name, progress, dynamics_scale) for name in terms}
         if not self.training:

@@ -1,6 +1,20 @@
 """Whole tensors out of sharded optimisers and back: what a phase hands to the next, whatever it ran under."""
 
+import os
+
 import torch
+from safetensors.torch import load_file
+
+STUDENT_OPTIMIZER = "student_optimizer.safetensors"
+
+
+def load_student_optimizer(checkpoint: str) -> dict[str, dict[str, torch.Tensor]]:
+    """Optimiser state of the student by parameter name, from a checkpoint of any phase."""
+    state: dict[str, dict[str, torch.Tensor]] = {}
+    for entry, value in load_file(os.path.join(checkpoint, STUDENT_OPTIMIZER)).items():
+        name, key = entry.rsplit("/", 1)
+        state.setdefault(name, {})[key] = value
+    return state
 
 
 def whole_state(trainer) -> dict[str, dict[str, torch.Tensor]]:

@@ -64,9 +64,8 @@ class TransitionBatch:
         return self.inputs.shape[1] // self.steps
 
     def read(self, rows=slice(None), length: int | None = None) -> tuple:
-        """`input_ids`, mask and documents of the first `length` tokens of some rows, as the rollout takes them."""
-        parts = (self.inputs, self.mask, self.documents)
-        return tuple(None if part is None else part[rows, : part.shape[1] if length is None else length] for part in parts)
+        """`input_ids`, mask and documents of some rows, up to `length` tokens, as the rollout takes them."""
+        return tuple(None if part is None else part[rows, :length] for part in (self.inputs, self.mask, self.documents))
 
 
 @dataclass
@@ -278,15 +277,7 @@ def _rolled_out(model, batch: TransitionBatch, objective: Objective, first, labe
         objective.on_policy_fraction > 0 and batch.num_chunks > 1 and progress >= objective.on_policy_warmup_ratio
     )
     depth = batch.steps + (_depth_of_starts(batch, objective) if takes_own else 0)
-    # All chunks go on from where the one before ends, so that one pass over the row yields the starts too. On a GPU, T
-    # cheap steps without gradient and then k steps with gradient are faster than T steps with gradient.
-    is_one_pass = (
-        takes_own
-        and objective.on_policy_mode == "sequential"
-        and objective.on_policy_fraction == 1
-        and batch.inputs.device.type == "cpu"
-    )
-    if is_one_pass:
+    if takes_own and _is_one_pass(objective, batch.inputs.device):
         memories = truncated_rollout(student, first[:, 0], batch.steps, *batch.read())
         return None, torch.ones_like(own), memories, depth
     if objective.label_stride == 1:
@@ -299,6 +290,14 @@ def _rolled_out(model, batch: TransitionBatch, objective: Objective, first, labe
             starts = starts.index_copy(0, rows, torch.cat([first[rows], own_starts[:, 1:]], dim=1))
             own = own.index_fill(0, rows, True) if objective.on_policy_mode == "sequential" else own
     return starts, own, rollout(student, starts, *batch.read()), depth
+
+
+def _is_one_pass(objective: Objective, device: torch.device) -> bool:
+    """Whether all chunks go on from where the one before ends, so that one pass over the row yields the starts too.
+
+    On a GPU, T cheap steps without gradient and then k steps with gradient are faster than T steps with gradient.
+    """
+    return objective.on_policy_mode == "sequential" and objective.on_policy_fraction == 1 and device.type == "cpu"
 
 
 def _depth_of_starts(batch: TransitionBatch, objective: Objective) -> int:
@@ -317,7 +316,9 @@ def _own_starts(model, batch: TransitionBatch, objective: Objective, starts, sto
     if objective.on_policy_mode == "parallel":
         noise = example_uniforms(batch.example_ids[rows], starts.shape[1], objective.seed, STREAM_AGES)
         ages = 1 + (noise * objective.on_policy_sweeps).long()
-        own = parallel_starts(model.student, starts[rows], ages, *batch.read(rows), objective.on_policy_sweeps)
+        input_ids, mask, documents = batch.read(rows)
+        sweeps = objective.on_policy_sweeps
+        own = parallel_starts(model.student, starts[rows], ages, input_ids, mask, documents, sweeps)
     else:
         own = sequential_starts(model.student, starts.shape[1], *batch.read(rows))
         if objective.on_policy_mode == "aggregate" and stored_starts is not None:
@@ -330,8 +331,8 @@ def _picked(batch: TransitionBatch, objective: Objective, labels: torch.Tensor):
     """Random positions of each row: the teacher's memories there, the positions, and whether they count."""
     if not (objective.weight("predictive") or objective.weight("uniformity")):
         return None
-    # As many tokens ahead as the row has left, anywhere if the future is longer than the row; in a padded row, positions
-    # past its own last one do not count, so that nothing depends on the width of the batch.
+    # As many tokens ahead as the row has left, anywhere if the future is longer than the row; in a padded row,
+    # positions past its own last one do not count, so that nothing depends on the width of the batch.
     fits = objective.future_length < batch.lengths - 1
     last = torch.where(fits, batch.lengths - objective.future_length, batch.lengths - 1).clamp(min=0)[:, None]
     noise = example_uniforms(batch.example_ids, batch.length + 1, objective.seed, STREAM_POSITIONS)

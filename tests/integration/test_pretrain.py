@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from smt_hf.training.composite import part_of
+from smt_hf.training.objective import part_of
 
 ROOT = Path(__file__).parents[2]
 SMALL = """

@@ -16,11 +16,13 @@ from smt_hf import (
     SMTTrainingArguments,
 )
 from smt_hf.data import collate
+from smt_hf.errors import InputError
 from smt_hf.teachers import SMTTeacherConfig, SMTTeacherEncoder, SMTWindowedTeacher, SMTWindowedTeacherConfig
-from smt_hf.training import SMTPreTrainingConfig, pretraining
-from smt_hf.training.composite import _STREAM_CHUNKS, _STREAM_ON_POLICY, _STREAM_TRANSITIONS, _Row
+from smt_hf.training import SMTPreTrainingConfig, supervision
 from smt_hf.training.losses import next_token_loss, uniformity_loss
+from smt_hf.training.objective import LOSS_TERMS, part_of
 from smt_hf.training.rollout import example_uniforms, rollout
+from smt_hf.training.supervision import STREAM_CHUNKS, STREAM_ON_POLICY, STREAM_TRANSITIONS, TransitionBatch
 from tests.conftest import VOCAB, make_composite, make_student, student_config, teacher_config, wake
 
 SMALL = {"context_length": 12, "transition_steps": 4, "use_cpu": True}
@@ -46,9 +48,11 @@ NOTHING = {f"{name}_weight": 0.0 for name in ("readout", "dynamics", "predictive
 def objective(phase, **settings):
     kind, more = {
         "smt": (SMTTrainingArguments, ROWS),
-        "dmt": (DMTTrainingArguments, ROWS),
+        "dmt": (DMTTrainingArguments, {}),
         "bptt": (BPTTTrainingArguments, {}),
     }[phase]
+    own = {entry.name for entry in dataclasses.fields(kind)}
+    settings = {name: value for name, value in settings.items() if name in own or name not in NOTHING}
     return kind(output_dir="unused", **{**SMALL, **more, **settings}).objective()
 
 
@@ -279,7 +283,7 @@ def test_readout_of_labelled_memories_only(labelled):
         if is_dense:
             losses = next_token_loss(model.student.read_logits(memories), targets)
         else:
-            losses = model._readout_loss(memories, targets)
+            losses = supervision.Supervision.readout_loss(model.student, memories, targets)
         (losses * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum().backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
         results.append((losses, memories.grad, gradients))
@@ -345,7 +349,8 @@ def test_normalized_dynamics_by_hand():
 def test_label_moments(phase, stride):
     """Number, sums and squares of the labels of real transitions, and the running estimate, against numpy."""
     model = make_composite().train()
-    settings = {"label_stride": stride, "transition_steps": 1, "on_policy_fraction": 1.0}
+    settings = {"transition_steps": 1, "on_policy_fraction": 1.0}
+    settings |= {"label_stride": stride} if phase == "dmt" else {}
     settings["normalized_dynamics_weight"] = 1.0
     setting = objective(phase, **settings)
     assert torch.equal(model.label_variance(), torch.ones(3, 16))
@@ -384,7 +389,7 @@ def test_consistency_by_hand(hard_chunk_fraction):
     torch.nn.init.normal_(model.student.model.updater.out_proj.weight, std=3.0)  # any chunk may be the hardest
     outputs = model(**inputs, objective=setting)
     _, errors = naive_dynamics(model, inputs, 4, model.label_variance())
-    noise = example_uniforms(inputs["example_ids"], 8, setting.seed, _STREAM_CHUNKS)
+    noise = example_uniforms(inputs["example_ids"], 8, setting.seed, STREAM_CHUNKS)
     expected, seen = torch.zeros(6), set()
     for row, length in enumerate((13, 12, 9, 6, 5, 4)):
         ends = [end for end in (4, 8, 12) if end < length]
@@ -442,8 +447,9 @@ def test_future_loss_by_hand(share, future_length):
                 losses.append(torch.stack(own).mean() if own else torch.zeros(()))
             losses = torch.stack(losses)
         else:
-            tokens = _Row(ids, None, targets, None, 4)
-            losses = model._future_loss(tokens, memories, positions, future_length, is_real)
+            batch = TransitionBatch(ids, None, targets, None, None, 4)
+            decoded = supervision.Supervision(batch, 1, 1)
+            losses = decoded.future_loss(model.student, memories, positions, future_length, is_real)
         if share:
             (losses * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
         results.append((losses, memories.grad, model.student.lm_head.weight.grad))
@@ -476,7 +482,7 @@ def test_sparse_transitions_by_hand():
     settings = {"num_supervised_transitions": 3, "teacher_weight": 0.0, "uniformity_weight": 0.2}
     setting = objective("smt", **settings)
     outputs = model(**inputs, objective=setting)
-    noise = example_uniforms(inputs["example_ids"], 3, setting.seed, _STREAM_TRANSITIONS)
+    noise = example_uniforms(inputs["example_ids"], 3, setting.seed, STREAM_TRANSITIONS)
     student, start = model.student, model.student.model.start_memory()
     sums = dict.fromkeys(("dynamics", "readout", "predictive", "uniformity"), 0.0)
     for row, length in enumerate(lengths):
@@ -527,7 +533,7 @@ def test_a_sparse_transition_starts_a_document_from_m_0():
     start, losses = model.student.model.start_memory(), {}
     for number in range(20):
         numbers = torch.tensor([number])
-        before = int(example_uniforms(numbers, 1, setting.seed, _STREAM_TRANSITIONS) * 2)
+        before = int(example_uniforms(numbers, 1, setting.seed, STREAM_TRANSITIONS) * 2)
         outputs = model(ids, setting, document_ids=torch.tensor([[0, 1, 1]]), example_ids=numbers)
         losses[before] = outputs.term_sums["dynamics"] / outputs.num_items
     assert losses.keys() == {0, 1}
@@ -597,7 +603,7 @@ def test_one_pass_is_starts_and_chunks(transition_steps, kind, stride, monkeypat
     results = []
     for is_one_pass in (True, False):
         if not is_one_pass:
-            monkeypatch.setattr(pretraining, "_is_truncated_rollout", lambda *_: False)
+            monkeypatch.setattr(supervision, "_is_one_pass", lambda *_: False)
         model = make_composite().train()
         model.freeze_for("dmt")
         outputs = model(**inputs, objective=objective("dmt", **settings))
@@ -630,7 +636,7 @@ def test_every_batch_calls_the_modules_as_often(mode):
         model(**inputs, objective=setting, progress=0.5)
         orders.add(tuple(calls))
     assert len(orders) == 1
-    draws = example_uniforms(torch.arange(12), 1, setting.seed, _STREAM_ON_POLICY)
+    draws = example_uniforms(torch.arange(12), 1, setting.seed, STREAM_ON_POLICY)
     assert (draws < 0.5).any() and (draws >= 0.5).any()
 
 
@@ -666,7 +672,7 @@ def test_own_sums():
         alone.append(outputs.term_sums["readout"])
     alone = torch.stack(alone)
     setting = objective("smt", on_policy_mode="sequential", on_policy_warmup_ratio=0.2, on_policy_fraction=0.5)
-    own = example_uniforms(inputs["example_ids"], 1, setting.seed, _STREAM_ON_POLICY)[:, 0] < 0.5
+    own = example_uniforms(inputs["example_ids"], 1, setting.seed, STREAM_ON_POLICY)[:, 0] < 0.5
     assert 2 <= own.sum() <= 6
     # A row of one chunk starts at m_0 anyway.
     short = torch.tensor([13, 12, 11, 9, 6, 5, 4, 3]) - 1 <= setting.transition_steps
@@ -688,7 +694,7 @@ def test_own_sums():
         setting = objective(phase, **settings)
         expected = of(short if setting.transition_steps == 4 else torch.zeros_like(short))
         torch.testing.assert_close(model(**inputs, objective=setting).own_sums, expected, rtol=1e-4, atol=1e-4)
-    assert model(**inputs, objective=dataclasses.replace(setting, readout_weight=0.0)).own_sums is None
+    assert model(**inputs, objective=dataclasses.replace(setting, weights={"dynamics": 1.0})).own_sums is None
     everything = of(torch.ones_like(short))
     for phase in ("dmt", "bptt"):
         sums = model(**inputs, objective=objective(phase)).own_sums
@@ -865,13 +871,11 @@ def test_windowed_teacher_in_all_phases():
         ("smt", {"consistency_weight": -1.0}, "consistency_weight"),
         ("smt", {"dynamics_starts_below": 1.0}, "dynamics_full_below"),
         ("smt", {"dynamics_full_below": 1.0}, "dynamics_starts_below"),
-        ("smt", {"label_stride": 2, "on_policy_fraction": 1.0}, "dmt phase"),
         ("dmt", {"label_stride": 2, "on_policy_fraction": 0.5}, "on_policy_fraction"),
         ("dmt", {"label_stride": 2, "on_policy_mode": "parallel"}, "label_stride"),
         ("dmt", {"label_stride": 2, "on_policy_warmup_ratio": 0.5}, "label_stride"),
         ("dmt", {"label_stride": 0}, "label_stride"),
         ("smt", {"num_supervised_transitions": -1}, "num_supervised_transitions"),
-        ("dmt", {"num_supervised_transitions": 1}, "label_stride"),
         ("smt", {"curriculum_threshold": 1.0}, "sequential"),
         ("dmt", {"curriculum_threshold": 1.0, "readout_weight": 0.0}, "readout_weight"),
         ("smt", {"curriculum_threshold": 1.0, "on_policy_mode": "sequential", "on_policy_fraction": 0.0}, "above 0"),
@@ -880,12 +884,10 @@ def test_windowed_teacher_in_all_phases():
             {"curriculum_threshold": 1.0, "on_policy_mode": "sequential", "num_supervised_transitions": 1},
             "num_supervised_transitions",
         ),
-        ("dmt", {"trains_updater": False}, "trains_updater"),
         ("smt", {"trains_updater": False, "num_supervised_transitions": 1}, "trains_updater"),
         ("smt", {"trains_updater": False, "predictive_weight": 0.0, "teacher_weight": 0.0}, "needs a"),
         ("smt", {"trains_updater": False, "curriculum_threshold": 0.3}, "teacher_readout_weight"),
         ("smt", {"trains_updater": False, "consistency_weight": 1.0}, "consistency_weight"),
-        ("dmt", {"dynamics_starts_below": 1.0, "dynamics_full_below": 0.5}, "being trained"),
         ("smt", {"num_supervised_transitions": 1, "consistency_weight": 1.0}, "consistency_weight"),
         ("bptt", {"max_seconds": 0.0}, "max_seconds"),
         ("bptt", {"max_seconds": 5.0, "warmup_steps": 10}, "warmup_steps"),
@@ -894,16 +896,40 @@ def test_windowed_teacher_in_all_phases():
         ("smt", {"on_policy_mode": "sideways"}, "on_policy_mode"),
         ("smt", {"on_policy_mode": "aggregate"}, "frozen teacher"),
         ("smt", {"dynamics_weight": -1.0}, "dynamics_weight"),
-        ("bptt", {"readout_weight": 0.0}, "nothing to train"),
+        ("bptt", {"readout_weight": 0.0}, "has weight 0"),
         ("dmt", {"on_policy_mode": "aggregate", "on_policy_fraction": 0.5}, "on_policy_fraction"),
         ("bptt", {"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}, "do not fit"),
         ("dmt", {"label_smoothing_factor": 0.1}, "label_smoothing"),
         ("bptt", {"transition_steps": 0}, "transition_steps"),
+        ("smt", {"learning_rate": float("nan")}, "learning_rate"),
+        ("smt", {"learning_rate": -1e-3}, "learning_rate"),
+        ("smt", {"gradient_accumulation_steps": 0}, "gradient_accumulation_steps"),
+        ("dmt", {"per_device_train_batch_size": 0}, "per_device_train_batch_size"),
+        ("dmt", {"dynamics_weight": 0.0, "readout_weight": 0.0}, "has weight 0"),
+        ("smt", {"adam_beta1": 1.5}, "adam_beta1"),
+        ("smt", {"gradient_checkpointing": True}, "checkpointing"),
     ],
 )
 def test_arguments_refuse(phase, settings, word):
-    with pytest.raises(ValueError, match=word):
+    with pytest.raises(InputError, match=word):
         objective(phase, **settings)
+
+
+@pytest.mark.parametrize("kind", [DMTTrainingArguments, BPTTTrainingArguments])
+def test_a_phase_has_no_argument_that_it_never_computes(kind):
+    names = {entry.name for entry in dataclasses.fields(kind)}
+    foreign = {"predictive_weight", "consistency_weight", "teacher_weight", "future_length", "trains_updater"}
+    assert not names & foreign
+
+
+def test_what_a_term_trains():
+    """The table's `trains` against gradients: each term alone, chunks from the teacher's memories."""
+    for name, term in LOSS_TERMS.items():
+        model = make_composite().train()
+        alone = {**NOTHING, f"{name}_weight": 1.0, "on_policy_fraction": 0.0}
+        model(**rows(), objective=objective("smt", **alone)).loss.backward()
+        reached = {part_of(entry) for entry, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+        assert reached == set(term.trains), name
 
 
 def test_arguments_allow():

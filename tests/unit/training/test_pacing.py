@@ -7,7 +7,7 @@ import torch
 from transformers import TrainerControl, TrainerState, get_scheduler
 
 from smt_hf.training import pacing
-from smt_hf.training.pacing import VIRTUAL_STEPS_A_SECOND, Pace, TrainingCost
+from smt_hf.training.pacing import VIRTUAL_STEPS_PER_SECOND, Pace, TrainingCost
 from tests.unit.training.test_trainers import assert_same, make_trainer, weights_of
 
 STEP_SECONDS = 0.25
@@ -108,10 +108,10 @@ BY_SECONDS = {
 def expected_rate(trainer, seconds):
     """The learning rate of a schedule that has a step a millisecond."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    total = int(5.0 * VIRTUAL_STEPS_A_SECOND)
+    total = int(5.0 * VIRTUAL_STEPS_PER_SECOND)
     name, kwargs = trainer.args.lr_scheduler_type, trainer.args.lr_scheduler_kwargs
     schedule = get_scheduler(name, optimizer, total // 5, total, kwargs)
-    return trainer.args.learning_rate * schedule.lr_lambdas[0](int(seconds * VIRTUAL_STEPS_A_SECOND))
+    return trainer.args.learning_rate * schedule.lr_lambdas[0](int(seconds * VIRTUAL_STEPS_PER_SECOND))
 
 
 def assert_follows_the_seconds(trainer):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from smt_hf.training.adapters import LoraSettings, add_lora
-from smt_hf.training.composite import PARTS, part_of
+from smt_hf.training.objective import PARTS, part_of
 from tests.conftest import make_composite, make_student
 from tests.unit.training.test_trainers import make_trainer, weights_of
 

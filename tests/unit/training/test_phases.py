@@ -24,7 +24,7 @@ def clock(monkeypatch):
 
 def phase(kind=BPTTTrainingArguments, **settings):
     defaults = {"context_length": 12, "transition_steps": 4, "per_device_train_batch_size": 8, "disable_tqdm": True}
-    more = {} if kind is BPTTTrainingArguments else {"future_length": 4}
+    more = {"future_length": 4} if kind is SMTTrainingArguments else {}
     return kind(**{"output_dir": "x", "use_cpu": True, "save_strategy": "no", **defaults, **more, **settings})
 
 

@@ -17,16 +17,16 @@ from smt_hf import (
 )
 from smt_hf.data import EpochSampler, Levels
 from smt_hf.training.phases import arm_name, lay_out
-from smt_hf.training.trainers import load_student_optimizer
+from smt_hf.training.sharding import load_student_optimizer
 from tests.conftest import VOCAB, make_composite, make_student
 
 KINDS = {
     "smt": (SMTTrainer, SMTTrainingArguments, {"transition_steps": 4, "future_length": 4, "context_length": 12}),
-    "dmt": (DMTTrainer, DMTTrainingArguments, {"future_length": 4, "context_length": 12}),
+    "dmt": (DMTTrainer, DMTTrainingArguments, {"context_length": 12}),
     "dmt_aggregate": (
         DMTTrainer,
         DMTTrainingArguments,
-        {"future_length": 4, "context_length": 12, "on_policy_mode": "aggregate", "aggregate_capacity": 16},
+        {"context_length": 12, "on_policy_mode": "aggregate", "aggregate_capacity": 16},
     ),
     "bptt": (BPTTTrainer, BPTTTrainingArguments, {"transition_steps": 4, "context_length": 12}),
     "bptt_full": (BPTTTrainer, BPTTTrainingArguments, {"transition_steps": 12, "context_length": 12}),
