@@ -96,7 +96,9 @@ def test_overwriting_spares_what_is_not_ours(tmp_path):
     assert json.loads((tmp_path / RUN).read_text()) == {"seed": 1}
 
 
-@pytest.mark.parametrize("resume, overwrite, message", [("True", True, "not both"), ("True", False, "no run to resume")])
+@pytest.mark.parametrize(
+    "resume, overwrite, message", [("True", True, "not both"), ("True", False, "no run to resume")]
+)
 def test_folders_that_are_refused(tmp_path, resume, overwrite, message):
     with pytest.raises(InputError, match=message):
         check_output_dir(a_run(tmp_path / "new", overwrite, resume))
