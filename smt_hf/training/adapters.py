@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from smt_hf.errors import InputError
 from smt_hf.student import SMTRecurrentForCausalLM
 
 if TYPE_CHECKING:
@@ -32,12 +33,12 @@ class LoraSettings:
 
     def __post_init__(self):
         if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
-            raise ValueError(
+            raise InputError(
                 f"LoRA needs a rank of at least 1, an alpha above 0 and a dropout in [0, 1), got {self.rank}, "
                 f"{self.alpha} and {self.dropout}."
             )
         if not self.parts or set(self.parts) - set(LORA_PARTS):
-            raise ValueError(f"LoRA layers go into {' and '.join(LORA_PARTS)}, got {', '.join(self.parts) or 'none'}.")
+            raise InputError(f"LoRA layers go into {' and '.join(LORA_PARTS)}, got {', '.join(self.parts) or 'none'}.")
 
 
 def add_lora(student: SMTRecurrentForCausalLM, settings: LoraSettings | None = None) -> "PeftModel":

@@ -78,8 +78,8 @@ def _students(pairs: list[str], task: str):
         name, _, folder = pair.partition("=")
         path = Path(folder).expanduser()
         results = path / "eval_results.json"
-        phases = json.loads(results.read_text())["phases"] if results.exists() else []
-        named = [{name: phase[name] for name in NAMING if name in phase} for phase in phases]
+        phases = json.loads(results.read_text()).get("phases", []) if results.exists() else []
+        named = [{key: phase[key] for key in NAMING if key in phase} for phase in phases]
         yield name, AutoModelForCausalLM.from_pretrained(path).eval(), {"phases": named} if named else {}
 
 

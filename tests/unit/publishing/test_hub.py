@@ -254,10 +254,7 @@ REFUSED_FILES = {
 }
 # How a folder is spoiled -> part of the refusal.
 SPOILED = {
-    "link to a file outside": (
-        lambda f: (f / "a.txt").symlink_to(f.parent / "outside.txt"),
-        "a.txt is a symbolic link",
-    ),
+    "link to a file outside": (lambda f: (f / "a.txt").symlink_to(f.parent / "out.txt"), "a.txt is a symbolic link"),
     "link to a folder outside": (lambda f: (f / "a").symlink_to(f.parent), "a is a symbolic link"),
     "link to nothing": (lambda f: (f / "a.json").symlink_to("missing"), "a.json is a symbolic link"),
     "link to itself": (lambda f: (f / "a.json").symlink_to("a.json"), "a.json is a symbolic link"),
