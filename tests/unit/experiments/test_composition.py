@@ -23,8 +23,9 @@ def settings_of(**given):
 @pytest.mark.parametrize(
     "changed",
     [
-        {"gradient_accumulation_steps": 2}, {"adam_beta1": 0.8}, {"adam_epsilon": 1e-7}, {"bf16": True}, {"data_seed": 0},
-        {"optim": "sgd"}, {"full_determinism": True}, {"per_device_train_batch_size": 3}, {"learning_rate": 1.0},
+        {"gradient_accumulation_steps": 2}, {"adam_beta1": 0.8}, {"adam_epsilon": 1e-7}, {"bf16": True},
+        {"data_seed": 0}, {"optim": "sgd"}, {"full_determinism": True}, {"per_device_train_batch_size": 3},
+        {"learning_rate": 1.0},
         {"dataloader_drop_last": True}, {"neftune_noise_alpha": 0.0}, {"accelerator_config": {"even_batches": False}},
         {"max_grad_norm": 0.5}, {"lr_scheduler_kwargs": {"min_lr_rate": 0.2}}, {"on_policy_fraction": 0.25},
     ],
@@ -36,7 +37,8 @@ def test_what_changes_the_result_is_recorded(changed):
 @pytest.mark.parametrize(
     "changed",
     [
-        {"logging_steps": 3}, {"save_steps": 3}, {"save_total_limit": 9}, {"eval_strategy": "steps"}, {"disable_tqdm": True},
+        {"logging_steps": 3}, {"save_steps": 3}, {"save_total_limit": 9}, {"eval_strategy": "steps"},
+        {"disable_tqdm": True},
         {"per_device_eval_batch_size": 2}, {"dataloader_num_workers": 1}, {"output_dir": "x"}, {"hub_model_id": "a/b"},
         {"seed": 9},  # of the run, which has it itself
     ],
