@@ -157,7 +157,7 @@ def test_the_prompt_is_any_text(capsys):
     assert parse_generate([*given, "--prompt=hello"]).prompt == "hello" and parse_generate(["--prompt="]).prompt == ""
     for words, message in (
         (["--prompt"], "needs a value"),
-        (["--prompt", "hello", "world"], "put quotes around 'hello world'"),
+        (["--prompt", "hello", "world"], "unexpected argument 'world'"),
         (["--promt", "a"], "did you mean 'prompt'"),
     ):
         with pytest.raises(ValueError, match=message):

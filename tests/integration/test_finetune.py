@@ -50,7 +50,7 @@ def test_instructions(checkpoint, tmp_path, monkeypatch, capsys, use_peft):
     tokens = torch.randint(0, 258, (2, 9))
     assert AutoTokenizer.from_pretrained(tmp_path / "out" / "student").eos_token_id == 256
     card = ModelCard.load(tmp_path / "out" / "student" / "README.md")
-    assert "Fine-tuned" in card.text and "`checkpoint`" in card.text and str(tmp_path) not in card.content
+    assert "fine-tuned" in card.text and "`checkpoint`" in card.text and str(tmp_path) not in card.content
     assert ("LoRA of rank 4" in card.text) == use_peft == (tmp_path / "out" / "adapter").exists()
     if use_peft:
         base = AutoModelForCausalLM.from_pretrained(checkpoint)
