@@ -326,7 +326,3 @@ def described(
         text = entry.metadata.get("help", "") or (texts or {}).get(entry.name, "")
         lines.append(f"  --{prefix}{entry.name} (default: {default})" + (f"\n      {text}" if text else ""))
     return lines
-
-
-def check_values(given: dict[str, Any], dataclass_type) -> None:
-    """`built` checks the values."""

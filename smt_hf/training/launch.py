@@ -1,21 +1,15 @@
 """What a launch has turned out to be, against what was asked for."""
 
-import atexit
 import contextlib
 import os
-import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from smt_hf.errors import InputError
-
-from .stopping import Interrupted
 
 # Set by `accelerate launch`, for a single process too.
 _LAUNCHED = "ACCELERATE_MIXED_PRECISION"
@@ -78,35 +72,35 @@ def check_launch(accelerator: Accelerator, wants_deepspeed: bool = False, wants_
             environment that `accelerate launch` makes.
 
     Raises:
-        RuntimeError: what was asked for, what is there, and how to get it.
+        InputError: what was asked for, what is there, and how to get it.
     """
     realised = accelerator.distributed_type
     wants_deepspeed = wants_deepspeed or launched_with_deepspeed()
     wants_fsdp = wants_fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
     there = f"this is {realised.value} with {accelerator.num_processes} process(es)"
     if wants_deepspeed and realised != DistributedType.DEEPSPEED:
-        raise RuntimeError(
+        raise InputError(
             f"the launch asked for DeepSpeed, but {there}: on a CPU set `use_cpu: true` in the launch configuration "
             "and DS_ACCELERATOR=cpu, and do not set ACCELERATE_USE_CPU."
         )
     plugin = accelerator.state.deepspeed_plugin if realised == DistributedType.DEEPSPEED else None
     zero = {} if plugin is None else plugin.deepspeed_config.get("zero_optimization", {})
     if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
-        raise RuntimeError(
+        raise InputError(
             "ZeRO-3 is to save whole weights, which the next phase and `student/` are made of: set "
             "`zero3_save_16bit_model: true` in the launch configuration, or "
             "`stage3_gather_16bit_weights_on_model_save` in DeepSpeed's."
         )
     if wants_fsdp and realised != DistributedType.FSDP:
-        raise RuntimeError(
+        raise InputError(
             f"the launch asked for FSDP, but {there}: accelerate shards on accelerators only. On a CPU, take "
             "recipes/accelerate/ddp.yaml or a deepspeed_zero*.yaml."
         )
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if asked != accelerator.num_processes:
-        raise RuntimeError(f"the launch started {asked} processes, but {there}.")
+        raise InputError(f"the launch started {asked} processes, but {there}.")
     if _LAUNCHED in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        raise RuntimeError(
+        raise InputError(
             f"the launch asked for several processes, but {there}: `distributed_type: MULTI_CPU` and `--cpu` need "
             "mpirun. Take recipes/accelerate/cpu.yaml, or unset MASTER_ADDR if one process is what you want."
         )
@@ -120,25 +114,3 @@ def settle_deepspeed() -> None:
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
     if not torch.accelerator.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def run_to_end(function: Callable[..., Any], *arguments) -> None:
-    """What a recipe's `main` does: call `function`, and end as a shell expects after a signal: 128 + its number."""
-    code = 0
-    try:
-        function(*arguments)
-    except Interrupted as stopped:
-        if PartialState().is_main_process:
-            print(f"\n{stopped}", flush=True)
-        code = 128 + stopped.signal_number
-    if torch.distributed.is_available() and torch.distributed.is_initialized():  # of one process, too
-        # A wrapped model keeps Gloo's threads alive after its group is destroyed, and one that lets go of a Python
-        # tensor while the interpreter shuts down aborts the process (pytorch/pytorch#179291): end before it does.
-        PartialState().destroy_process_group()
-        threading._shutdown()  # type: ignore[attr-defined]
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    if code:
-        raise SystemExit(code)
