@@ -1,6 +1,7 @@
 """What is wrong with a run and can be known before anything is read or written."""
 
 import warnings
+from pathlib import Path
 
 from transformers.integrations import get_reporting_integration_callbacks
 
@@ -12,7 +13,7 @@ from smt_hf.training.phases import arm_name, check_named_checkpoint, lay_out
 from smt_hf.upload import check_hub_access
 
 from .run_arguments import ParsedRun
-from .run_folder import check_output_dir
+from .run_folder import check_output_dir, check_writable
 
 
 def check_run(parsed: ParsedRun) -> str | None:
@@ -39,6 +40,8 @@ def check_run(parsed: ParsedRun) -> str | None:
                 "out."
             )
     check_output_dir(run)
+    if run.evidence_file:
+        check_writable("evidence_file", Path(run.evidence_file).absolute().parent)
     lay_out(phases, run.output_dir)
     if isinstance(run.resume, str):
         check_named_checkpoint(phases, run.resume)

@@ -45,11 +45,7 @@ def check_output_dir(run: RunArguments) -> None:
     folder = Path(run.output_dir)
     if run.overwrite_output_dir and run.resume_from_checkpoint:
         raise InputError("pass either `--overwrite_output_dir` or `--resume_from_checkpoint`, not both.")
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise InputError(f"`output_dir` {folder} cannot be made: {there} is a file. Name another folder.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"`output_dir` {folder} cannot be written: {there} belongs to somebody else.")
+    check_writable("output_dir", folder)
     with contextlib.suppress(FileNotFoundError), (folder / LOCK).open() as file:
         if not _try_lock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB):  # shared: all processes of a run look at once
             raise InputError(_in_use(folder, LOCK))
@@ -61,6 +57,17 @@ def check_output_dir(run: RunArguments) -> None:
             )
     elif run.resume_from_checkpoint:
         raise InputError(f"there is no run to resume in {folder}.")
+
+
+def check_writable(name: str, folder: Path) -> None:
+    """Raises:
+    InputError: the folder that the flag `name` asks for can neither be made nor written.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise InputError(f"`{name}` {folder} cannot be made: {there} is a file. Name another folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"`{name}` {folder} cannot be written: {there} belongs to somebody else.")
 
 
 def _try_lock(descriptor: int, kind: int) -> bool:

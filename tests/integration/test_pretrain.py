@@ -323,6 +323,27 @@ def test_resume_from_a_named_checkpoint_and_refusals(finished, monkeypatch):
         torch.testing.assert_close(after[name], before[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.processes
+def test_the_student_is_saved_before_anything_else(tmp_path, monkeypatch, text_file):
+    """Yardsticks of a large corpus may take more memory than there is: what was trained is there by then."""
+    from smt_hf.experiments import parse_run, pretrain
+    from smt_hf.experiments.subjects import TextSubject
+
+    def out_of_memory(subject):
+        raise MemoryError
+
+    monkeypatch.chdir(tmp_path)
+    words = ["--train_file", str(text_file), "--output_dir", "out", "--phases", "smt", *SMALL, "--max_steps", "1"]
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(TextSubject, "ngram_bits", out_of_memory)
+        pretrain(parse_run(words))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "student")
+    assert (tmp_path / "out" / "teacher" / "model.safetensors").exists()
+    assert not (tmp_path / "out" / "eval_results.json").exists()
+    results = pretrain(parse_run([*words, "--resume_from_checkpoint"]))
+    assert "ngram3" in results["arms"] and (tmp_path / "out" / "student" / "README.md").exists()
+
+
 CLEAN = """
 import sys
 sys.modules["smt_hf"] = None  # as if it had never been installed
@@ -386,6 +407,7 @@ BAD = {
     "no width": (["--hidden_size", "0"], "hidden_size"),
     "a negative width": (["--hidden_size", "-8"], "hidden_size"),
     "below a file": (["--output_dir", "short.txt/out"], "short.txt is a file"),
+    "evidence below a file": (["--evidence_file", "short.txt/lines.jsonl"], "evidence_file"),
     "data of a task": (["--task", "parity", "--difficulty", "8"], "leave train_file out"),
     "warm-up of the rival": (["--compare_bptt", "--warmup_steps", "3"], "bptt_warmup_steps"),
     "no memory tokens": (["--num_memory_tokens", "0"], "num_memory_tokens"),
