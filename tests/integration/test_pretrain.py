@@ -394,7 +394,7 @@ BAD = {
     "an empty value": (["--train_file", ""], "`train_file` is empty"),
     "no tracker": (["--report_to", "abacus"], "abacus"),
     "a tracker that is not installed": (["--report_to", "swanlab"], "`report_to`"),
-    "the Hub offline": (["--push_to_hub", "--hub_model_id", "a/b"], "a/b cannot be written in offline mode"),
+    "the Hub offline": (["--push_to_hub", "--hub_model_id", "a/b"], "nothing can be sent to a/b in offline mode"),
     "no repository": (["--push_to_hub"], "--hub_model_id user/name"),
     "batch size": (["--per_device_train_batch_size", "0"], "per_device_train_batch_size"),
     "accumulation": (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps"),

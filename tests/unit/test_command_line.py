@@ -272,7 +272,6 @@ def test_help(capsys):
 
 
 GRID = """
-output: runs/grid.jsonl
 jobs: 3
 num_threads: 2
 seeds: [0, 1]
@@ -323,7 +322,7 @@ def grid(tmp_path, *words, content=GRID):
 def test_grid(tmp_path):
     """Every task at every difficulty by every arm and variant under every seed."""
     parsed = grid(tmp_path)
-    assert (parsed.output, parsed.jobs, parsed.report) == ("runs/grid.jsonl", 3, False)
+    assert (str(parsed.output), parsed.jobs, parsed.report) == ("runs/run.jsonl", 3, False)
     names = ["learning_rate=0.001, transition_steps=8", "learning_rate=0.001, transition_steps=16",
              "learning_rate=0.002, transition_steps=8", "learning_rate=0.002, transition_steps=16"]  # fmt: skip
     cells = {
@@ -447,10 +446,10 @@ def test_only(tmp_path):
         ("--outptu x", "did you mean 'output'"),
         ("--only colour=red", "`--only` takes"),
         ("--only parity", "`--only` takes"),
-        ("--only task=sorting", "nothing"),
+        ("--only task=sorting", "no task 'sorting'"),
         ("--only arm=smt variant=full", "nothing"),
         ("--only seed=first", "seed"),
-        ("--only", "`--only` takes"),
+        ("--only", "`--only` needs a value"),
         ("--jobs many", "jobs"),
     ],
 )
@@ -465,7 +464,6 @@ def test_grid_flags_are_refused(tmp_path, words, message):
     "old, new, message",
     [
         ("seeds:", "seed:", "did you mean 'seeds'"),
-        ("output: runs/grid.jsonl", "", "needs `output`"),
         ("difficulties: [10]", "dificulties: [10]", "did you mean 'difficulties'"),
         ("variants:", "variant:", "did you mean 'variants'"),
         ("- dmt", "- dtm", "unknown phase 'dtm'"),
@@ -477,7 +475,7 @@ def test_grid_flags_are_refused(tmp_path, words, message):
         ("hidden_size: 48}", "num_memory_tokens: 48}", "'num_memory_tokens'"),  # follows from the student
         ("weight_decay: 0.5", "weight_decay: much", "weight_decay"),
         ("{hidden_size: 32,", "{hidden_size: large,", "hidden_size"),
-        ("sweep: {bptt: {", "sweep: {smt: {learning_rate: [1]}, bptt: {", "`sweep` takes one phase"),
+        ("sweep: {bptt: {", "sweep: {smt: {learning_rate: [1]}, bptt: {", "unknown phase in `sweep`"),
         ("phases: [{smt: {num_supervised_transitions: 1, teacher_weight: 0}}]", "phases:", "needs `phases`"),
         ("share: 0.75", "dynamics_weight: -1", "dynamics_weight"),
         ("[1.0e-3, 2.0e-3], transition", "[1.0e-3, 2.0e-3], tranzition", "did you mean 'transition_steps'"),
