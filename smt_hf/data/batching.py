@@ -23,10 +23,14 @@ def rows_at(rows: Sequence[dict], indices: list[int]) -> list[dict]:
 
 
 class IndexedExamples(Dataset):
-    """Rows under global example numbers: number `i` is row `i % len(rows)` in epoch `i // len(rows)`."""
+    """Rows under global numbers: number `i` is row `i % len(rows)` in epoch `i // len(rows)`.
 
-    def __init__(self, rows: Sequence[dict]):
-        self.rows = rows
+    Args:
+        column: that the numbers are put in.
+    """
+
+    def __init__(self, rows: Sequence[dict], column: str = "example_ids"):
+        self.rows, self.column = rows, column
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -36,7 +40,7 @@ class IndexedExamples(Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
         rows = rows_at(self.rows, [index % len(self.rows) for index in indices])
-        return [{**row, "example_ids": index} for row, index in zip(rows, indices)]
+        return [{**row, self.column: index} for row, index in zip(rows, indices)]
 
 
 class Levels(Dataset):
@@ -205,7 +209,7 @@ def collate(examples: list[dict]) -> dict[str, Any]:
     else:
         contents = (np.asarray(example["input_ids"], dtype=np.int64).tobytes() for example in examples)
         batch["example_ids"] = torch.tensor([zlib.crc32(content) for content in contents])
-    for name in ("stream_ids", "is_fresh"):
+    for name in ("stream_ids", "is_fresh", "row_ids"):
         if name in examples[0]:
             batch[name] = torch.tensor([example[name] for example in examples])
     return batch

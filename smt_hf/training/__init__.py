@@ -1,4 +1,4 @@
-"""Rollout, objectives, the composite that is trained, and a Trainer a phase."""
+"""The rollout, the loss terms, the composite that is trained, and the Trainer of each phase."""
 
 from .arguments import BPTTTrainingArguments, DMTTrainingArguments, SMTTrainingArguments
 from .composite import SMTForPreTraining, SMTPreTrainingConfig

@@ -1,4 +1,4 @@
-"""Memory labels of a frozen teacher on disk: computed once a row, read in every later epoch."""
+"""Memory labels of a frozen teacher on disk: computed once per row, read in every later epoch."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The losses, on plain tensors. Each returns one number an example, `(B,)`, in nats unless it says otherwise.
+"""The losses, on plain tensors. Each returns one number per example, `(B,)`, in nats unless it says otherwise.
 
 Shapes: B sequences, S positions, F future tokens, K memory tokens, D width, V vocabulary. Equations: arXiv:2606.06479.
 How examples are added up is the composite's business (`SMTForPreTraining`).

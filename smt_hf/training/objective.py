@@ -14,15 +14,13 @@ import torch
 from smt_hf.command_line import argument
 from smt_hf.errors import InputError
 
-from .losses import dynamics_loss, masked_mean, next_token_loss, uniformity_loss
+from .losses import dynamics_loss, masked_mean, next_token_loss, uniformity_loss, warmed_up
 
 if TYPE_CHECKING:
     from .supervision import Supervision
 
 PHASES = ("smt", "dmt", "bptt")
 PARTS = ("teacher", "embeddings", "updater", "readout")
-# Weight of a term that waits for the teacher, relative to its full weight.
-LEAST_DYNAMICS_SCALE = 0.05
 
 
 @dataclass(frozen=True)
@@ -228,8 +226,7 @@ class Objective:
         Args:
             dynamics_scale: factor on the terms that wait for the teacher.
         """
-        ratio = self.warmup_ratios.get(name, 0.0)
-        weight = self.weight(name) * (1.0 if ratio <= 0 else min(1.0, progress / ratio))
+        weight = warmed_up(self.weight(name), progress, self.warmup_ratios.get(name, 0.0))
         return weight * dynamics_scale if LOSS_TERMS[name].waits_for_teacher else weight
 
     def terms(self, supervision: "Supervision") -> list[LossTerm]:

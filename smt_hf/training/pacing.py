@@ -11,29 +11,35 @@ from transformers.trainer_callback import ExportableState
 VIRTUAL_STEPS_PER_SECOND = 1000
 
 
-class TrainingCost(TrainerCallback, ExportableState):
+class _KeptState(TrainerCallback, ExportableState):
+    """A callback whose attributes `kept` are in `trainer_state.json`, so that a resumed run goes on with them."""
+
+    kept: tuple[str, ...]
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {name: getattr(self, name) for name in self.kept}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # The Trainer's own way to do this needs an argument that is off by default.
+        earlier = state.stateful_callbacks.get(type(self).__name__)
+        for name, value in earlier["attributes"].items() if earlier else ():
+            setattr(self, name, value)
+
+
+class TrainingCost(_KeptState):
     """What the phase has cost so far, over interruptions: seconds inside steps (no evaluation, no saving),
     sequential transitions, transitions supervised. Kept in `trainer_state.json`.
 
     Ends the phase when its `max_seconds` are used up, and evaluates `num_evaluations` times on the way there.
     """
 
+    kept = ("seconds", "sequential_steps", "tokens")
     num_evaluations = 10
 
     def __init__(self):
         self.seconds, self.sequential_steps, self.tokens = 0.0, 0, 0
         self.step_seconds: list[float] = []
         self._started = 0.0
-
-    def state(self) -> dict:
-        names = ("seconds", "sequential_steps", "tokens")
-        return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        # A resumed run goes on counting; the Trainer's own way to do this needs an argument that is off by default.
-        earlier = state.stateful_callbacks.get(type(self).__name__)
-        for name, value in earlier["attributes"].items() if earlier else ():
-            setattr(self, name, value)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._started = now()
@@ -61,7 +67,7 @@ def now() -> float:
     return time.perf_counter()
 
 
-class Pace(TrainerCallback, ExportableState):
+class Pace(_KeptState):
     """Running losses that a phase is paced by, and the level of its curriculum. Kept in `trainer_state.json`.
 
     Args:
@@ -77,6 +83,7 @@ class Pace(TrainerCallback, ExportableState):
         teacher_loss: running mean of the readout on the teacher's memories; `None` before the first step.
     """
 
+    kept = ("level", "own_loss", "teacher_loss")
     momentum = 0.9
 
     def __init__(self, num_levels: int = 1, threshold: float | None = None, first_level: int = 0):
@@ -84,15 +91,6 @@ class Pace(TrainerCallback, ExportableState):
         self.level = min(first_level, num_levels - 1)
         self.own_loss: float | None = None
         self.teacher_loss: float | None = None
-
-    def state(self) -> dict:
-        names = ("level", "own_loss", "teacher_loss")
-        return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        earlier = state.stateful_callbacks.get(type(self).__name__)
-        for name, value in earlier["attributes"].items() if earlier else ():
-            setattr(self, name, value)
 
     def update(self, own_loss: float | None, teacher_loss: float | None) -> None:
         """Take in the losses of an optimiser step; `None` where it had none."""

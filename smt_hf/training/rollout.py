@@ -114,7 +114,7 @@ def example_uniforms(example_ids: torch.Tensor, num: int, seed: int, stream: int
 
     Args:
         example_ids: `(B,)`, unique over the run (row and epoch).
-        num: numbers an example.
+        num: numbers per example.
         seed, stream: of the run; of the decision that the numbers are for.
 
     Returns:

@@ -148,7 +148,7 @@ def test_the_other_kind_of_teacher():
 
 def test_the_published_teacher_has_no_loss_of_its_own():
     """The README's flags work as they stand, and say what follows from them."""
-    words = "--teacher_model_type smt_windowed_teacher --smt_num_supervised_transitions 1 --phases smt,dmt".split()
+    words = ["--teacher_model_type", "smt_windowed_teacher", "--smt_num_supervised_transitions", "1"]
     parsed = parse_run(words)
     assert parsed.phases[0].teacher_weight == 0.0
     assert parsed.notes == ["smt: teacher_weight 1.0 -> 0.0 (smt_windowed_teacher has no next-token head)"]
@@ -263,7 +263,7 @@ def test_help(capsys):
     text = capsys.readouterr().out
     assert text.strip() == help_text().strip()
     first = "\n".join(text.splitlines()[:15])
-    for name in ("--train_file", "--output_dir", "--phases", "--max_steps", "--resume_from_checkpoint", "--hidden_size"):
+    for name in ("--train_file", "--output_dir", "--phases", "--max_steps", "--hidden_size", "--compare_bptt"):
         assert name in first
     for name in ("--predictive_weight", "--aggregate_capacity", "--carries_memory", "--teacher_context_length"):
         assert text.count(name + " ") == 1  # what is a phase's own is said once

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
-from smt_hf import SMTForPreTraining
-from smt_hf.training import trainers
+from smt_hf import BPTTTrainer, SMTForPreTraining
 from smt_hf.training.checkpoints import newest_checkpoint, what_is_missing
 from smt_hf.training.phases import run_phases
 from smt_hf.training.stopping import Interrupted, StopOnSignal, check_finite
@@ -31,14 +31,19 @@ def test_what_is_written_is_listed(tmp_path):
         assert f'"{name}"' in listed
 
 
-@pytest.mark.parametrize("damage", ["shortened", "removed", "without its list"])
+@pytest.mark.parametrize("damage", ["shortened", "changed", "removed", "without its list"])
 def test_a_damaged_checkpoint_is_named_and_skipped(tmp_path, damage):
     trainer = make_trainer("smt", tmp_path, **EVERY)
     trainer.train()
     newest = tmp_path / "checkpoint-6"
-    victim = newest / {"shortened": "optimizer.pt", "removed": "model.safetensors"}.get(damage, "contents.json")
+    name = {"removed": "model.safetensors", "without its list": "contents.json"}.get(damage, "optimizer.pt")
+    victim = newest / name
     if damage == "shortened":
         os.truncate(victim, victim.stat().st_size - 1)
+    elif damage == "changed":
+        content = bytearray(victim.read_bytes())
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
     else:
         victim.unlink()
     with pytest.warns(UserWarning, match=f"checkpoint-6.*{victim.name}"):
@@ -71,7 +76,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     trainer = make_trainer("smt", tmp_path, **EVERY)
     size = {}
 
-    class Fill(trainers.TrainerCallback):
+    class Fill(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 4:
                 size["before"] = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -103,7 +108,7 @@ def test_the_best_checkpoint_stays(tmp_path):
     assert_same(weights_of(trainer), reloaded.state_dict(), rtol=0, atol=0)
 
 
-class SignalAt(trainers.TrainerCallback):
+class SignalAt(TrainerCallback):
     def __init__(self, step, number):
         self.step, self.number = step, number
 
@@ -120,7 +125,7 @@ def pipeline(folder, resume=None, at=None, number=signal.SIGTERM):
     lay_out(phases, str(folder))
     model, made = make_composite(), []
 
-    class Watched(trainers.BPTTTrainer):
+    class Watched(BPTTTrainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             made.append(self)
@@ -160,7 +165,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, kind):
     rows = some_rows()
     trainer = make_trainer(kind, tmp_path, rows=rows, **EVERY)
 
-    class Spoil(trainers.TrainerCallback):
+    class Spoil(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 3:
                 with torch.no_grad():
