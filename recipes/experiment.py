@@ -1,23 +1,23 @@
 """Run, resume or report a grid of runs: `python recipes/experiment.py --config recipes/probes.yaml [--report]`."""
 
 import sys
-from pathlib import Path
 
 from smt_hf.experiments.grid import run_grid
 from smt_hf.experiments.grid_file import parse_grid
-from smt_hf.publishing.report import read_lines, render_report
+from smt_hf.publishing.evidence import read_lines
+from smt_hf.publishing.report import render_report
+from smt_hf.recipe import run_to_end
 
 
 def main() -> None:
     parsed = parse_grid(sys.argv[1:])
-    output = Path(parsed.output)
     if parsed.report:
-        for path in render_report(read_lines(output), output.stem, output.parent):
+        for path in render_report(read_lines(parsed.output), parsed.output.stem, parsed.output.parent):
             print(path)
         return
-    for _ in run_grid(parsed.runs, output, parsed.jobs):
+    for _ in run_grid(parsed.runs, parsed.output, parsed.jobs):
         pass
 
 
 if __name__ == "__main__":
-    main()
+    run_to_end(main)

@@ -1,8 +1,9 @@
-"""Send a checkpoint to the Hub: `python recipes/publish.py --checkpoint DIR --repo_id user/name --dry_run`."""
+"""Send a student to the Hub: `python recipes/publish.py --checkpoint DIR --repo_id USER/NAME [--dry_run]`."""
 
 import sys
 
 from smt_hf.publishing.hub import parse_publish, publish
+from smt_hf.recipe import run_to_end
 
 
 def main() -> None:
@@ -11,4 +12,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_to_end(main)

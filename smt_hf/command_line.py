@@ -1,116 +1,299 @@
-"""Flags and YAML into dataclasses. Flags beat YAML; an unknown key is an error that names the closest valid one."""
+"""Flags and YAML into dataclasses. Flags beat YAML; an unknown key is an error that names the closest valid one.
 
+Every field of a dataclass is a flag. `parse` is the whole parser of a recipe with one dataclass; recipes with several
+take the layers of settings from `read_layers` and turn each part into its dataclass with `built`. Bad input is an
+`InputError` everywhere.
+"""
+
+import copy
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
+import os
 import re
-from collections.abc import Iterable
-from dataclasses import field
-from typing import Any, NoReturn
+import types
+import warnings
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser, PreTrainedConfig
 
+from smt_hf.errors import InputError
 
-def argument(default, help: str):
-    """Field of a dataclass that is a flag; a list's default is copied, a function's is what it returns."""
+# Former name of a flag -> its name now. The former name keeps working, with a warning.
+RENAMED: dict[str, str] = {}
+
+_OWN_METADATA = ("is_text", "may_be_bare")
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
+_Dataclass = TypeVar("_Dataclass")
+
+
+def argument(default, help: str, is_text: bool = False, may_be_bare: bool = False):
+    """Field of a dataclass that is a flag.
+
+    Args:
+        default: a list is copied; a function is called for the value.
+        help: what `--help` says.
+        is_text: any text, as a prompt: the word after the flag is taken as it stands, even if it is empty, begins with
+            dashes or holds a `$`.
+        may_be_bare: the flag may come without a value, which then is "True".
+    """
+    metadata: dict[str, Any] = {"help": help}
+    metadata |= {name: True for name, value in zip(_OWN_METADATA, (is_text, may_be_bare)) if value}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     if callable(default):
-        return field(default_factory=default, metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+def parse(dataclass_type: type[_Dataclass], argv: list[str], usage: str) -> _Dataclass:
+    """All settings of a recipe that has one dataclass. A field `config` names a YAML file of the same settings.
+
+    Args:
+        usage: first lines of `--help`.
+
+    Raises:
+        InputError: an unknown flag or key, a value that does not fit, a malformed or missing YAML file.
+        SystemExit: after `--help`.
+    """
+    fields = dataclasses.fields(dataclass_type)  # type: ignore[arg-type]
+    texts = [entry.name for entry in fields if entry.metadata.get("is_text")]
+    layers = read_layers(argv, lambda: "\n".join([usage.strip(), "", *described(dataclass_type)]), texts)
+    settings: dict[str, Any] = {}
+    for layer in layers:
+        check_keys(layer, names_of(dataclass_type), "argument")
+        settings |= layer
+    return built(dataclass_type, settings)
 
 
-def closest(key: str, valid: Iterable[str]) -> str:
-    close = difflib.get_close_matches(key, sorted(valid), n=1, cutoff=0.5)
-    return f": did you mean {close[0]!r}?" if close else "."
+def read_layers(argv: list[str], help_text: Callable[[], str], texts: Collection[str] = ()) -> list[dict[str, Any]]:
+    """Settings of the YAML file that `--config` names, if any, and of the flags; later layers beat earlier ones.
+
+    Args:
+        argv: words after the script's name.
+        help_text: what `--help` prints.
+        texts: flags whose next word is taken as it stands.
+
+    Raises:
+        InputError: words that are no flags, a YAML file that cannot be read.
+        SystemExit: after `--help`.
+    """
+    flags = read_flags(argv, texts)
+    if "help" in flags:
+        print(help_text())
+        raise SystemExit(0)
+    layers = [flags]
+    if "config" in flags:
+        layers.insert(0, read_yaml(_expanded("config", str(flags["config"]))))
+    return [_with_new_names(layer) for layer in layers]
 
 
-def read_flags(argv: list[str]) -> dict[str, Any]:
+def read_flags(argv: list[str], texts: Collection[str] = ()) -> dict[str, Any]:
+    """Flags -> their word, list of words, or `True` where they have none."""
     flags: dict[str, Any] = {}
     key = None
-    for word in argv:
-        if word.startswith("--"):
+    words = iter(argv)
+    for word in words:
+        if word == "-h":
+            flags["help"] = []
+        elif word.startswith("--"):
             key, equals, value = word[2:].partition("=")
             key = key.replace("-", "_")
             flags[key] = [value] if equals else []
-        elif key is None:
-            raise ValueError(f"unexpected argument {word!r}: every value follows a `--flag`.")
+            if key in texts and not equals:
+                flags[key] = [word for word in [next(words, None)] if word is not None]
+        elif key is None or key in texts:
+            raise InputError(f"unexpected argument {word!r}: every value follows a `--flag`.")
         else:
             flags[key].append(word)
     return {key: True if not values else values[0] if len(values) == 1 else values for key, values in flags.items()}
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML whose booleans are those of YAML 1.2 (`no` is a word), and whose keys are given once."""
+
+    yaml_implicit_resolvers = {
+        letter: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node, deep=False):
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if str(key.value) in seen:
+                raise InputError(f"`{key.value}` is given twice, in lines {seen[str(key.value)]} and {line}: keep one.")
+            seen[str(key.value)] = line
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
 def read_yaml(path: str) -> dict[str, Any]:
+    """The `name: value` pairs of a YAML file.
+
+    Raises:
+        InputError: it cannot be read, is malformed, or has a key twice.
+    """
     try:
         with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
+            content = yaml.load(file, _Loader)
     except OSError as error:
-        raise ValueError(f"cannot read the configuration {path!r}: {error.strerror}.") from error
+        raise InputError(f"cannot read the configuration {path!r}: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path!r} is not valid YAML: {error}") from error
+        raise InputError(f"{path!r} is not valid YAML: {error}") from error
+    except InputError as error:
+        raise InputError(f"{path!r}: {error}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ValueError(f"{path!r} must hold `name: value` lines, got a {type(content).__name__}.")
+        raise InputError(f"{path!r} must hold `name: value` lines, got a {type(content).__name__}.")
     return {str(key): value for key, value in content.items()}
 
 
-def as_words(settings: dict[str, Any]) -> list[str]:
-    words = []
-    for key, value in settings.items():
-        if value is None:
-            continue
-        words.append(f"--{key}")
-        if isinstance(value, dict):
-            words.append(json.dumps(value))
-        elif isinstance(value, list):
-            words.extend(str(item) for item in value)
-        else:
-            words.append(str(value))
-    return words
+def _with_new_names(layer: dict[str, Any]) -> dict[str, Any]:
+    for old in RENAMED.keys() & layer.keys():
+        if RENAMED[old] in layer:
+            raise InputError(f"`{old}` is called `{RENAMED[old]}` now, and both are given: leave `{old}` out.")
+        warnings.warn(f"`{old}` is called `{RENAMED[old]}` now.", FutureWarning, stacklevel=3)
+    return {RENAMED.get(key, key): value for key, value in layer.items()}
 
 
-def built(dataclass, settings: dict[str, Any]):
-    (result,) = _Parser(dataclass).parse_args_into_dataclasses(args=as_words(settings), look_for_args_file=False)
-    return result
+class _Parser(HfArgumentParser):
+    @staticmethod
+    def _parse_dataclass_field(parser, field):
+        plain = copy.copy(field)  # argparse refuses metadata that it does not know
+        plain.metadata = {name: value for name, value in field.metadata.items() if name not in _OWN_METADATA}
+        HfArgumentParser._parse_dataclass_field(parser, plain)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(re.sub(r"^argument (--\w+)\S*:", r"`\1`:", message))
 
 
-def names_of(dataclass) -> set[str]:
-    return {entry.name for entry in dataclasses.fields(dataclass) if entry.init}
+def built(dataclass_type: type[_Dataclass], settings: dict[str, Any]) -> _Dataclass:
+    """A dataclass from settings, whose names it must have.
+
+    Raises:
+        InputError: a value of the wrong type, or one that the dataclass itself or transformers refuses.
+    """
+    try:
+        return dataclass_type(**typed(dataclass_type, settings))
+    except InputError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(str(error)) from error
+
+
+def typed(dataclass_type, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with the types that the fields of a dataclass have. `None` is kept where a field may be `None`.
+
+    Paths begin in the home for `~`, and environment variables are replaced, as a shell would.
+
+    Raises:
+        InputError: an unknown name, a value of the wrong type, an empty value.
+    """
+    check_keys(settings, names_of(dataclass_type), "field")
+    parser, hints = _parser_of(dataclass_type)
+    words: list[str] = []
+    for name, value in settings.items():
+        if value is not None:
+            words += _words(dataclass_type.__dataclass_fields__[name], hints[name], value)
+        elif not _accepts(hints[name], type(None)):
+            raise InputError(f"`{name}` needs a value, got null: leave it out for its default.")
+    parsed = parser.parse_args(words)
+    return {name: None if value is None else getattr(parsed, name) for name, value in settings.items()}
+
+
+@functools.cache
+def _parser_of(dataclass_type) -> tuple[_Parser, dict[str, Any]]:
+    """The parser of a dataclass, and the types of its fields."""
+    return _Parser(dataclass_type), get_type_hints(dataclass_type)
+
+
+def _accepts(hint, kind: type) -> bool:
+    """Whether a type, or one of a union, is `kind` (for `list[str]`: `list`)."""
+    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return any((get_origin(part) or part) is kind for part in parts)
+
+
+def _words(entry: dataclasses.Field, hint, value: Any) -> list[str]:
+    """A value as words of a command line, checked for what the parser would not see."""
+    name = entry.name
+    if value is True and not _accepts(hint, bool) and not entry.metadata.get("may_be_bare"):
+        raise InputError(f"`--{name}` needs a value.")
+    if isinstance(value, dict):
+        if not _accepts(hint, dict):
+            raise InputError(f"`{name}` takes one value, got `name: value` pairs: {value}.")
+        return [f"--{name}={json.dumps(value)}"]
+    is_text = entry.metadata.get("is_text", False)
+    values = [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    values = values if is_text else [_expanded(name, item) for item in values]
+    if _accepts(hint, list) and values:
+        return [f"--{name}", *values]
+    if len(values) != 1:
+        raise InputError(
+            f"`{name}` takes one value, got {len(values)} ({', '.join(values[:3])}{', ...' if values[3:] else ''}): "
+            "quote a pattern of file names, so that the shell does not expand it."
+        )
+    return [f"--{name}={values[0]}"]
+
+
+def _expanded(name: str, value: str) -> str:
+    if not value.strip():
+        raise InputError(f"`{name}` is empty: give a value, or leave it out. Is a variable of the shell not set?")
+
+    def value_of(found: re.Match) -> str:
+        variable = found[1] or found[2]
+        if variable not in os.environ:
+            raise InputError(f"`{name}` is {value!r}, and the environment variable {variable} is not set.")
+        return os.environ[variable]
+
+    return os.path.expanduser(value if os.path.exists(value) else _VARIABLE.sub(value_of, value))
+
+
+def names_of(dataclass_type) -> set[str]:
+    """The names of the fields that a dataclass is made from."""
+    return {entry.name for entry in dataclasses.fields(dataclass_type) if entry.init}
 
 
 def own_fields(config_class) -> dict[str, dataclasses.Field]:
+    """The fields of a configuration that not all configurations of transformers have."""
     own = names_of(config_class) - names_of(PreTrainedConfig)
     return {entry.name: entry for entry in dataclasses.fields(config_class) if entry.name in own}
 
 
+def closest(key: str, valid: Iterable[str]) -> str:
+    """The end of a sentence about an unknown key: the valid one that is spelled most like it, if any is."""
+    close = difflib.get_close_matches(key, sorted(valid), n=1, cutoff=0.5)
+    return f": did you mean {close[0]!r}?" if close else "."
+
+
 def check_keys(given: Any, valid: set[str], what: str) -> None:
+    """Raises:
+    InputError: `given` is no mapping, or has a key that is not valid.
+    """
     if not isinstance(given, dict):
-        raise ValueError(f"expected `name: value` pairs, got {given!r} ({what}).")
+        raise InputError(f"expected `name: value` pairs, got {given!r} ({what}).")
     for key in given:
         if key not in valid:
-            raise ValueError(f"unknown {what} {key!r}{closest(str(key), valid)}")
-
-
-def check_values(given: dict[str, Any], dataclass) -> None:
-    for key, value in given.items():
-        entry = dataclass.__dataclass_fields__.get(key)
-        if value is True and entry is not None and entry.type is not bool and key != "resume_from_checkpoint":
-            raise ValueError(f"`--{key}` needs a value.")
+            raise InputError(f"unknown {what} {key!r}{closest(str(key), valid)}")
 
 
 def whole_number(name: str, value: Any) -> int:
+    """Raises:
+    InputError: the value is no whole number.
+    """
     try:
         return int(value)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"`{name}` must be a whole number, got {value!r}.") from error
+        raise InputError(f"`{name}` must be a whole number, got {value!r}.") from error
 
 
 def documented(config_class) -> dict[str, str]:
@@ -124,11 +307,26 @@ def documented(config_class) -> dict[str, str]:
     return texts
 
 
-def described(dataclass, prefix: str, texts: dict[str, str], names: list[str] | None = None) -> list[str]:
+def described(
+    dataclass_type, prefix: str = "", texts: dict[str, str] | None = None, names: Collection[str] | None = None
+) -> list[str]:
+    """Lines of `--help` about the fields of a dataclass.
+
+    Args:
+        prefix: of the flags.
+        texts: name -> description of fields that have none of their own.
+        names: the fields to describe; default: all.
+    """
     lines = []
-    for entry in dataclasses.fields(dataclass):
+    for entry in dataclasses.fields(dataclass_type):
         if names is not None and entry.name not in names:
             continue
-        text = entry.metadata.get("help", "") or texts.get(entry.name, "")
-        lines.append(f"  --{prefix}{entry.name} (default: {entry.default})" + (f"\n      {text}" if text else ""))
+        made = entry.default_factory
+        default = entry.default if made is dataclasses.MISSING else made()
+        text = entry.metadata.get("help", "") or (texts or {}).get(entry.name, "")
+        lines.append(f"  --{prefix}{entry.name} (default: {default})" + (f"\n      {text}" if text else ""))
     return lines
+
+
+def check_values(given: dict[str, Any], dataclass_type) -> None:
+    """`built` checks the values."""

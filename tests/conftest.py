@@ -11,9 +11,10 @@ from torch import nn
 from transformers.utils import logging
 
 from smt_hf import SMTForPreTraining, SMTRecurrentConfig, SMTRecurrentForCausalLM, SMTTeacherConfig
+from smt_hf.student.updaters_smt_recurrent import UPDATERS as REGISTERED
 from smt_hf.training import SMTPreTrainingConfig
 
-UPDATERS = ("transformer", "mlp", "gru")
+UPDATERS = tuple(REGISTERED)
 VOCAB = 37
 
 

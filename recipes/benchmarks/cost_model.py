@@ -2,9 +2,10 @@
 
 import sys
 
-from smt_hf.experiments.benchmarks import parse
+from smt_hf.command_line import parse
 from smt_hf.experiments.benchmarks.cost_model import CostModelArguments, cost_lines, cost_table
 from smt_hf.experiments.benchmarks.results import write_lines
+from smt_hf.recipe import run_to_end
 
 
 def main() -> None:
@@ -16,4 +17,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_to_end(main)

@@ -1,8 +1,10 @@
-"""Generated tokens a second of the student, Mamba and RWKV: `python recipes/benchmarks/generate.py` (`--help`)."""
+"""Generated tokens per second of the student, Mamba and RWKV: `python recipes/benchmarks/generate.py` (`--help`)."""
 
 import sys
 
-from smt_hf.experiments.benchmarks import GenerationArguments, measure_generation, parse, print_table, write_lines
+from smt_hf.command_line import parse
+from smt_hf.experiments.benchmarks import GenerationArguments, measure_generation, print_table, write_lines
+from smt_hf.recipe import run_to_end
 
 
 def main() -> None:
@@ -13,4 +15,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_to_end(main)

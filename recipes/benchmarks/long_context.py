@@ -3,8 +3,10 @@
 import sys
 from pathlib import Path
 
-from smt_hf.experiments.benchmarks import LongContextArguments, measure_long_context, parse, print_table, write_lines
+from smt_hf.command_line import parse
+from smt_hf.experiments.benchmarks import LongContextArguments, measure_long_context, print_table, write_lines
 from smt_hf.publishing.benchmark_figures import plot_long_context
+from smt_hf.recipe import run_to_end
 
 
 def main() -> None:
@@ -20,4 +22,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_to_end(main)

@@ -1,10 +1,12 @@
-"""Memory and seconds a token over the context: `python recipes/benchmarks/memory_wall.py` (`--help`)."""
+"""Memory and seconds per token over the context: `python recipes/benchmarks/memory_wall.py` (`--help`)."""
 
 import sys
 from pathlib import Path
 
-from smt_hf.experiments.benchmarks import MemoryWallArguments, measure_memory_wall, parse, print_table, write_lines
+from smt_hf.command_line import parse
+from smt_hf.experiments.benchmarks import MemoryWallArguments, measure_memory_wall, print_table, write_lines
 from smt_hf.publishing.benchmark_figures import plot_memory_wall
+from smt_hf.recipe import run_to_end
 
 
 def main() -> None:
@@ -18,4 +20,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_to_end(main)

@@ -1,4 +1,4 @@
-"""Supervised transitions a second, ours beside SMT as published and BPTT: `python recipes/benchmarks/train_step.py`.
+"""Supervised transitions per second, ours beside SMT as published and BPTT: `python recipes/benchmarks/train_step.py`.
 
 The paper's sizes: `--hidden_size 256 --num_memory_tokens 16 --num_hidden_layers 8 --num_readout_layers 4
 --num_attention_heads 8 --teacher_hidden_size 256 --teacher_layers 8 --teacher_heads 8 --context_length 256
@@ -7,8 +7,10 @@ The paper's sizes: `--hidden_size 256 --num_memory_tokens 16 --num_hidden_layers
 
 import sys
 
-from smt_hf.experiments.benchmarks import parse, print_table, write_lines
+from smt_hf.command_line import parse
+from smt_hf.experiments.benchmarks import print_table, write_lines
 from smt_hf.experiments.benchmarks.train_step import TrainStepArguments, measure_train_step
+from smt_hf.recipe import run_to_end
 
 
 def main() -> None:
@@ -21,4 +23,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_to_end(main)

@@ -1,86 +1,116 @@
 """Settings of a pretraining run, from its command line and YAML."""
 
 import dataclasses
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
 from typing import Any
+
+from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from smt_hf.command_line import (
     argument,
     built,
-    check_keys,
     closest,
     described,
     documented,
     names_of,
     own_fields,
-    read_flags,
-    read_yaml,
+    read_layers,
+    typed,
 )
+from smt_hf.errors import InputError
 from smt_hf.student import SMTRecurrentConfig
-from smt_hf.teachers import SMTTeacherConfig, SMTWindowedTeacherConfig
+from smt_hf.teachers import DEFAULT_TEACHER, TEACHERS, teacher_config_class
 from smt_hf.training.arguments import BPTTTrainingArguments, PhaseArguments
 from smt_hf.training.phases import ARGUMENTS
 
-# Set by the pipeline, or the run's own business.
+# Set by the pipeline, or arguments of the whole run.
 HIDDEN = {"schedule_offset", "schedule_steps", "output_dir", "resume_from_checkpoint", "seed"}
-# Follow from the student.
+# Sizes of a teacher that follow from the student.
 _TEACHER_SHAPE = {"vocab_size", "num_memory_tokens", "memory_size"}
 
 
 @dataclass
 class PretrainArguments:
-    """What concerns the whole run. Phases, student and teacher have their own arguments."""
+    """Arguments of the whole run. Phases, student and teacher have their own."""
 
     config: str | None = argument(None, "YAML file with any of these arguments; flags beat it.")
     output_dir: str = argument("runs/pretrain", "Folder for everything that the run writes.")
     phases: str = argument("smt,bptt", "Any sequence of smt, dmt and bptt, joined by commas.")
     task: str = argument(
         "text",
-        "What is learned: text, pixels, or retrieval, string_copy, stack, keys_values, modular_arithmetic, parity.",
+        "What is learned: text, pixels, or a synthetic task (retrieval, string_copy, stack, keys_values, "
+        "modular_arithmetic, parity).",
     )
-    difficulty: int | None = argument(None, "Of a synthetic task: its length, depth, pairs or modulus.")
+    difficulty: int | None = argument(None, "Of a synthetic task: its length, depth, number of pairs, or modulus.")
     curriculum: str | None = argument(
-        None, "Easier difficulties of the task to begin with, joined by commas; see `curriculum_threshold`."
+        None, "Easier difficulties of a synthetic task to begin with, joined by commas; see `curriculum_threshold`."
     )
-    num_heldout: int = argument(4096, "Labels of a synthetic task, or images, that are scored.")
-    mnist_dir: str | None = argument(None, "Folder with MNIST's idx files for `pixels`; default: the 8 x 8 digits.")
-    train_file: str | None = argument(None, "Text file, folder, glob, or json / jsonl / csv / parquet.")
-    validation_file: str | None = argument(None, "Held-out text; default: a tenth of the training text.")
+    num_heldout: int = argument(4096, "Number of labels of a synthetic task, or of images, that are scored.")
+    mnist_dir: str | None = argument(
+        None, "Folder with MNIST's idx files for the task pixels; default: digits of 8 x 8 pixels."
+    )
+    train_file: list[str] | None = argument(
+        None,
+        "Text to train on: files, folders or patterns of plain text, json, jsonl, csv or parquet; default: Python's "
+        "standard library.",
+    )
+    validation_file: list[str] | None = argument(None, "Held-out text; default: a tenth of the training text.")
     dataset_name: str | None = argument(None, "Dataset of the Hub, or a local one that `datasets` knows.")
-    dataset_config_name: str | None = argument(None, "Its configuration.")
-    text_column: str = argument("text", "Column of the dataset that holds the text.")
+    dataset_config_name: str | None = argument(None, "Configuration of that dataset.")
+    text_column: str = argument("text", "Column of a table or dataset that holds the text.", is_text=True)
     streaming: bool = argument(
-        False, "Read `train_file` or `dataset_name` while training: no download, no tokenisation before the first step."
+        False, "Read the text while training: nothing is downloaded or tokenised before the first step."
     )
-    shuffle_buffer_size: int = argument(1000, "Documents that the next one of a stream is drawn from.")
-    tokenizer_name: str | None = argument(None, "Any Hugging Face tokenizer; default: one token a byte.")
-    document_start_fraction: float = argument(0.05, "Share of rows that start where a document starts. Ours.")
+    shuffle_buffer_size: int = argument(
+        1000, "With `streaming`: number of documents among which the next one is drawn."
+    )
+    tokenizer_name: str | None = argument(None, "Any Hugging Face tokenizer; default: one token per byte.")
+    document_start_fraction: float = argument(
+        0.05, "Share of training rows that begin at the beginning of a document. Ours."
+    )
     use_peft: bool = argument(
-        False, "Train LoRA layers alone in dmt phases: a cheap second phase. They are merged as each phase ends."
+        False, "Train LoRA layers alone in dmt phases, as a cheap second phase. They are merged when the phase ends."
     )
     lora_r: int = argument(8, "Rank of the LoRA layers. Not searched.")
-    lora_alpha: int = argument(16, "Their change is scaled by `lora_alpha / lora_r`. Not searched.")
-    lora_parts: str = argument("updater,readout", "Where they are put: updater, readout, or both.")
-    evidence_file: str | None = argument(None, "JSON lines file to which the run appends a line an arm.")
+    lora_alpha: int = argument(16, "Scale of the LoRA layers: `lora_alpha / lora_r`. Not searched.")
+    lora_parts: str = argument("updater,readout", "Parts with LoRA layers: updater, readout, or both.")
+    evidence_file: str | None = argument(None, "JSON lines file to which the run appends one line per arm.")
+    license: str | None = argument(None, "Licence that the model card names, for example apache-2.0; default: none.")
     compare_bptt: bool = argument(
-        False, "Also train the same student by BPTT for the same measured seconds, through all levels."
+        False,
+        "Also train the same student by BPTT, for as many seconds as the pipeline has trained and on the same levels "
+        "of a curriculum.",
     )
-    seed: int = argument(0, "Of everything random.")
-    overwrite_output_dir: bool = argument(False, "Remove what an earlier run left in `output_dir`.")
+    seed: int = argument(0, "Seed of everything random.")
+    overwrite_output_dir: bool = argument(False, "Remove what an earlier run has left in `output_dir`.")
     resume_from_checkpoint: str | None = argument(
-        None, "Without a value: go on from the run's newest complete checkpoint. With one: from that checkpoint."
+        None,
+        "Without a value: go on from the newest complete checkpoint of the run in `output_dir`. With the path of one "
+        "of its checkpoints: go on from there, and REMOVE what the run has trained after it. All arguments that change "
+        "the result must be those that the run was started with.",
+        may_be_bare=True,
     )
-    num_threads: int | None = argument(None, "CPU threads of this process; default: cores / local processes.")
+    num_threads: int | None = argument(
+        None, "CPU threads per process; default: OMP_NUM_THREADS, else cores / processes of this machine."
+    )
+
+    @property
+    def resume(self) -> str | bool:
+        """Path of the checkpoint to go on from; true for the newest, false for none."""
+        word = self.resume_from_checkpoint or "false"
+        return word.lower() == "true" if word.lower() in ("true", "false") else word
 
 
-@dataclasses.dataclass
+@dataclass
 class ParsedRun:
     """Args:
-    run: of the whole run.
+    run: arguments of the whole run.
     student, teacher: fields of the configurations that were given.
     phases: arguments of each phase, in order.
     rival: arguments of `compare_bptt`, those of the bptt phase; `None` without it.
+    notes: what was given and does nothing, or was set for other arguments' sake; a line each.
     """
 
     run: PretrainArguments
@@ -88,13 +118,7 @@ class ParsedRun:
     teacher: dict[str, Any]
     phases: list[PhaseArguments]
     rival: BPTTTrainingArguments | None
-
-
-_NEED_A_VALUE = {
-    entry.name
-    for entry in dataclasses.fields(PretrainArguments)
-    if entry.type is not bool and entry.name != "resume_from_checkpoint"
-}
+    notes: list[str] = field(default_factory=list)
 
 
 def _plain_dataclass(config_class, left_out: Iterable[str] = ()):
@@ -103,36 +127,23 @@ def _plain_dataclass(config_class, left_out: Iterable[str] = ()):
     for name, entry in own_fields(config_class).items():
         if name in left_out:
             continue
-        kind = next(
-            (
-                kind
-                for kind in (bool, float, int, str)
-                if kind is entry.type or kind in getattr(entry.type, "__args__", ())
-            ),
-            str,
-        )
+        types = getattr(entry.type, "__args__", (entry.type,))
+        kind = next((kind for kind in (bool, float, int, str) if kind in types), str)
         plain.append((name, kind | None, dataclasses.field(default=entry.default)))
-    if config_class in (SMTTeacherConfig, SMTWindowedTeacherConfig):  # tells the two kinds of teacher apart
-        plain.append(("model_type", str, dataclasses.field(default=SMTTeacherConfig.model_type)))
     return dataclasses.make_dataclass(config_class.__name__ + "Fields", plain)
 
 
 STUDENT_FIELDS = _plain_dataclass(SMTRecurrentConfig)
-
-
-TEACHER_FIELDS = _plain_dataclass(SMTTeacherConfig, _TEACHER_SHAPE)
-
-
-WINDOWED_FIELDS = _plain_dataclass(SMTWindowedTeacherConfig, _TEACHER_SHAPE)
-
-
+# `model_type` of a teacher -> its fields.
+TEACHER_FIELDS = {name: _plain_dataclass(teacher.config_class, _TEACHER_SHAPE) for name, teacher in TEACHERS.items()}
 PHASE_NAMES = {phase: names_of(arguments) - HIDDEN for phase, arguments in ARGUMENTS.items()}
+_TEACHER_NAMES = {"model_type"}.union(*map(names_of, TEACHER_FIELDS.values()))
 
 
 def _route(key: str) -> tuple[str, str]:
     """Where a key belongs: ("run" | "student" | "teacher" | "phases" | a phase, name there)."""
     if key.endswith("num_train_epochs"):
-        raise ValueError("a pipeline counts steps, not epochs: set `max_steps`.")
+        raise InputError("a pipeline counts steps, not epochs: set `max_steps`.")
     if key in names_of(PretrainArguments):
         return "run", key
     if key in names_of(STUDENT_FIELDS):
@@ -142,27 +153,22 @@ def _route(key: str) -> tuple[str, str]:
     prefix, _, rest = key.partition("_")
     if prefix in ARGUMENTS and rest in PHASE_NAMES[prefix]:
         return prefix, rest
-    if prefix == "teacher" and rest in names_of(TEACHER_FIELDS) | names_of(WINDOWED_FIELDS):
+    if prefix == "teacher" and rest in _TEACHER_NAMES:
         return "teacher", rest
-    raise ValueError(f"unknown argument {key!r}{closest(key, _all_keys())}")
-
-
-def _all_keys() -> set[str]:
-    keys = (
-        names_of(PretrainArguments)
-        | names_of(STUDENT_FIELDS)
-        | {f"teacher_{name}" for name in names_of(TEACHER_FIELDS) | names_of(WINDOWED_FIELDS)}
-    )
-    for phase, names in PHASE_NAMES.items():
-        keys |= names | {f"{phase}_{name}" for name in names}
-    return keys
+    having = [phase for phase, names in PHASE_NAMES.items() if prefix in ARGUMENTS and rest in names]
+    if having:
+        raise InputError(f"the {prefix} phase has no `{rest}`, only {' and '.join(having)}: leave `{key}` out.")
+    keys = names_of(PretrainArguments) | names_of(STUDENT_FIELDS) | {f"teacher_{name}" for name in _TEACHER_NAMES}
+    keys |= {name for names in PHASE_NAMES.values() for name in names}
+    keys |= {f"{phase}_{name}" for phase, names in PHASE_NAMES.items() for name in names}
+    raise InputError(f"unknown argument {key!r}{closest(key, keys)}")
 
 
 def _read_phases(value: Any) -> list[tuple[str, dict[str, Any]]]:
     """`smt,dmt`, or a list of names and one-key mappings `smt: {max_steps: 800}`."""
     entries = value.split(",") if isinstance(value, str) else value
     if not isinstance(entries, list) or not entries:
-        raise ValueError("`phases` must be a list like `smt,dmt`, or a YAML list of names or one-key mappings.")
+        raise InputError("`phases` must be a list like `smt,dmt`, or a YAML list of names or one-key mappings.")
     phases = []
     for entry in entries:
         if isinstance(entry, dict) and len(entry) == 1:
@@ -170,16 +176,16 @@ def _read_phases(value: Any) -> list[tuple[str, dict[str, Any]]]:
         elif isinstance(entry, str):
             name, settings = entry.strip(), {}
         else:
-            raise ValueError(f"a phase must be a name or a one-key mapping `name: {{...}}`, got {entry!r}.")
+            raise InputError(f"a phase must be a name or a one-key mapping `name: {{...}}`, got {entry!r}.")
         if name not in ARGUMENTS:
-            raise ValueError(
+            raise InputError(
                 f"unknown phase {name!r}: choose from {', '.join(ARGUMENTS)}{closest(str(name), ARGUMENTS)}"
             )
         if settings is not None and not isinstance(settings, dict):
-            raise ValueError(f"the settings of phase {name!r} must be `name: value` pairs, got {settings!r}.")
+            raise InputError(f"the settings of phase {name!r} must be `name: value` pairs, got {settings!r}.")
         for key in settings or {}:
             if key not in PHASE_NAMES[name]:
-                raise ValueError(f"unknown argument {key!r} of phase {name!r}{closest(key, PHASE_NAMES[name])}")
+                raise InputError(f"unknown argument {key!r} of phase {name!r}{closest(key, PHASE_NAMES[name])}")
         phases.append((name, dict(settings or {})))
     return phases
 
@@ -191,93 +197,156 @@ def parse_run(argv: list[str]) -> ParsedRun:
         argv: words after the script's name.
 
     Raises:
-        ValueError: an unknown key (the closest valid one is named), a value of the wrong type, malformed YAML.
+        InputError: an unknown key (the closest valid one is named), a value of the wrong type, malformed YAML.
         SystemExit: after `--help`.
     """
-    if "--help" in argv or "-h" in argv:
-        print(help_text())
-        raise SystemExit(0)
-    flags = read_flags(argv)
-    if flags.get("resume_from_checkpoint") in ("False", "false"):
-        del flags["resume_from_checkpoint"]
-    layers = [read_yaml(str(flags["config"])) if "config" in flags else {}, flags]
+    layers = read_layers(argv, help_text)
     parts: dict[str, dict[str, Any]] = {"run": {}, "student": {}, "teacher": {}}
     phases = _read_phases(PretrainArguments.phases)
-    per_phase: list[tuple[str, str, Any]] = []  # in order: later ones win
-    for layer in layers:
+    before: list[tuple[str, str, Any]] = []  # what the settings inside a phase of the YAML beat
+    after: list[tuple[str, str, Any]] = []  # what beats them; in order, later ones win
+    for number, layer in enumerate(layers):
+        is_last = number == len(layers) - 1
         if "phases" in layer:
             phases = _read_phases(layer["phases"])
-        for key, value in layer.items():
-            if key == "phases":
-                continue
-            place, name = _route(key)
+        routed = [(*_route(key), value) for key, value in layer.items() if key != "phases"]
+        for place, name, value in sorted(routed, key=lambda entry: entry[0] in ARGUMENTS):
             if place in parts:
                 parts[place][name] = value
-            if value is True and name in _NEED_A_VALUE:
-                raise ValueError(f"`--{key}` needs a value.")
-        routed = [(*_route(key), value) for key, value in layer.items() if key != "phases"]
-        per_phase += [entry for entry in routed if entry[0] == "phases"]
-        if layer is layers[0]:
-            # what the YAML says inside a phase beats what it says for all phases, flags beat both
-            per_phase += [("inside", "", None)]
-        per_phase += [entry for entry in routed if entry[0] in ARGUMENTS]
+            elif place == "phases" and not is_last:
+                before.append((place, name, value))
+            else:
+                after.append((place, name, value))
     run = built(PretrainArguments, {**parts["run"], "phases": ",".join(name for name, _ in phases)})
+    teacher = typed_teacher({}, {}, parts["teacher"])
+    notes = _notes(run, phases, {**parts["run"]}, before + after, parts["teacher"])
 
-    def built_phase(phase: str, inside: dict[str, Any]):
-        settings: dict[str, Any] = {}
-        for place, name, value in per_phase:
-            if place == "inside":
-                settings.update(inside)
-            elif (place == "phases" or place == phase) and name in PHASE_NAMES[phase]:
-                settings[name] = value
-        return built(ARGUMENTS[phase], {**settings, "seed": run.seed})
+    def settings_of(phase: str, inside: dict[str, Any]) -> dict[str, Any]:
+        def chosen(entries):
+            return {name: value for place, name, value in entries if place in ("phases", phase)}
 
-    built_phases = [built_phase(phase, inside) for phase, inside in phases]
-    given = {"student": typed(STUDENT_FIELDS, parts["student"]), "teacher": typed_teacher({}, {}, parts["teacher"])}
+        merged = {**chosen(before), **inside, **chosen(after)}
+        merged = {name: value for name, value in merged.items() if name in PHASE_NAMES[phase]}
+        return _with_teacher(phase, {**merged, "seed": run.seed}, teacher, notes)
+
+    built_phases = [built_phase(ARGUMENTS[phase], settings_of(phase, inside)) for phase, inside in phases]
     rival = None
     if run.compare_bptt:
         inside: dict[str, Any] = next((settings for phase, settings in reversed(phases) if phase == "bptt"), {})
-        rival = built_phase("bptt", inside)
-    return ParsedRun(run, given["student"], given["teacher"], built_phases, rival)
+        rival = built_phase(ARGUMENTS["bptt"], settings_of("bptt", inside), ends_by_seconds=True)
+    return ParsedRun(run, typed(STUDENT_FIELDS, parts["student"]), teacher, built_phases, rival, notes)
+
+
+def built_phase(kind: type[PhaseArguments], settings: dict[str, Any], ends_by_seconds: bool = False):
+    """Arguments of a phase from its settings. A phase of steps is evaluated ten times, unless they say otherwise.
+
+    Args:
+        ends_by_seconds: it will be given `max_seconds`, with evaluations of their own.
+
+    Raises:
+        InputError: a value that does not fit.
+    """
+    arguments = built(kind, settings)
+    if "eval_strategy" in settings:
+        if arguments.eval_strategy == IntervalStrategy.NO and "evaluates_by_seconds" not in settings:
+            arguments.evaluates_by_seconds = False
+    elif not ends_by_seconds and arguments.max_seconds is None and arguments.max_steps > 0:
+        arguments.eval_strategy = IntervalStrategy.STEPS
+        if "eval_steps" not in settings:
+            arguments.eval_steps = max(arguments.max_steps // 10, 1)
+    return arguments
+
+
+def _with_teacher(phase: str, settings: dict[str, Any], teacher: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+    """The settings of a phase for a teacher that may have no next-token head, and then no loss of its own."""
+    name = teacher.get("model_type", DEFAULT_TEACHER)
+    if phase != "smt" or TEACHERS[name].has_next_token_head:
+        return settings
+    if typed(ARGUMENTS["smt"], {"teacher_weight": settings.get("teacher_weight", 0.0)})["teacher_weight"]:
+        raise InputError(f"the teacher {name} has no next-token head: leave `teacher_weight` out, or set it to 0.")
+    if "teacher_weight" not in settings:
+        notes.append(f"smt: teacher_weight 1.0 -> 0.0 ({name} has no next-token head)")
+    return {**settings, "teacher_weight": 0.0}
+
+
+def _notes(run: PretrainArguments, phases, given: Collection[str], per_phase, teacher: Collection[str]) -> list[str]:
+    """A line for everything that was given and does nothing in this run."""
+    running = {name for name, _ in phases} | ({"bptt"} if run.compare_bptt else set())
+    idle = {
+        name: f"no phase of {','.join(sorted(running))} has it"
+        for place, name, _ in per_phase
+        if place == "phases" and not any(name in PHASE_NAMES[phase] for phase in running)
+    }
+    if running == {"bptt"}:
+        idle |= {f"teacher_{name}": "bptt has no teacher" for name in teacher}
+    if not run.use_peft:
+        idle |= {name: "it needs `use_peft`" for name in ("lora_r", "lora_alpha", "lora_parts") if name in given}
+    if not run.streaming and "shuffle_buffer_size" in given:
+        idle["shuffle_buffer_size"] = "it needs `streaming`"
+    if run.streaming and "document_start_fraction" in given:
+        idle["document_start_fraction"] = "every row of a stream begins with a document"
+    if run.task == "text" and "num_heldout" in given:
+        idle["num_heldout"] = "it is of synthetic tasks and images"
+    if run.task != "pixels" and "mnist_dir" in given:
+        idle["mnist_dir"] = "it is of the task pixels"
+    return [f"`{name}` does nothing here: {why}" for name, why in idle.items()]
+
+
+_FIRST = """usage: accelerate launch recipes/pretrain.py [--config FILE.yaml] [--flag value ...]
+
+  --train_file FILE ...     text to train on (default: Python's standard library)
+  --output_dir DIR          folder for everything that the run writes (default: runs/pretrain)
+  --phases LIST             sequence of smt, dmt and bptt (default: smt,bptt)
+  --max_steps N             optimiser steps of every phase; --smt_max_steps N of one
+  --learning_rate X         peak learning rate of every phase; --bptt_learning_rate X of one
+  --hidden_size N           width of the student; --num_memory_tokens N, --num_hidden_layers N, --updater_type NAME
+  --tokenizer_name NAME     any Hugging Face tokenizer (default: one token per byte)
+  --compare_bptt            also train the same student by BPTT for the same seconds
+  --seed N                  seed of everything random
+  --resume_from_checkpoint  go on with the run in `output_dir`
+  --overwrite_output_dir    start over in `output_dir`
+
+All arguments, which the YAML file may hold too:
+"""
 
 
 def help_text() -> str:
     """What `--help` prints."""
-    lines = ["usage: accelerate launch recipes/pretrain.py [--config FILE.yaml] [--flag value ...]", ""]
-    lines += ["the run:", *described(PretrainArguments, "", {}), ""]
+    lines = [_FIRST, "the run:", *described(PretrainArguments), ""]
     lines += ["the student:", *described(STUDENT_FIELDS, "", documented(SMTRecurrentConfig)), ""]
-    lines += ["the teacher:", *described(TEACHER_FIELDS, "teacher_", documented(SMTTeacherConfig)), ""]
-    own = [entry.name for entry in dataclasses.fields(WINDOWED_FIELDS) if entry.name not in names_of(TEACHER_FIELDS)]
-    texts = documented(SMTWindowedTeacherConfig)
-    lines += ["the published teacher (`--teacher_model_type smt_windowed_teacher`), what is its own:"]
-    lines += [*described(WINDOWED_FIELDS, "teacher_", texts, own), ""]
-    own = [entry for entry in vars(PhaseArguments)["__annotations__"] if entry not in HIDDEN]
+    shown: set[str] = set()
+    for name, fields in TEACHER_FIELDS.items():
+        texts, which = documented(teacher_config_class(name)), "" if shown else ", the default"
+        own = "what is its own" if shown else "its fields"
+        lines += [f"the teacher `--teacher_model_type {name}`{which}, {own}:"]
+        lines += [*described(fields, "teacher_", texts, names_of(fields) - shown), ""]
+        shown |= names_of(fields)
     lines += ["all phases (`--NAME`), or one (`--smt_NAME`, `--dmt_NAME`, `--bptt_NAME`):"]
-    lines += [*described(PhaseArguments, "", {}, own), ""]
+    lines += [*described(PhaseArguments, "", {}, new_fields(PhaseArguments, TrainingArguments)), ""]
     for phase, kind in ARGUMENTS.items():
-        own = [entry for entry in vars(kind)["__annotations__"] if entry not in HIDDEN]
-        lines += [
-            f"the {phase} phase, what is its own or has another default:",
-            *described(kind, "", {}, own),
-            "",
-        ]
+        lines += [f"the {phase} phase, what is its own or has another default:"]
+        lines += [*described(kind, "", {}, new_fields(kind, PhaseArguments)), ""]
     lines.append("Every other field of transformers' TrainingArguments is a flag of the phases too.")
     return "\n".join(lines)
 
 
-def typed(dataclass, settings: dict) -> dict:
-    check_keys(settings, names_of(dataclass), "field")
-    values = built(dataclass, settings)
-    return {name: getattr(values, name) for name in settings}
+def new_fields(kind, parent) -> set[str]:
+    """The names of a dataclass's fields, but for those that it has from `parent` as they are, and hidden ones."""
+    fields, of_parent = kind.__dataclass_fields__, parent.__dataclass_fields__
+    return {name for name in names_of(kind) - HIDDEN if fields[name] is not of_parent.get(name)}
 
 
 def typed_teacher(of_grid: dict, of_arm: dict, of_variant: dict) -> dict:
+    """Fields of a teacher's configuration: those of the grid, changed by its arm and the arm's variant.
+
+    Raises:
+        InputError: an unknown teacher or field, or a value of the wrong type.
+    """
     changes = {**of_arm, **of_variant}
-    kinds = (SMTTeacherConfig.model_type, SMTWindowedTeacherConfig.model_type)
     # The grid's fields are those of its own kind of teacher.
-    of_that_kind = of_grid.get("model_type", kinds[0])
+    of_that_kind = of_grid.get("model_type", DEFAULT_TEACHER)
     settings = {**of_grid, **changes} if changes.get("model_type", of_that_kind) == of_that_kind else changes
-    if settings.get("model_type", kinds[0]) not in kinds:
-        raise ValueError(f"unknown teacher `model_type` {settings['model_type']!r}: choose one of {', '.join(kinds)}.")
-    is_windowed = settings.get("model_type") == SMTWindowedTeacherConfig.model_type
-    return typed(WINDOWED_FIELDS if is_windowed else TEACHER_FIELDS, settings)
+    name = settings.get("model_type", DEFAULT_TEACHER)
+    teacher_config_class(name)  # knows the name, or says which there are
+    fields = {key: value for key, value in settings.items() if key != "model_type"}
+    return {**{key: name for key in ("model_type",) if key in settings}, **typed(TEACHER_FIELDS[name], fields)}

@@ -1,12 +1,16 @@
-"""Pictures of benchmarks."""
+"""Figures of benchmarks."""
 
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from .arms import display_name
+from .looks import looks_of, save_figure
+from .units import UNITS
+
 
 def plot_memory_wall(lines: list[dict], path: Path) -> None:
-    """Memory (left) and seconds a token (right) over the context, both axes logarithmic.
+    """Memory (left) and seconds per token (right) over the context, both axes logarithmic.
 
     Filled markers are measured, open ones calculated or extrapolated; a cross marks the context that no longer fits.
 
@@ -42,33 +46,34 @@ def plot_memory_wall(lines: list[dict], path: Path) -> None:
         axis.grid(alpha=0.2)
     memory.plot([], [], "o", color="0.4", mfc="white", label="open: not measured")
     figure.legend(loc="outside lower center", ncols=4, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def plot_long_context(lines: list[dict], path: Path) -> None:
-    """Bits a byte by position (left) and accuracy over the distance of the needle (right).
+    """Bits per byte by position (left) and accuracy over the distance of the needle (right).
 
     Args:
         lines: as `measure_long_context` returns them.
     """
-    panels = [("text", "bits_per_byte", "bits a byte"), ("retrieval", "accuracy", "accuracy")]
+    panels = [("text", "bits_per_byte"), ("retrieval", "accuracy")]
     panels = [panel for panel in panels if any(line["task"] == panel[0] for line in lines)]
+    looks = looks_of([display_name(line) for line in lines])
     figure = Figure(figsize=(5.5 * len(panels), 4.2), layout="constrained")
-    for axis, (task, score, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+    for axis, (task, score) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         own = [line for line in lines if line["task"] == task]
-        for index, arm in enumerate(dict.fromkeys(line["arm"] for line in own)):
-            points = [(line["position"], line[score]) for line in own if line["arm"] == arm]
-            axis.plot(*zip(*points), marker="o", ms=4, color=f"C{index}", label=arm)
+        for arm in dict.fromkeys(line["arm"] for line in own):
+            points = [line for line in own if line["arm"] == arm]
+            name = display_name(points[0])
+            places, scores = zip(*((line["position"], line[score]) for line in points))
+            axis.plot(places, scores, ms=5, label=name if name == arm else f"{name} ({arm})", **looks[name])
         if task == "retrieval":
             axis.axhline(own[0]["chance"], color="0.5", ls=":", label="chance")
-        axis.set(xscale="log", xlabel="tokens read since m_0", ylabel=label, title=task)
+        axis.set(xscale="log", xlabel="tokens read since m_0", ylabel=UNITS[score].label, title=task)
         axis.set_xticks([line["position"] for line in own], [f"{line['position']:,}" for line in own], minor=False)
         axis.minorticks_off()
         axis.legend(fontsize=8)
         axis.grid(alpha=0.2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def _plot(axis, lines: list[dict], name: str, colour: str, marker: str, label: str | None, ls: str = "-") -> None:

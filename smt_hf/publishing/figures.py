@@ -1,4 +1,4 @@
-"""Pictures of a run."""
+"""Figures of one run: its losses over steps, and its loss by position."""
 
 import math
 from collections.abc import Iterable
@@ -9,48 +9,52 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from .arms import display_name
+from .looks import looks_of, save_figure
+from .units import UNITS
+
 
 def plot_curves(histories: list[tuple[str, list[dict]]], path: Path) -> None:
-    """Losses (left) and drift of the student's own rollout (right) over the steps of all phases.
+    """Draw losses (left) and drift of the student's own rollout (right) over the optimiser steps of all phases.
 
     Args:
-        histories: phase name and `log_history` of its Trainer, in order.
+        histories: name and `log_history` of each phase, in order.
+        path: of the picture.
     """
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    losses, drift = figure.subplots(1, 2)
-    names = {"readout": "readout", "teacher": "teacher, next token", "eval_rollout": "held-out rollout"}
-    colours = {name: f"C{index}" for index, name in enumerate(names)}
+    axes = figure.subplots(1, 2)
+    panels: tuple[dict[str, str], ...] = (
+        {"readout": "readout", "teacher": "teacher, next token", "eval_rollout": "held-out rollout"},
+        {"eval_drift": "drift", "eval_dynamics": "error within a chunk"},
+    )
+    colours = {name: f"C{index}" for index, name in enumerate(name for panel in panels for name in panel)}
     offset = 0
     for number, (phase, history) in enumerate(histories):
-        for name, label in names.items():
-            points = [(offset + line["step"], line[name]) for line in history if name in line]
-            if points:
-                marker = "o" if name.startswith("eval") else None
-                losses.plot(*zip(*points), color=colours[name], marker=marker, ms=3, lw=1, label=label)
-        for name, label, axis_colour in (("eval_drift", "drift", "C3"), ("eval_dynamics", "one chunk's error", "C4")):
-            points = [(offset + line["step"], line[name]) for line in history if name in line]
-            if points:
-                drift.plot(*zip(*points), color=axis_colour, marker="o", ms=3, lw=1, label=label)
         last = max((line["step"] for line in history if "step" in line), default=0)
-        for axis in (losses, drift):
+        for axis, panel in zip(axes, panels):
+            for name, label in panel.items():
+                points = [(offset + line["step"], line[name]) for line in history if name in line]
+                if points:
+                    marker = "o" if name.startswith("eval") else None
+                    axis.plot(*zip(*points), color=colours[name], marker=marker, ms=3, lw=1, label=label)
             axis.axvspan(offset, offset + last, color=f"C{number % 10}", alpha=0.06, lw=0)
             axis.annotate(phase, (offset + last / 2, 0.97), xycoords=("data", "axes fraction"), ha="center", va="top")
         offset += last
-    losses.set(xlabel="optimiser steps", ylabel="nats a token", title="losses")
-    drift.set(xlabel="optimiser steps", ylabel="squared error", title="drift from the teacher's memories (held out)")
-    for axis in (losses, drift):
+    axes[0].set(xlabel="optimiser steps", ylabel="nats per token", title="losses")
+    axes[1].set(xlabel="optimiser steps", ylabel="squared error", title="drift from the teacher's memories (held out)")
+    for axis in axes:
         handles, labels = axis.get_legend_handles_labels()
         unique = dict(zip(labels, handles))
         if unique:
             axis.legend(unique.values(), unique.keys(), fontsize=8)
             set_log(axis, "y", [value for line in axis.get_lines() for value in line.get_ydata()], ratio=1)
         else:
-            axis.annotate("no phase with a teacher", (0.5, 0.5), xycoords="axes fraction", ha="center")
-    figure.savefig(path, dpi=120)
+            axis.annotate("not measured in this run", (0.5, 0.5), xycoords="axes fraction", ha="center")
+    save_figure(figure, path)
 
 
 def set_log(axis, which: str, values: Iterable[float], ratio: float) -> None:
-    """A logarithmic axis with plain numbers, if the positive values spread by more than `ratio`."""
+    """Make an axis logarithmic, with plain numbers, if its largest positive value is above `ratio` times the least."""
     values = [value for value in values if math.isfinite(value) and value > 0]
     if not values or max(values) <= ratio * min(values):
         return
@@ -61,23 +65,30 @@ def set_log(axis, which: str, values: Iterable[float], ratio: float) -> None:
     ticks.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in shown else ""))
 
 
-def plot_loss_by_position(curves: dict[str, np.ndarray], ngram_bits: dict[str, float], path: Path) -> None:
-    """Bits a byte over the position in a held-out stream.
+def plot_loss_by_position(
+    curves: dict[str, np.ndarray], ngram_bits: dict[str, float], phases: dict[str, list[dict]], path: Path
+) -> None:
+    """Draw bits per byte over the position in a held-out stream, one line per arm.
 
     Args:
-        curves: arm -> mean loss at each position, nats a byte.
-        ngram_bits: yardstick -> bits a byte, drawn as level lines.
+        curves: arm -> mean loss at each position, nats per byte.
+        ngram_bits: n-gram model -> bits per byte, drawn as a horizontal line.
+        phases: arm -> settings of the phases that trained it.
+        path: of the picture.
     """
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axis = figure.subplots()
-    for index, (arm, losses) in enumerate(curves.items()):
+    names = {arm: display_name({"arm": arm, "phases": phases.get(arm)}) for arm in (*curves, *ngram_bits)}
+    looks = looks_of(list(names.values()))
+    for arm, losses in curves.items():
         edges = np.unique(np.geomspace(1, len(losses), 25).astype(int))
         edges = np.unique(np.concatenate([[0], edges]))
         means = [losses[begin:end].mean() / math.log(2) for begin, end in pairwise(edges)]
-        axis.plot(edges[1:], means, marker="o", ms=3, lw=1.2, color=f"C{index}", label=arm)
-    for index, (name, bits) in enumerate(ngram_bits.items()):
-        axis.axhline(bits, color="0.5", lw=1, ls=(":", "-.", "--")[index % 3], label=name)
-    axis.set(xscale="log", xlabel="tokens read since m_0", ylabel="bits a byte", title="held-out loss by position")
+        axis.plot(edges[1:], means, ms=3, lw=1.2, label=names[arm], **looks[names[arm]])
+    for arm, bits in ngram_bits.items():
+        axis.axhline(bits, lw=1, label=names[arm], color=looks[names[arm]]["color"], ls=looks[names[arm]]["ls"])
+    axis.set(xscale="log", xlabel="tokens read since m_0", title="held-out loss by position")
+    axis.set_ylabel(UNITS["bits_per_byte"].label)
     axis.legend(fontsize=8)
     axis.grid(alpha=0.2)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)

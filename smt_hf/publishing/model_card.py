@@ -4,8 +4,10 @@ import re
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
 
-_METRICS = {"bits_per_byte": "bits per byte", "bits_per_pixel": "bits per pixel", "accuracy": "next-token accuracy"}
+from .units import UNITS, metric_of
+
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
 
@@ -14,16 +16,16 @@ def student_card(student, results: dict) -> ModelCard:
 
     Args:
         student: the model, for its sizes.
-        results: the content of `eval_results.json`: every number of the card comes from it.
+        results: the content of `eval_results.json`: every number of the card comes from it. With `license`, the card
+            names that licence; without, it says that there is none.
     """
     arm = results["arms"][results["student_arm"]]
-    metric = results.get("metric", "bits_per_byte")
-    labels = {name: label for name, label in _METRICS.items() if name == metric or name == "accuracy"}
+    metric = metric_of(arm)
     data = results["data"]
     card_data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        license="apache-2.0",
+        license=results.get("license"),
         datasets=[data.get("hub_name") or "local-" + re.sub(r"[^\w.]+", "-", data["name"]).strip("-")],
         tags=[*(["smt"] if results["config"]["teacher"] else []), "recurrent", "custom_code", results["student_arm"]],
         base_model=results.get("base_model") if "/" in results.get("base_model", "") else None,
@@ -34,24 +36,37 @@ def student_card(student, results: dict) -> ModelCard:
                 dataset_type=data["hash"],
                 dataset_name=f"{data['name']}, held out",
                 metric_type=name,
-                metric_name=label,
+                metric_name=UNITS[name].label,
                 metric_value=round(arm[name], 4),
             )
-            for name, label in labels.items()
+            for name in dict.fromkeys((metric, "accuracy"))
         ],
     )
-    sign = -1 if metric == "accuracy" else 1
-    rows = sorted(results["arms"].items(), key=lambda entry: sign * entry[1][metric])
     return ModelCard.from_template(
         card_data,
         template_path=str(_TEMPLATE),
         results=results,
         arm=arm,
-        rows=rows,
+        rows=sorted(results["arms"].items(), key=lambda entry: UNITS[metric].badness(entry[1][metric])),
         metric=metric,
-        unit=_METRICS[metric],
+        unit=UNITS[metric],
         is_text=results["task"]["name"] == "text",
         is_instructions=results["task"]["name"] == "instructions",
         config=student.config,
         num_parameters=sum(parameter.numel() for parameter in student.parameters()),
     )
+
+
+def license_of(checkpoint: str | Path) -> str | None:
+    """The licence that the card of a checkpoint names; `None` without a card or without a licence in it.
+
+    Args:
+        checkpoint: a folder, or a Hub repository.
+    """
+    card = Path(checkpoint) / "README.md"
+    if Path(checkpoint).is_dir() and not card.exists():
+        return None
+    try:
+        return ModelCard.load(card if card.exists() else str(checkpoint), ignore_metadata_errors=True).data.license
+    except (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled):
+        return None

@@ -8,19 +8,21 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
+_PACKAGES = ("smt_hf", "torch", "transformers", "accelerate", "datasets")
+
 
 def commit() -> str:
-    """The commit of this package's checkout, with `+` if files differ from it; `unknown` outside a checkout."""
-    folder = Path(__file__).resolve().parent
+    """The commit of this package's checkout, with `+` if tracked files differ from it; `unknown` outside a checkout."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        words = ["git", "-C", str(folder)]
-        head = subprocess.run([*words, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run(
-            [*words, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
-        )
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # an installed package may lie in another's checkout
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def hardware() -> str:
@@ -35,14 +37,23 @@ def hardware() -> str:
     return f"CPU {platform.processor() or platform.machine()}"
 
 
-def run_facts(num_threads: int, arguments: TrainingArguments) -> dict:
-    """The part of `eval_results.json` that says what the run ran on."""
-    packages = ("smt_hf", "torch", "transformers", "accelerate", "datasets")
-    return {
+def run_facts(num_threads: int, arguments: TrainingArguments | None = None) -> dict:
+    """What every result says about where it comes from.
+
+    Args:
+        num_threads: of torch, per process.
+        arguments: of a training, for its number of processes and how they work together.
+    """
+    facts = {
         "commit": commit(),
         "hardware": hardware(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         "num_threads": num_threads,
-        "world_size": arguments.world_size,
-        "distributed_type": arguments.distributed_state.distributed_type.value if arguments.distributed_state else "NO",
     }
+    if arguments is not None:
+        state = arguments.distributed_state
+        facts |= {
+            "world_size": arguments.world_size,
+            "distributed_type": state.distributed_type.value if state else "NO",
+        }
+    return facts

@@ -1,9 +1,9 @@
-"""The report of a grid: tables, verdicts and pictures, made from its JSON lines and from nothing else.
+"""The report of a grid: tables, verdicts and figures, made from its JSON lines and from nothing else.
 
 A line is one arm in one cell with one seed; a cell is a task at a difficulty, a number that grows with it. Scores are
-accuracies (0 to 1) or bits a byte or a pixel. Lines with a `group` belong to a sweep or an ablation: they have tables
-of their own and no figures. Lines with a `benchmark` are not of a grid: they are measurements of speed and memory, and
-have tables as they are.
+accuracies (0 to 1), bits per byte or bits per pixel. Lines with a `group` belong to a sweep or an ablation: they have
+tables of their own and no figures. Lines with a `benchmark` are not of a grid: they are measurements of speed and
+memory, and each benchmark has one table of them.
 """
 
 import json
@@ -15,31 +15,36 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from smt_hf.errors import InputError
+
+from .arms import (
+    YARDSTICKS,
+    arm_order,
+    arms_of,
+    display_name,
+    is_whole_run,
+    kind_of,
+    lines_of_arm,
+    natural_order,
+)
 from .report_figures import draw_figures
 from .scores import (
     BOTH_FAIL,
     MARGIN,
-    METRICS,
     SOLVED,
-    YARDSTICKS,
     Verdict,
-    arm_order,
-    arms_of,
     badness,
     chances_of,
     hardest_cells,
     judge,
-    kind_of,
-    lines_of_arm,
-    metric_of,
     metric_score,
-    natural_order,
     score_of,
     split_by,
 )
+from .units import UNITS, metric_of
 
 _SAME_TIME = 1.1  # seconds of the longer over those of the shorter training
-_NUM_TEXTS = 2  # samples shown an arm
+_NUM_TEXTS = 2  # samples shown per arm
 _NO_COLUMNS = ("benchmark", "commit", "hardware", "versions")  # of benchmarks; they are in headings and provenance
 
 _HOW_TO_READ = f"""How to read the tables:
@@ -48,30 +53,9 @@ _HOW_TO_READ = f"""How to read the tables:
 - `teacher` (the mean of the teachers of all arms) and n-grams are yardsticks, not students.
 - Ours: the best arm with an smt or dmt phase and no bptt phase. Bptt: the best arm with bptt phases alone. The best of
   many arms is lucky more often than the best of a few: count the columns of both sides.
-- Differences are ours minus bptt: of bits, those below zero are in our favour. One counts beyond {MARGIN} and beyond
-  two of its standard errors.
+- Differences are ours minus bptt. For bits, a difference below zero is in our favour. A difference counts beyond
+  {MARGIN} and beyond two of its standard errors.
 - Both fail: both accuracies are below {SOLVED}. The difference is shown all the same."""
-
-
-def read_lines(path: str | Path) -> list[dict]:
-    """The lines of a `.jsonl` file; blank ones are skipped.
-
-    Raises:
-        ValueError: a line is not a JSON object; names file and line number.
-    """
-    lines = []
-    with Path(path).open(encoding="utf-8") as file:
-        for number, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error}): mend or remove it.") from None
-            if not isinstance(line, dict):
-                raise ValueError(f"{path}, line {number}: not a JSON object: mend or remove it.")
-            lines.append(line)
-    return lines
 
 
 def render_report(lines: list[dict], name: str, folder: Path, settings: dict | None = None) -> list[Path]:
@@ -89,11 +73,11 @@ def render_report(lines: list[dict], name: str, folder: Path, settings: dict | N
         The files written, the Markdown first.
 
     Raises:
-        ValueError: no lines; a line of a grid without task, difficulty, arm, seed or metric, or in a group without
+        InputError: no lines; a line of a grid without task, difficulty, arm, seed or metric, or in a group without
             `variant`; a task whose lines have different metrics.
     """
     if not lines:
-        raise ValueError("there are no lines to report: run the grid first.")
+        raise InputError("there are no lines to report: run the grid first.")
     benchmarks = sorted((line for line in lines if "benchmark" in line), key=_text_of)
     lines = [line for line in lines if "benchmark" not in line]
     _check(lines)
@@ -129,15 +113,15 @@ def _check(lines: list[dict]) -> None:
         missing = [key for key in ("task", "difficulty", "arm", "seed") if key not in line]
         if line.get("group") is not None and "variant" not in line:
             missing.append("variant")
-        if not any(metric in line for metric in METRICS):
-            missing.append(" or ".join(METRICS))
+        if not any(metric in line for metric in UNITS):
+            missing.append(" or ".join(UNITS))
         if missing:
             known = {key: line[key] for key in ("task", "difficulty", "arm", "seed", "group") if key in line}
-            raise ValueError(f"the line of {known} has no {', '.join(missing)}: mend or remove it.")
+            raise InputError(f"the line of {known} has no {', '.join(missing)}: mend or remove it.")
     for task, some in split_by(lines, "task").items():
         metrics = sorted({metric_of(line) for line in some})
         if len(metrics) > 1:
-            raise ValueError(f"lines of task {task!r} are scored in {' and in '.join(metrics)}: give all of them one.")
+            raise InputError(f"lines of task {task!r} are scored in {' and in '.join(metrics)}: give all of them one.")
 
 
 def _text_of(line: dict) -> str:
@@ -150,7 +134,7 @@ def _line_order(line: dict) -> tuple:
         *names,
         line["task"],
         line["difficulty"],
-        arm_order(line["arm"]),
+        arm_order(line),
         line["seed"],
         _text_of(line),
     )
@@ -162,11 +146,8 @@ def _without_stages(lines: list[dict]) -> list[dict]:
     def cell(line: dict) -> tuple:
         return tuple(line.get(key) for key in ("group", "variant", "task", "difficulty", "arm"))
 
-    def is_whole(line: dict) -> bool:
-        return line.get("is_last", "run" not in line)
-
-    whole = {cell(line) for line in lines if is_whole(line)}
-    return [line for line in lines if is_whole(line) or cell(line) not in whole]
+    whole = {cell(line) for line in lines if is_whole_run(line)}
+    return [line for line in lines if is_whole_run(line) or cell(line) not in whole]
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -189,19 +170,29 @@ def _results(lines: list[dict]) -> str:
         return ""
     verdicts: dict[str, Verdict | None] = {}
     tables = [_task_table(task, some, verdicts) for task, some in split_by(lines, "task").items()]
-    notes = [*_summary(verdicts), *_unequal(lines, verdicts), *_doubles(lines)]
+    notes = [*_summary(verdicts), *_unequal(lines, verdicts), *_doubles(lines), _names(lines)]
     return "\n\n".join(["## Results", *notes, _HOW_TO_READ, *tables])
+
+
+def _names(lines: list[dict]) -> str:
+    names: dict[str, list[str]] = {}
+    for line in lines:
+        if kind_of(line) not in YARDSTICKS and is_whole_run(line):
+            names.setdefault(display_name(line), []).append(f"`{line['arm']}`")
+    listed = [f"{name}: {', '.join(sorted(set(arms), key=natural_order))}" for name, arms in sorted(names.items())]
+    return f"What the arms are called in the figures: {'; '.join(listed)}."
 
 
 def _task_table(task: str, lines: list[dict], verdicts: dict[str, Verdict | None]) -> str:
     """Rows are difficulties, columns are arms. Enters the verdict of every cell in `verdicts`."""
     metric, arms = metric_of(lines[0]), arms_of(lines)
     chances = chances_of(lines)
+    kinds = {line["arm"]: kind_of(line) for line in lines}
     rows = []
     for difficulty, cell in split_by(lines, "difficulty").items():
         scores = {arm: metric_score(lines_of_arm(cell, arm)) for arm in arms_of(cell)}
         shown = {arm: f"{badness(score, metric):.3f}" for arm, score in scores.items()}
-        students = [arm for arm in scores if kind_of(arm) not in YARDSTICKS and math.isfinite(scores[arm].mean)]
+        students = [arm for arm in scores if kinds[arm] not in YARDSTICKS and math.isfinite(scores[arm].mean)]
         best = min((shown[arm] for arm in students), key=float, default="")
         row = [str(difficulty)]
         for arm in arms:
@@ -209,15 +200,14 @@ def _task_table(task: str, lines: list[dict], verdicts: dict[str, Verdict | None
             row.append(f"{bold}{scores[arm]}{bold} ({scores[arm].num_seeds})" if arm in scores else "")
         if chances:
             row.append(f"{chances[difficulty]:.3f}" if difficulty in chances else "")
-        verdict = verdicts[f"{task} {difficulty}"] = judge(scores, metric)
+        verdict = verdicts[f"{task} {difficulty}"] = judge(scores, kinds, metric)
         if verdict:
             row += [f"{verdict.signed()} ({verdict.ours} against {verdict.rival})", verdict.word]
         else:
             row += ["", "not compared"]
         rows.append(row)
     header = ["difficulty", *(f"`{arm}`" for arm in arms), *(["chance"] if chances else [])]
-    better = "higher" if metric == "accuracy" else "lower"
-    title = f"### `{task}`: {METRICS[metric]} ({better} is better)"
+    title = f"### `{task}`: {UNITS[metric].label} ({UNITS[metric].better} is better)"
     return f"{title}\n\n{_table([*header, 'ours - bptt', 'verdict'], rows)}"
 
 
@@ -263,12 +253,16 @@ def _unequal(lines: list[dict], verdicts: dict[str, Verdict | None]) -> list[str
 
 def _doubles(lines: list[dict]) -> list[str]:
     counts = Counter(
-        f"{line['task']} {line['difficulty']} {line['arm']} seed {line['seed']}"
+        f"{line['task']} {line['difficulty']} {_variant(line)}{line['arm']} seed {line['seed']}"
         for line in lines
-        if kind_of(line["arm"]) not in YARDSTICKS
+        if kind_of(line) not in YARDSTICKS
     )
     doubles = [f"{run} ({count} lines)" for run, count in counts.items() if count > 1]
     return [f"Averaged before anything else, as one arm and seed: {', '.join(doubles)}."] if doubles else []
+
+
+def _variant(line: dict) -> str:
+    return f"{line['variant']}, " if line.get("variant") else ""
 
 
 def _mean(lines: list[dict], key: str) -> str:
@@ -298,23 +292,26 @@ def _sweeps(lines: list[dict]) -> str:
     for group, of_group in split_by(lines, "group").items():
         parts.append(f"### {group}")
         for task, of_task in split_by(of_group, "task").items():
-            metric = metric_of(of_task[0])
             for difficulty, cell in split_by(of_task, "difficulty").items():
-                runs = []
-                for variant, of_variant in split_by(cell, "variant").items():
-                    for arm in arms_of(of_variant):
-                        some = lines_of_arm(of_variant, arm)
-                        score = metric_score(some)
-                        row = [variant, f"`{arm}`", str(score), _mean(some, "wall_clock_s"), str(score.num_seeds)]
-                        runs.append((badness(score, metric), natural_order(variant), arm_order(arm), row))
-                header = ["variant", "arm", METRICS[metric], "seconds", "seeds"]
-                parts.append(f"`{task}` {difficulty}:\n\n{_table(header, [run[-1] for run in sorted(runs)])}")
-        parts += _doubles([{**line, "arm": f"{line['variant']}, {line['arm']}"} for line in of_group])
+                parts.append(f"`{task}` {difficulty}:\n\n{_sweep_table(cell)}")
+        parts += _doubles(of_group)
     return "\n\n".join(parts)
 
 
+def _sweep_table(cell: list[dict]) -> str:
+    metric, runs = metric_of(cell[0]), []
+    for variant, of_variant in split_by(cell, "variant").items():
+        for arm in arms_of(of_variant):
+            some = lines_of_arm(of_variant, arm)
+            score = metric_score(some)
+            row = [variant, f"`{arm}`", str(score), _mean(some, "wall_clock_s"), str(score.num_seeds)]
+            runs.append((badness(score, metric), natural_order(variant), arm_order(some[0]), row))
+    header = ["variant", "arm", UNITS[metric].label, "seconds", "seeds"]
+    return _table(header, [run[-1] for run in sorted(runs)])
+
+
 def _benchmarks(lines: list[dict]) -> str:
-    """A table a benchmark. Its columns are the keys that have scalars alone, not all of them `null`."""
+    """One table per benchmark. Its columns are the keys that have scalars alone, not all of them `null`."""
     parts = ["## Benchmarks"]
     for benchmark, some in split_by(lines, "benchmark").items():
         columns = [
@@ -325,7 +322,7 @@ def _benchmarks(lines: list[dict]) -> str:
             and not any(isinstance(line.get(key), dict | list) for line in some)
         ]
         ordered = sorted(
-            some, key=lambda line: [arm_order(str(line.get("arm"))), *(_value_order(line.get(key)) for key in columns)]
+            some, key=lambda line: [_value_order(line.get("arm")), *(_value_order(line.get(key)) for key in columns)]
         )
         rows = [[_shown(line.get(key)) for key in columns] for line in ordered]
         parts.append(f"### `{benchmark}`\n\n{_table(columns, rows)}")

@@ -5,21 +5,17 @@ difficulty.
 """
 
 import math
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from statistics import fmean, stdev
 from typing import Any
 
-METRICS = {"bits_per_byte": "bits a byte", "bits_per_pixel": "bits a pixel", "accuracy": "accuracy"}
-# Of arms, in the order of every table, axis and legend.
-KINDS = ("ours", "mixed", "published", "rival", "other", "teacher", "ngram")
-YARDSTICKS = ("teacher", "ngram")
+from .units import UNITS, metric_of
+
 SOLVED = 0.9  # two accuracies below it: neither side can do the task
 BOTH_FAIL = ", both fail"
 MARGIN = 0.02  # a smaller difference decides nothing, however small the standard error of a few seeds
-_DIVERGED = 1e9  # bits a byte, or negative accuracy, of an arm that has no finite score
+_DIVERGED = 1e9  # badness of an arm that has no finite score
 
 
 @dataclass(frozen=True)
@@ -27,7 +23,7 @@ class Score:
     """A metric over seeds.
 
     Args:
-        mean: accuracy (0 to 1), or bits a byte or a pixel.
+        mean: accuracy (0 to 1), or bits per byte or per pixel.
         error: standard error of the mean; `None` for a single seed.
         num_seeds: different seeds. Several lines of one seed are averaged first.
     """
@@ -60,21 +56,21 @@ class Verdict:
         return ("+" if self.difference.mean >= 0 else "") + str(self.difference)
 
 
-def judge(scores: dict[str, Score], metric: str) -> Verdict | None:
+def judge(scores: dict[str, Score], kinds: dict[str, str], metric: str) -> Verdict | None:
     """Compare our best arm with the better BPTT.
 
-    Ours are the arms with an smt or dmt phase and no bptt phase; rivals have bptt phases alone. A difference counts
-    beyond 0.02 and beyond two of its standard errors.
+    A difference counts beyond 0.02 and beyond two of its standard errors.
 
     Args:
-        scores: arm -> score in one cell.
+        scores: arm -> score in one cell; of equal ones the first counts as the best.
+        kinds: arm -> its kind: "ours" and "rival" are compared, others are not.
         metric: "accuracy" (higher is better), "bits_per_byte" or "bits_per_pixel" (lower is better).
 
     Returns:
         The verdict, or `None` if one of the two sides has no arm.
     """
     by_arm = {arm: badness(score, metric) for arm, score in scores.items()}
-    sides = [[arm for arm in sorted(scores, key=arm_order) if kind_of(arm) == kind] for kind in ("ours", "rival")]
+    sides = [[arm for arm in scores if kinds[arm] == kind] for kind in ("ours", "rival")]
     if not all(sides):
         return None
     ours, rival = (min(side, key=by_arm.__getitem__) for side in sides)
@@ -93,46 +89,10 @@ def judge(scores: dict[str, Score], metric: str) -> Verdict | None:
     return Verdict(ours, rival, difference, word)
 
 
-def metric_of(line: dict) -> str:
-    """The metric that a line is scored in: the first of `METRICS` that it has."""
-    return next(metric for metric in METRICS if metric in line)
-
-
-def kind_of(arm: str) -> str:
-    """The kind, one of `KINDS`, of an arm by the phases in its name."""
-    phases = {re.sub(r"\d+$", "", part) for part in arm.split("_")}
-    for kind in ("teacher", "published", "ngram"):
-        if kind in phases:
-            return kind
-    if phases & {"smt", "dmt"}:
-        return "mixed" if "bptt" in phases else "ours"
-    return "rival" if "bptt" in phases else "other"
-
-
-def natural_order(text: str) -> list[tuple]:
-    """A key that sorts `smt8` before `smt16`."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text) if part]
-
-
-def arm_order(arm: str) -> tuple:
-    """A key that sorts arms by kind, then by name: the order of every table, axis and legend."""
-    return KINDS.index(kind_of(arm)), [natural_order(part) for part in arm.split("_")]
-
-
-def arms_of(lines: Iterable[dict]) -> list[str]:
-    """The arms of the lines, in order."""
-    return sorted({line["arm"] for line in lines}, key=arm_order)
-
-
 def split_by(lines: list[dict], key: str) -> dict:
     """The value of a key, ascending -> lines that have it, in their order."""
     ordered = sorted(lines, key=lambda line: line[key])
     return {value: list(some) for value, some in groupby(ordered, key=lambda line: line[key])}
-
-
-def lines_of_arm(lines: list[dict], arm: str) -> list[dict]:
-    """The lines of one arm, in their order."""
-    return [line for line in lines if line["arm"] == arm]
 
 
 def score_of(lines: list[dict], *path: str) -> Score | None:
@@ -173,13 +133,11 @@ def chances_of(lines: list[dict]) -> dict[float, float]:
 
 def badness(score: Score, metric: str) -> float:
     """A score as a number that is lower for better ones, whatever the metric."""
-    if not math.isfinite(score.mean):
-        return _DIVERGED
-    return -score.mean if metric == "accuracy" else score.mean
+    return UNITS[metric].badness(score.mean) if math.isfinite(score.mean) else _DIVERGED
 
 
 def hardest_cells(lines: list[dict], *keys: str) -> list[tuple[str, list[dict]]]:
-    """Of each task the lines that have one of the keys, at the highest difficulty where there are any; with a title."""
+    """Title and lines of a cell per task: the highest difficulty at which lines have one of the keys, those lines."""
     cells = []
     for task, some in split_by([line for line in lines if any(line.get(key) for key in keys)], "task").items():
         difficulty, cell = list(split_by(some, "difficulty").items())[-1]

@@ -8,7 +8,7 @@ import os
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 # Of the files that `SMTRecurrentCache.save` writes.
@@ -186,7 +186,9 @@ class SMTRecurrentCache(Cache):
         facts = {"format": "pt", _VERSION_KEY: _VERSION, "num_tokens": str(self.get_seq_length())}
         written = f"{os.fspath(path)}.{os.getpid()}.part"
         try:
-            save_file({"memory": self.memory.detach().cpu().contiguous()}, written, metadata=facts)
+            # By way of bytes: `save_file` would make it a file that its owner alone can read.
+            with open(written, "wb") as file:
+                file.write(save({"memory": self.memory.detach().cpu().contiguous()}, metadata=facts))
             os.replace(written, path)
         finally:
             if os.path.exists(written):
@@ -226,6 +228,19 @@ class SMTRecurrentCache(Cache):
         other = type(self)()
         other.layers = copy.deepcopy(self.layers, memo)
         return other
+
+
+def own_cache(cache) -> SMTRecurrentCache | None:
+    """The cache itself, a new one for an empty foreign cache, an error for a foreign cache that holds tokens."""
+    # By name: a checkpoint loaded as remote code has its own copy of the class.
+    if cache is None or type(cache).__name__ == SMTRecurrentCache.__name__:
+        return cache
+    if isinstance(cache, Cache) and cache.get_seq_length() == 0:
+        return SMTRecurrentCache()
+    raise ValueError(
+        f"`past_key_values` is a {type(cache).__name__} with keys and values; pass an SMTRecurrentCache as "
+        "returned by this model, or none. (Prefix tuning makes such a cache: use LoRA or prompt tuning instead.)"
+    )
 
 
 __all__ = ["SMTRecurrentCache"]

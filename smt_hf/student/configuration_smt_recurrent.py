@@ -1,10 +1,14 @@
 """Sizes of the recurrent student."""
 
+import glob
+import os
+import stat
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-UPDATER_TYPES = ("transformer", "mlp", "gru")
+from .updaters_smt_recurrent import UPDATERS
 
 
 @strict
@@ -72,8 +76,9 @@ class SMTRecurrentConfig(PreTrainedConfig):
     def validate_sizes(self):
         """Part of `validate()`: refuses sizes that no model can be built from."""
         check_layer_sizes(self, ("num_hidden_layers", "num_readout_layers"))
-        if self.updater_type not in UPDATER_TYPES:
-            raise ValueError(f"unknown `updater_type` {self.updater_type!r}: choose one of {', '.join(UPDATER_TYPES)}.")
+        if self.updater_type not in UPDATERS:
+            raise ValueError(f"unknown `updater_type` {self.updater_type!r}: choose one of {', '.join(UPDATERS)}.")
+        UPDATERS[self.updater_type].check_config(self)
 
 
 def check_layer_sizes(config: PreTrainedConfig, own_sizes: tuple[str, ...]) -> None:
@@ -100,6 +105,14 @@ def check_layer_sizes(config: PreTrainedConfig, own_sizes: tuple[str, ...]) -> N
         )
     if config.hidden_act not in ACT2FN:
         raise ValueError(f"`hidden_act` {config.hidden_act!r} is unknown: choose one of {', '.join(sorted(ACT2FN))}.")
+
+
+def share_weights(folder: str | os.PathLike) -> None:
+    """Give the safetensors files of a saved model the permissions of its `config.json`."""
+    if os.path.exists(os.path.join(folder, "config.json")):  # one process of several has written it
+        permissions = stat.S_IMODE(os.stat(os.path.join(folder, "config.json")).st_mode)
+        for path in glob.glob(os.path.join(glob.escape(os.fspath(folder)), "*.safetensors")):
+            os.chmod(path, permissions)
 
 
 __all__ = ["SMTRecurrentConfig"]

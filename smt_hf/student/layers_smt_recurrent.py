@@ -1,18 +1,20 @@
-"""The layers of the student: attention over a handful of positions, the three updaters `f`, the readout `g`.
+"""The layers of the student: attention over a handful of positions, what updaters `f` share, the readout `g`.
 
 Shapes: N sequences or chunks side by side, S positions, K memory tokens, D width, F future tokens, M wanted positions.
 Equations: arXiv:2606.06479.
 """
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 
-from .configuration_smt_recurrent import SMTRecurrentConfig
+if TYPE_CHECKING:  # the configuration asks the updaters for their names
+    from .configuration_smt_recurrent import SMTRecurrentConfig
 
 
 def rotary_angles(num_positions: int, head_dim: int, theta: float, device=None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,7 +39,7 @@ def positions_of(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 class SMTRecurrentAttention(nn.Module):
     """Multi-head attention in which only the last `num_queries` positions ask, or those at `places`."""
 
-    def __init__(self, config: SMTRecurrentConfig):
+    def __init__(self, config: "SMTRecurrentConfig"):
         super().__init__()
         self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
@@ -69,12 +71,16 @@ class SMTRecurrentAttention(nn.Module):
 
 
 class SMTRecurrentMLP(nn.Module):
-    def __init__(self, config: SMTRecurrentConfig, width: int):
+    def __init__(self, config: "SMTRecurrentConfig", width: int):
         super().__init__()
-        assert config.intermediate_size is not None  # filled in by the configuration
-        self.up_proj = nn.Linear(width, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, width, bias=False)
+        self.up_proj = nn.Linear(width, self.inner_width(config), bias=False)
+        self.down_proj = nn.Linear(self.inner_width(config), width, bias=False)
         self.activation = ACT2FN[config.hidden_act]
+
+    @staticmethod
+    def inner_width(config: "SMTRecurrentConfig") -> int:
+        assert config.intermediate_size is not None  # filled in by the configuration
+        return config.intermediate_size
 
     def forward(self, states):
         return self.down_proj(self.activation(self.up_proj(states)))
@@ -83,12 +89,26 @@ class SMTRecurrentMLP(nn.Module):
 class SMTRecurrentBlock(nn.Module):
     """Pre-norm Transformer block over a handful of positions."""
 
-    def __init__(self, config: SMTRecurrentConfig):
+    def __init__(self, config: "SMTRecurrentConfig"):
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.attention = SMTRecurrentAttention(config)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SMTRecurrentMLP(config, config.hidden_size)
+
+    @staticmethod
+    def multiply_adds(config: "SMTRecurrentConfig", positions: int, queries: int) -> int:
+        """Multiply-adds of the forward pass of one sequence: keys and values of `positions`, the rest of `queries`."""
+        width = config.hidden_size
+        attention = 2 * width**2 * (queries + positions) + 2 * queries * positions * width
+        return attention + 2 * queries * width * SMTRecurrentMLP.inner_width(config)
+
+    @staticmethod
+    def saved_numbers(config: "SMTRecurrentConfig", positions: int, queries: int) -> int:
+        """Numbers that one sequence keeps for the backward pass."""
+        # Input, its norm, keys, values; the queries, what is mixed, the sum, its norm; both sides of the activation.
+        inner = SMTRecurrentMLP.inner_width(config)
+        return config.hidden_size * (positions * 4 + queries * 5) + queries * inner * 2
 
     def forward(self, states, num_queries: int | None = None, is_causal: bool = False, rotary=None, places=None):
         """`(N, S, D)` -> `(N, num_queries, D)`, the last positions (`None`: all), or those at `places` `(N, M)`."""
@@ -100,26 +120,58 @@ class SMTRecurrentBlock(nn.Module):
         return states + self.mlp(self.mlp_norm(states))
 
 
-class SMTRecurrentOutProjection(nn.Linear):
-    """`W_out` of the updater: a class of its own because it is zero at birth."""
-
-
 class SMTRecurrentUpdater(nn.Module, ABC):
     """`f(m, x) = RMSNorm(m + W_out h(m, x))` [Eq. 1]; subclasses compute `h`.
 
     `W_out` is zero at birth, so that the first update keeps all information over any number of steps: without it,
     gradients through eight steps learned nothing on retrieval.
+
+    A subclass that carries [`register_updater`] is all that a new updater needs.
     """
 
-    def __init__(self, config: SMTRecurrentConfig, width: int):
+    # The value of the configuration's `updater_type` that stands for the subclass.
+    updater_type: ClassVar[str]
+    # Patterns of names that weights had in earlier releases -> the names they have now.
+    renamed_weights: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, config: "SMTRecurrentConfig"):
         super().__init__()
         self.config = config
+        width = self.stream_width(config)
         self.out_norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
-        self.out_proj = SMTRecurrentOutProjection(width, width, bias=False)
+        self.out_proj = nn.Linear(width, width, bias=False)
+
+    @classmethod
+    def stream_width(cls, config: "SMTRecurrentConfig") -> int:
+        """Width of the stream between the layers; here that of the whole memory as one vector."""
+        return config.num_memory_tokens * config.hidden_size
+
+    @classmethod
+    def check_config(cls, config: "SMTRecurrentConfig") -> None:
+        """Refuse sizes that this updater cannot be built from, by a ValueError; most take any."""
+
+    @classmethod
+    @abstractmethod
+    def multiply_adds(cls, config: "SMTRecurrentConfig") -> int:
+        """Multiply-adds of the matrix products of one transition of one sequence, forward pass."""
+
+    @classmethod
+    @abstractmethod
+    def saved_numbers(cls, config: "SMTRecurrentConfig") -> int:
+        """Numbers that one transition of one sequence keeps for its backward pass."""
 
     @abstractmethod
     def layers_of(self, memory, embeds):
         """Yield the stream after every layer, `(N, K, D)` or `(N, K * D)`."""
+
+    def init_own_weights(self) -> None:
+        """Initialise the parameters that the updater holds itself; its layers have theirs already."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for pattern, now in self.renamed_weights.items():
+            for name in [name for name in state_dict if name.startswith(prefix)]:
+                state_dict[re.sub(pattern, now, name)] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, memory, embeds, layer_outputs: list | None = None):
         """One transition: `(N, K, D)`, `(N, D)` -> `(N, K, D)`.
@@ -135,70 +187,14 @@ class SMTRecurrentUpdater(nn.Module, ABC):
         return F.rms_norm(memory + change, memory.shape[-1:], eps=self.config.rms_norm_eps)
 
 
-class SMTRecurrentTransformerUpdater(SMTRecurrentUpdater):
-    """Attention over the new token and the memory tokens, told apart by learned slot embeddings."""
-
-    def __init__(self, config: SMTRecurrentConfig):
-        super().__init__(config, config.hidden_size)
-        self.slot_embeddings = nn.Parameter(torch.empty(1 + config.num_memory_tokens, config.hidden_size))
-        self.layers = nn.ModuleList([SMTRecurrentBlock(config) for _ in range(config.num_hidden_layers)])
-
-    def layers_of(self, memory, embeds):
-        stream = torch.cat([embeds[:, None], memory], dim=1) + self.slot_embeddings
-        *inner, last = self.layers  # a slice would build a ModuleList at every token
-        for layer in inner:
-            stream = layer(stream)
-            yield stream
-        yield last(stream, num_queries=memory.shape[1])
+# `updater_type` -> class.
+UPDATERS: dict[str, type[SMTRecurrentUpdater]] = {}
 
 
-class SMTRecurrentMLPUpdater(SMTRecurrentUpdater):
-    """Residual feed-forward layers on the whole memory as one vector."""
-
-    def __init__(self, config: SMTRecurrentConfig):
-        width = config.num_memory_tokens * config.hidden_size
-        super().__init__(config, width)
-        self.token_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.norms = nn.ModuleList(
-            [nn.RMSNorm(width, eps=config.rms_norm_eps) for _ in range(config.num_hidden_layers)]
-        )
-        self.layers = nn.ModuleList([SMTRecurrentMLP(config, width) for _ in range(config.num_hidden_layers)])
-
-    def layers_of(self, memory, embeds):
-        stream = memory.flatten(1) + self.token_proj(embeds)
-        for norm, layer in zip(self.norms, self.layers):
-            stream = stream + layer(norm(stream))
-            yield stream
-
-
-class SMTRecurrentGRUUpdater(SMTRecurrentUpdater):
-    """GRU cells (Cho et al. 2014) on the whole memory as one vector, one after the other within a transition."""
-
-    def __init__(self, config: SMTRecurrentConfig):
-        width = config.num_memory_tokens * config.hidden_size
-        super().__init__(config, width)
-        self.input_projs = nn.ModuleList(
-            [nn.Linear(config.hidden_size, 3 * width) for _ in range(config.num_hidden_layers)]
-        )
-        self.state_projs = nn.ModuleList([nn.Linear(width, 3 * width) for _ in range(config.num_hidden_layers)])
-
-    def layers_of(self, memory, embeds):
-        stream = memory.flatten(1)
-        for input_proj, state_proj in zip(self.input_projs, self.state_projs):
-            input_reset, input_update, input_new = input_proj(embeds).chunk(3, dim=-1)
-            state_reset, state_update, state_new = state_proj(stream).chunk(3, dim=-1)
-            candidate = torch.tanh(input_new + torch.sigmoid(input_reset + state_reset) * state_new)
-            kept = torch.sigmoid(input_update + state_update)
-            # Under autocast the projections are of half precision, the stream is not.
-            stream = torch.lerp(candidate.to(stream.dtype), stream, kept.to(stream.dtype))
-            yield stream
-
-
-UPDATERS: dict[str, Callable[[SMTRecurrentConfig], SMTRecurrentUpdater]] = {
-    "transformer": SMTRecurrentTransformerUpdater,
-    "mlp": SMTRecurrentMLPUpdater,
-    "gru": SMTRecurrentGRUUpdater,
-}
+def register_updater(updater: type[SMTRecurrentUpdater]) -> type[SMTRecurrentUpdater]:
+    """Class decorator: configurations, models and the cost model know the updater from then on."""
+    UPDATERS[updater.updater_type] = updater
+    return updater
 
 
 class SMTRecurrentReadout(nn.Module):
@@ -208,7 +204,7 @@ class SMTRecurrentReadout(nn.Module):
     the tokens further on (the predictive state loss, Eq. 2).
     """
 
-    def __init__(self, config: SMTRecurrentConfig):
+    def __init__(self, config: "SMTRecurrentConfig"):
         super().__init__()
         self.config = config
         self.slot_embeddings = nn.Parameter(torch.empty(config.num_memory_tokens, config.hidden_size))

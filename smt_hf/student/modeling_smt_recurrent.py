@@ -18,14 +18,14 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
-from .cache_smt_recurrent import SMTRecurrentCache
-from .configuration_smt_recurrent import SMTRecurrentConfig
-from .layers_smt_recurrent import UPDATERS, SMTRecurrentOutProjection, SMTRecurrentReadout
+from .cache_smt_recurrent import SMTRecurrentCache, own_cache
+from .configuration_smt_recurrent import SMTRecurrentConfig, share_weights
+from .layers_smt_recurrent import SMTRecurrentReadout, SMTRecurrentUpdater
+from .recurrence_smt_recurrent import SMTRecurrentStretch, document_starts, unrolled
+from .updaters_smt_recurrent import UPDATERS
 
 # transformers 5.24 renamed the state's field from `past_key_values` to `cache`; both names are understood here.
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-# Tokens between two memories that gradient checkpointing keeps.
-CHECKPOINT_EVERY = 32
 
 
 class SMTRecurrentPreTrainedModel(PreTrainedModel):
@@ -33,21 +33,14 @@ class SMTRecurrentPreTrainedModel(PreTrainedModel):
     config: SMTRecurrentConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = [
-        "SMTRecurrentTransformerUpdater",
-        "SMTRecurrentMLPUpdater",
-        "SMTRecurrentGRUUpdater",
-        "SMTRecurrentReadout",
-    ]
+    _no_split_modules = [*(updater.__name__ for updater in UPDATERS.values()), "SMTRecurrentReadout"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
     # The state cannot be exchanged between the ranks of a split sequence.
     _supports_context_parallel = False
 
     @torch.no_grad()
     def _init_weights(self, module):
-        if isinstance(module, SMTRecurrentOutProjection):
-            init.zeros_(module.weight)
-        elif isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear):
             fan_in = module.in_features / self.config.hidden_size
             init.normal_(module.weight, std=self.config.initializer_range * fan_in**-0.5)
             if module.bias is not None:
@@ -56,14 +49,25 @@ class SMTRecurrentPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=0.16)
         elif isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
-        if hasattr(module, "slot_embeddings"):
+        elif isinstance(module, SMTRecurrentUpdater):
+            module.init_own_weights()
+        elif isinstance(module, SMTRecurrentReadout):
             init.normal_(module.slot_embeddings, std=0.5)
-        if isinstance(module, SMTRecurrentModel):
-            init.normal_(module.initial_memory)
+
+    @classmethod
+    def from_pretrained(cls, *args, key_mapping: dict[str, str] | None = None, **kwargs):
+        """As in transformers; weights that an earlier release has written under other names are found."""
+        renamed: dict[str, str] = {}
+        for updater in UPDATERS.values():
+            renamed |= updater.renamed_weights
+        return super().from_pretrained(*args, key_mapping=renamed | (key_mapping or {}), **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers, with all Auto classes in `auto_map`: any of them loads the checkpoint by
-        `trust_remote_code=True` where `smt_hf` is not installed."""
+        """As in transformers, with two additions.
+
+        `auto_map` names all Auto classes: any of them loads the checkpoint by `trust_remote_code=True` where `smt_hf`
+        is not installed. The weights are as readable as `config.json`; safetensors writes them for their owner alone.
+        """
         self.config.auto_map = {
             "AutoConfig": "configuration_smt_recurrent.SMTRecurrentConfig",
             "AutoModel": "modeling_smt_recurrent.SMTRecurrentModel",
@@ -71,6 +75,15 @@ class SMTRecurrentPreTrainedModel(PreTrainedModel):
             "AutoModelForSequenceClassification": "modeling_smt_recurrent.SMTRecurrentForSequenceClassification",
         }
         super().save_pretrained(save_directory, *args, **kwargs)
+        share_weights(save_directory)
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, every_n_layers=1, **kwargs):
+        """As in transformers; `every_n_layers` counts stretches of `CHECKPOINT_EVERY` tokens, since the depth of a
+        recurrent model is its time."""
+        super().activation_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, **kwargs)
+        for module in self.modules():
+            if isinstance(module, SMTRecurrentStretch):
+                module.every_n = every_n_layers
 
 
 class SMTRecurrentModel(SMTRecurrentPreTrainedModel):
@@ -82,8 +95,17 @@ class SMTRecurrentModel(SMTRecurrentPreTrainedModel):
         self.initial_memory = nn.Parameter(torch.empty(config.num_memory_tokens, config.hidden_size))
         self.updater = UPDATERS[config.updater_type](config)
         self.readout = SMTRecurrentReadout(config)
-        self.gradient_checkpointing = False
+        self.stretch = SMTRecurrentStretch()
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if module is self.updater.out_proj:
+            init.zeros_(module.weight)
+        elif module is self:
+            init.normal_(self.initial_memory)
+        else:
+            super()._init_weights(module)
 
     def start_memory(self) -> torch.Tensor:
         """`m_0`, the memory of the empty prefix, `(K, D)`: learned, RMS-normalised like every memory."""
@@ -98,7 +120,7 @@ class SMTRecurrentModel(SMTRecurrentPreTrainedModel):
         layer_outputs: list | None = None,
         num_kept: int | None = None,
     ):
-        """The recurrence: the only loop over time.
+        """The recurrence over the tokens.
 
         Args:
             memory: `(N, K, D)` before the first token.
@@ -111,36 +133,14 @@ class SMTRecurrentModel(SMTRecurrentPreTrainedModel):
         Returns:
             `(N, T or num_kept, K, D)`: the memory after each token.
         """
-        own = (attention_mask, starts_document)
+        start = None if starts_document is None else self.start_memory()
+        inputs = (memory, embeds, attention_mask, starts_document, start)
         # The streams of the layers are for looking at; they are held, not computed again.
-        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()) or layer_outputs is not None:
-            return self._steps(memory, embeds, *own, layer_outputs, num_kept)
-        pieces = []
-        for begin in range(0, embeds.shape[1], CHECKPOINT_EVERY):
-            part = slice(begin, begin + CHECKPOINT_EVERY)
-            of_part = [None if tensor is None else tensor[:, part] for tensor in own]
-            pieces.append(self._gradient_checkpointing_func(self._steps, memory, embeds[:, part], *of_part))
-            memory = pieces[-1][:, -1]
-        memories = torch.cat(pieces, dim=1)
+        checkpoints = self.stretch.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if not checkpoints or layer_outputs is not None:
+            return unrolled(*inputs, updater=self.updater, layer_outputs=layer_outputs, num_kept=num_kept)
+        memories = self.stretch.checkpointed(*inputs, updater=self.updater)
         return memories if num_kept is None else memories[:, -num_kept:]
-
-    def _steps(self, memory, embeds, attention_mask, starts_document, layer_outputs=None, num_kept=None):
-        keep = None if attention_mask is None else attention_mask.bool()[:, :, None, None].unbind(1)
-        reset = None if starts_document is None else starts_document[:, :, None, None].unbind(1)
-        start = None if reset is None else self.start_memory()
-        first_kept = 0 if num_kept is None else embeds.shape[1] - num_kept
-        memories = []
-        for index, token in enumerate(embeds.unbind(1)):
-            if reset is not None and start is not None:
-                memory = torch.where(reset[index], start, memory)
-            collected: list | None = None if layer_outputs is None else []
-            updated = self.updater(memory, token, collected)
-            memory = updated if keep is None else torch.where(keep[index], updated, memory)
-            if index >= first_kept:
-                memories.append(memory)
-            if layer_outputs is not None:
-                layer_outputs.append(collected)
-        return torch.stack(memories, dim=1)
 
     def read(self, memories: torch.Tensor) -> torch.Tensor:
         """States that predict the next token: `(..., K, D)` -> `(..., D)`."""
@@ -196,7 +196,7 @@ class SMTRecurrentModel(SMTRecurrentPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        state = _own_cache(past_key_values if past_key_values is not None else cache)
+        state = own_cache(past_key_values if past_key_values is not None else cache)
         if state is None and use_cache:
             state = SMTRecurrentCache()
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -344,14 +344,20 @@ class SMTRecurrentForCausalLM(SMTRecurrentPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Hands `generate()` an [`SMTRecurrentCache`] where it would make a cache of keys and values."""
-        if generation_config.cache_implementation not in (None, "dynamic"):
+        # "offloaded" moves keys and values off the device between layers; a state is as large as one token's.
+        if generation_config.cache_implementation not in (None, "dynamic", "offloaded"):
             raise ValueError(
                 f"`cache_implementation={generation_config.cache_implementation!r}` is for attention models. The state "
                 "of this model has a fixed size: leave `cache_implementation` out and an SMTRecurrentCache is used."
             )
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                "`assistant_early_exit` drafts with the first layers of a model; a transition of this one takes all "
+                "of them. Leave it out, or draft with `prompt_lookup_num_tokens` or an `assistant_model`."
+            )
         given = model_kwargs.get(CACHE_NAME)
         if given is not None:
-            model_kwargs[CACHE_NAME] = _own_cache(given)
+            model_kwargs[CACHE_NAME] = own_cache(given)
             model_kwargs[CACHE_NAME]._is_user_defined = True
         elif generation_config.use_cache is not False:
             model_kwargs[CACHE_NAME] = SMTRecurrentCache()
@@ -439,25 +445,6 @@ class SMTRecurrentForSequenceClassification(SMTRecurrentPreTrainedModel):
             hidden_states=outputs.hidden_states,
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
-
-
-def document_starts(document_ids: torch.Tensor) -> torch.Tensor:
-    """Where a row of packed documents goes on to another: `(B, T)` -> `(B, T)` bool, false at the first token."""
-    changes = document_ids[:, 1:] != document_ids[:, :-1]
-    return F.pad(changes, (1, 0))
-
-
-def _own_cache(cache) -> SMTRecurrentCache | None:
-    """The cache itself, a new one for an empty foreign cache, an error for a foreign cache that holds tokens."""
-    # By name: a checkpoint loaded as remote code has its own copy of the class.
-    if cache is None or type(cache).__name__ == SMTRecurrentCache.__name__:
-        return cache
-    if isinstance(cache, Cache) and cache.get_seq_length() == 0:
-        return SMTRecurrentCache()
-    raise ValueError(
-        f"`past_key_values` is a {type(cache).__name__} with keys and values; pass an SMTRecurrentCache as "
-        "returned by this model, or none. (Prefix tuning makes such a cache: use LoRA or prompt tuning instead.)"
-    )
 
 
 SMTRecurrentConfig.register_for_auto_class()

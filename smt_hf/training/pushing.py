@@ -1,4 +1,4 @@
-"""What a Trainer sends to the Hub: the student, which loads by itself, and never what resumes a run."""
+"""What a Trainer sends to the Hub: the student, which loads by itself, and never the state that resumes a run."""
 
 import json
 import os
@@ -12,19 +12,22 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
+from smt_hf.upload import check_files, upload
+
 
 @cache
-def _api() -> HfApi:
-    """One for the process: its futures run one after the other, so that two commits never meet."""
+def _background() -> HfApi:
+    """The client whose one thread runs uploads after each other, so that two commits never meet."""
     return HfApi()
 
 
 class StudentPushingTrainer(Trainer):
     """A Trainer whose `push_to_hub` and `hub_strategy` send the `student/` folder of what it saves.
 
-    transformers would send the composite, and with it `training_args.bin`, a pickle. By `hub_strategy`: `end` sends
-    nothing on the way, `every_save` at every save, `checkpoint` and `all_checkpoints` also keep it in
-    folders of the repository, named after phase and step. Optimiser and data position stay on this machine.
+    transformers would send the composite with `training_args.bin`, a pickle. The strategy `end` sends nothing during
+    training and `every_save` sends the student at every save. `checkpoint` and `all_checkpoints` also keep a copy in a
+    folder of the repository, named `last-checkpoint` or after phase and step. The state of optimiser and data stays
+    local.
     """
 
     hub_model_id: str | None
@@ -44,8 +47,8 @@ class StudentPushingTrainer(Trainer):
         if is_pushing:
             self._finish_current_push()
         shutil.rmtree(copied, ignore_errors=True)
-        shutil.copytree(os.path.join(checkpoint_folder, "student"), copied)
-        jobs = [self._upload(copied, message, None, run_as_future=True)]
+        shutil.copytree(os.path.join(checkpoint_folder, "student"), copied, symlinks=True)
+        jobs = [self._upload(copied, message, run_as_future=True)]
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             is_last = strategy == HubStrategy.CHECKPOINT
             phase, step = Path(str(self.args.output_dir)).name, Path(checkpoint_folder).name
@@ -69,12 +72,15 @@ class StudentPushingTrainer(Trainer):
             others: as in transformers.
 
         Returns:
-            The commit, or a future of it if not `blocking`; `None` on other processes than the first.
+            The commit, or a future of it if `blocking` is false; `None` on other processes than the first.
+
+        Raises:
+            InputError: the student's folder holds what must not be sent, or the Hub refuses the access token.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if private is not None:
+            self.args.hub_private_repo = private  # `init_hf_repo` reads it there in every release
         if self.hub_model_id is None:
-            if private is not None:
-                self.args.hub_private_repo = private  # `init_hf_repo` takes it from there in every version
             self.init_hf_repo(token=token)
         self.save_model(_internal_call=True)  # on all processes
         if not self.is_world_process_zero():
@@ -90,22 +96,23 @@ class StudentPushingTrainer(Trainer):
         if evaluations:
             (folder / "eval_results.json").write_text(json.dumps(evaluations[-1], indent=2) + "\n")
         self._finish_current_push()
-        return self._upload(folder, commit_message, None, not blocking, token, revision)
+        message = commit_message or "End of training"
+        return self._upload(folder, message, run_as_future=not blocking, token=token, revision=revision)
 
     def _finish_current_push(self) -> None:
-        """As in transformers, and an upload that the Hub has refused is an error, not a silence."""
+        """As in transformers; an upload that the Hub has refused raises its error here."""
         super()._finish_current_push()
         push, self.push_in_progress = getattr(self, "push_in_progress", None), None
         for job in push.jobs if push is not None else ():
             job.result()
 
-    def _upload(self, folder, message, place, run_as_future=False, token=None, revision=None):
-        return _api().upload_folder(
-            repo_id=str(self.hub_model_id),
-            folder_path=folder,
-            path_in_repo=place,
-            commit_message=message,
-            token=token or self.args.hub_token,
-            revision=revision or self.args.hub_revision,
-            run_as_future=run_as_future,
-        )
+    def _upload(self, folder: Path, message: str, place="", run_as_future=False, token=None, revision=None):
+        what = (folder, check_files(folder), str(self.hub_model_id), message, place)
+        settings = {
+            "private": self.args.hub_private_repo,
+            "revision": revision or self.args.hub_revision,
+            "token": token or self.args.hub_token,
+        }
+        if run_as_future:
+            return _background().run_as_future(upload, *what, **settings)
+        return upload(*what, **settings)

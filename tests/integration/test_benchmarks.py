@@ -11,11 +11,12 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from smt_hf.command_line import parse
+from smt_hf.errors import InputError
 from smt_hf.experiments.benchmarks import (
     GenerationArguments,
     MemoryWallArguments,
     measure_generation,
-    parse,
     train_step,
 )
 from smt_hf.experiments.benchmarks.generation import by_forward, by_generate
@@ -30,15 +31,9 @@ from smt_hf.experiments.benchmarks.peers import (
     rwkv_like,
     start_state,
 )
-from smt_hf.experiments.benchmarks.train_step import (
-    ARMS,
-    PUBLISHED,
-    Stepper,
-    TrainStepArguments,
-    build,
-    heldout_losses,
-    measure_train_step,
-)
+from smt_hf.experiments.benchmarks.time_to_loss import heldout_losses
+from smt_hf.experiments.benchmarks.train_step import Stepper, measure_train_step
+from smt_hf.experiments.benchmarks.training_arms import ARMS, PUBLISHED, TrainStepArguments, build
 from smt_hf.student.modeling_smt_recurrent import CACHE_NAME
 from tests.conftest import make_student
 
@@ -124,7 +119,7 @@ def test_train_step(run, capsys):
         assert line["seconds_to_loss"] is None and line["loss"] is None and line["device"] == "cpu"
     assert lines[0]["ratio_to_published"] == 1 and all(line["ratio_to_published"] > 0 for line in lines)
     published, smt8 = lines[0]["objective"], lines[2]["objective"]
-    assert published["num_supervised_transitions"] == 1 and published["readout_weight"] == 0
+    assert published["num_supervised_transitions"] == 1 and published["weights"]["readout"] == 0
     assert smt8["num_supervised_transitions"] == 0 and smt8["transition_steps"] == 8
     assert f"teacher {lines[0]['teacher_parameters']:,}" in capsys.readouterr().out
 
@@ -151,7 +146,7 @@ def test_peak_memory_and_seconds_to_loss(run, text_file, monkeypatch):
 
 def test_steps_train_as_the_trainers_do(tmp_path):
     """Every part that a phase trains moves, and a carried memory starts anew where a row does."""
-    arguments = parse(TrainStepArguments, [*SMALL, *SMALL_STEP], None)
+    arguments = parse(TrainStepArguments, [*SMALL, *SMALL_STEP], "")
     config = make_student().config
     for arm in (PUBLISHED, "smt", "bptt_truncated"):
         stepper = Stepper(arguments, arm, config, str(tmp_path))
@@ -168,7 +163,7 @@ def test_steps_train_as_the_trainers_do(tmp_path):
 
 @torch.no_grad()
 def test_heldout_losses_are_those_of_the_last_position():
-    arguments = parse(TrainStepArguments, [*SMALL, *SMALL_STEP], None)
+    arguments = parse(TrainStepArguments, [*SMALL, *SMALL_STEP], "")
     rows = torch.randint(37, (5, 17), generator=torch.Generator().manual_seed(2))
     for arm in (PUBLISHED, "smt"):
         model = build(arguments, arm, make_student().config)
@@ -240,11 +235,11 @@ def test_a_compiler_that_fails_is_recorded(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", no_compiler)
     words = ["--arms", "student_loop", "student_compiled", "--batch_sizes", "1", "--new_tokens", "2", "--repeats", "1"]
-    loop, compiled = measure_generation(parse(GenerationArguments, [*SMALL, *words], None))
+    loop, compiled = measure_generation(parse(GenerationArguments, [*SMALL, *words], ""))
     assert loop["error"] is None and compiled["error"] == "OSError: no compiler here"
     assert compiled["tokens_per_second"] is None and compiled["all_seconds"] == []
     words = [*SMALL_STEP, "--memory_steps", "0", "--arms", PUBLISHED, "smt8_compiled"]
-    published, compiled = measure_train_step(parse(TrainStepArguments, [*SMALL, *words], None))
+    published, compiled = measure_train_step(parse(TrainStepArguments, [*SMALL, *words], ""))
     assert published["error"] is None and compiled["error"] == "OSError: no compiler here"
     assert compiled["transitions_per_second"] is compiled["ratio_to_published"] is None
     assert compiled["all_seconds_per_step"] == []
@@ -253,14 +248,14 @@ def test_a_compiler_that_fails_is_recorded(monkeypatch):
 def test_a_checkpoint(tmp_path):
     make_student().save_pretrained(tmp_path)
     words = ["--model", str(tmp_path), "--arms", "student_generate", "student_loop", "--new_tokens", "3"]
-    arguments = parse(GenerationArguments, [*words, "--repeats", "1", "--batch_sizes", "2"], None)
+    arguments = parse(GenerationArguments, [*words, "--repeats", "1", "--batch_sizes", "2"], "")
     assert {line["model"] for line in measure_generation(arguments)} == {str(tmp_path)}
 
 
 @pytest.mark.parametrize(
     ("dataclass", "words", "message"),
     [
-        (GenerationArguments, ["--batch_size", "1"], "did you mean '--batch_sizes'"),
+        (GenerationArguments, ["--batch_size", "1"], "did you mean 'batch_sizes'"),
         (GenerationArguments, ["--arms", "student"], "choose from student_generate"),
         (GenerationArguments, ["--repeats", "0"], "`repeats` must be at least 1"),
         (GenerationArguments, ["--model", "x", "--hidden_size", "8"], "leave out hidden_size"),
@@ -275,19 +270,19 @@ def test_a_checkpoint(tmp_path):
     ],
 )
 def test_bad_flags(dataclass, words, message):
-    with pytest.raises(ValueError, match=message):
-        parse(dataclass, words, None)
+    with pytest.raises(InputError, match=message):
+        parse(dataclass, words, "")
 
 
 def test_no_such_model():
-    with pytest.raises(ValueError, match="no folder 'nowhere'"):
-        measure_generation(parse(GenerationArguments, ["--model", "nowhere"], None))
+    with pytest.raises(InputError, match="no folder 'nowhere'"):
+        measure_generation(parse(GenerationArguments, ["--model", "nowhere"], ""))
 
 
 def test_a_vocabulary_smaller_than_the_texts(text_file):
     words = [*SMALL, *SMALL_STEP, "--reach_seconds", "1", "--train_file", str(text_file)]
-    with pytest.raises(ValueError, match="`vocab_size` must be at least 258"):
-        measure_train_step(parse(TrainStepArguments, words, None))
+    with pytest.raises(InputError, match="`vocab_size` must be at least 258"):
+        measure_train_step(parse(TrainStepArguments, words, ""))
 
 
 def test_long_context(run, tmp_path):

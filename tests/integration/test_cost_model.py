@@ -17,16 +17,17 @@ from smt_hf.experiments.benchmarks.cost_model import (
     step_flops,
 )
 from smt_hf.training import SMTPreTrainingConfig
-from smt_hf.training.composite import Objective
+from smt_hf.training.objective import Objective
 from tests.conftest import UPDATERS, student_config, teacher_config
 
 ROWS, LENGTH = 2, 24
-SMT = {"predictive_weight": 1.0, "num_predictive_positions": 3, "future_length": 4, "teacher_weight": 1.0}
+WEIGHTS = {"readout": 1.0, "predictive": 1.0, "teacher": 1.0}
+DECODED = {"num_predictive_positions": 3, "future_length": 4}
 OBJECTIVES = {
-    "smt": Objective("smt", 4, 1.0, 0, **SMT),
-    "own": Objective("smt", 4, 1.0, 0, **SMT, on_policy_fraction=1.0, on_policy_mode="parallel"),
-    "dmt": Objective("dmt", 4, 1.0, 0, on_policy_fraction=1.0, on_policy_mode="sequential"),
-    "bptt": Objective("bptt", LENGTH, 1.0, 0),
+    "smt": Objective("smt", 4, WEIGHTS, **DECODED),
+    "own": Objective("smt", 4, WEIGHTS, **DECODED, on_policy_fraction=1.0, on_policy_mode="parallel"),
+    "dmt": Objective("dmt", 4, {"readout": 1.0}, on_policy_fraction=1.0, on_policy_mode="sequential"),
+    "bptt": Objective("bptt", LENGTH, {"readout": 1.0}),
 }
 
 

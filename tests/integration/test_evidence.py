@@ -1,4 +1,4 @@
-"""Committed evidence: one cell of each table is trained again and has to fall inside what the table reports."""
+"""Committed evidence: its size, its settings, and one cell of each table trained again."""
 
 import json
 import os
@@ -8,6 +8,14 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+
+from smt_hf.experiments.composition import phase_settings
+from smt_hf.experiments.grid import is_done
+from smt_hf.experiments.grid_file import parse_grid
+from smt_hf.experiments.grid_run import changed_settings
+from smt_hf.publishing.arms import display_name, is_whole_run
+from smt_hf.publishing.evidence import read_lines
+from smt_hf.training.phases import ARGUMENTS
 
 ROOT = Path(__file__).parents[2]
 EVIDENCE = ROOT / "model_cards" / "evidence"
@@ -27,6 +35,43 @@ CELLS = {
     "open_cpu": (["task=retrieval", "arm=bptt", "seed=0"], 0.1),
     "parity": (["task=parity", "difficulty=64", "arm=bptt", "seed=0"], 0.1),
 }
+
+
+def test_size():
+    assert sum(path.stat().st_size for path in EVIDENCE.iterdir()) < 3_000_000
+
+
+@pytest.mark.parametrize("table", ["probes", "text", "pixels", "ablations", "ours_sweep", "search_pixels"])
+def test_lines_are_those_of_the_grid(table):
+    """A grid that goes on takes its committed lines as done, which it refuses to do with lines of other settings."""
+    lines = read_lines(EVIDENCE / f"{table}.jsonl")
+    runs = parse_grid(["--config", str(ROOT / "recipes" / f"{table}.yaml")]).runs
+    assert sum(is_done(run, lines) for run in runs) == sum(line.get("is_last", False) for line in lines)
+
+
+def test_settings_that_lines_leave_out_are_still_the_defaults():
+    """Where a default has changed, the lines that relied on it have to say the old one."""
+    recorded = json.loads((EVIDENCE / "defaults.json").read_text())
+    for phase, kind in ARGUMENTS.items():
+        now = phase_settings(kind(output_dir="unused"))
+        both = recorded[phase].keys() & now.keys()
+        assert len(both) > 20 and {name: recorded[phase][name] for name in both} == {name: now[name] for name in both}
+
+
+def test_phases_say_what_an_arm_is():
+    """In all committed lines; a line holds what differs from the defaults, and always what the name is made from."""
+    for path in EVIDENCE.glob("*.jsonl"):
+        for line in read_lines(path):
+            if "benchmark" in line:
+                continue
+            name = display_name(line)
+            is_named = line["arm"] in ("teacher", "published", "published_smt") or line["arm"].startswith("ngram")
+            assert is_named or ("BPTT" in name) == ("bptt" in line["arm"]), (path.name, line["arm"])
+            if "run" in line and not is_whole_run(line):
+                assert "curve" not in line and "versions" not in line
+    arguments = ARGUMENTS["smt"](output_dir="unused", max_seconds=3.0, learning_rate=0.5)
+    always = {"phase": "smt", "context_length": 64, "transition_steps": 8}
+    assert changed_settings(arguments) == {**always, "max_seconds": 3.0, "learning_rate": 0.5}
 
 
 def lines_of(path: Path, words: list[str]) -> list[dict]:

@@ -17,7 +17,6 @@ pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).parents[2]
 GRID = {
-    "output": "lines.jsonl",
     "jobs": 2,
     "seeds": [0],
     "num_heldout": 64,
@@ -77,7 +76,7 @@ def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("grid")
     (folder / "grid.yaml").write_text(yaml.safe_dump(GRID))
     recipe("experiment.py", "--config", "grid.yaml", cwd=folder)
-    return folder, [json.loads(line) for line in (folder / "lines.jsonl").read_text().splitlines()]
+    return folder, [json.loads(line) for line in (folder / "runs" / "grid.jsonl").read_text().splitlines()]
 
 
 def test_lines_of_a_grid(ran):
@@ -88,6 +87,7 @@ def test_lines_of_a_grid(ran):
     promised = {"task", "difficulty", "arm", "seed", "n", "chance", "wall_clock_s", "sequential_steps", "tokens"}
     for line in lines:
         assert promised | {"commit", "hardware", "phases", "optimizer_steps"} <= set(line)
+        assert ("is_last" in line) == ("curve" in line) == ("versions" in line) == ("settings_digest" in line)
         assert 0 <= line["accuracy"] <= 1 and line["n"] >= 64
         assert ("bits_per_pixel" in line) == (line["task"] == "pixels")
         if line.get("is_last"):
@@ -101,6 +101,10 @@ def test_lines_of_a_grid(ran):
     # 4 steps of 16 rows; the curriculum has moved on from rows of 4 transitions to rows of 8 on the way.
     assert 4 * 16 * 4 < smt["tokens"] < 4 * 16 * 8
     assert by_arm["retrieval", "bptt"]["phases"][0]["transition_steps"] == 8
+    smt, dmt = both["phases"]
+    naming = ("phase", "transition_steps", "context_length")
+    assert dmt == {"phase": "dmt", "transition_steps": 1, "context_length": 8, "max_steps": 3}
+    assert by_arm["retrieval", "smt"]["phases"] == [{name: smt[name] for name in naming}]
     assert by_arm["retrieval", "published_smt"]["tokens"] == 4 * 16  # one transition a row
 
 
@@ -110,6 +114,7 @@ def test_a_grid_resumes_and_runs_what_is_named(ran, tmp_path):
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(GRID))
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in cut))
     words = ["--config", "grid.yaml", "--only", "task=retrieval", "arm=bptt", "difficulty=8", "seed=0"]
+    words += ["--output", "lines.jsonl"]
     recipe("experiment.py", *words, cwd=tmp_path)
     again = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
     assert again[: len(cut)] == cut and len(again) == len(cut) + 1
@@ -125,20 +130,28 @@ def test_a_grid_does_not_mix_settings(ran, tmp_path):
     changed = json.loads(json.dumps(GRID))
     changed["arms"]["bptt"]["phases"][0]["bptt"]["learning_rate"] = 1e-3
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(changed))
-    (tmp_path / "lines.jsonl").write_text((folder / "lines.jsonl").read_text())
-    words = [sys.executable, str(ROOT / "recipes" / "experiment.py"), "--config", "grid.yaml"]
+    lines = (folder / "runs" / "grid.jsonl").read_text()
+    (tmp_path / "lines.jsonl").write_text(lines)
+    words = [
+        sys.executable,
+        str(ROOT / "recipes" / "experiment.py"),
+        "--config",
+        "grid.yaml",
+        "--output",
+        "lines.jsonl",
+    ]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert done.returncode != 0 and "other settings" in done.stderr
-    assert (tmp_path / "lines.jsonl").read_text() == (folder / "lines.jsonl").read_text()
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "other settings" in done.stderr
+    assert (tmp_path / "lines.jsonl").read_text() == lines
 
 
 def test_report_of_a_grid(ran):
     folder, _ = ran
     done = recipe("experiment.py", "--config", "grid.yaml", "--report", cwd=folder)
     written = [folder / name for name in done.stdout.split()]
-    assert folder / "lines.md" in written and all(path.stat().st_size for path in written)
-    assert {"lines_difficulty.png", "lines_gradient.png", "lines_samples.png"} <= {path.name for path in written}
-    assert "retrieval" in (folder / "lines.md").read_text()
+    assert folder / "runs" / "grid.md" in written and all(path.stat().st_size for path in written)
+    assert {"grid_difficulty.png", "grid_gradient.png", "grid_samples.png"} <= {path.name for path in written}
+    assert "retrieval" in (folder / "runs" / "grid.md").read_text()
 
 
 def test_the_retrieval_recipe(tmp_path):

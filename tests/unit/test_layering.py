@@ -9,13 +9,25 @@ ROOT = Path(__file__).parents[2] / "smt_hf"
 MAY_IMPORT = {
     "errors": set(),
     "command_line": {"errors"},
+    "upload": {"errors"},
+    "recipe": {"errors", "training"},
     "student": set(),
     "teachers": {"errors", "student.configuration_smt_recurrent"},
     "data": {"errors", "student.configuration_smt_recurrent"},
-    "training": {"errors", "command_line", "student", "teachers", "data"},
+    "training": {"errors", "command_line", "upload", "student", "teachers", "data"},
     "evaluation": {"errors", "student", "teachers"},
-    "publishing": {"errors", "command_line", "evaluation"},
-    "experiments": {"errors", "command_line", "student", "teachers", "data", "training", "evaluation", "publishing"},
+    "publishing": {"errors", "command_line", "upload", "evaluation"},
+    "experiments": {
+        "errors",
+        "command_line",
+        "upload",
+        "student",
+        "teachers",
+        "data",
+        "training",
+        "evaluation",
+        "publishing",
+    },
 }
 
 

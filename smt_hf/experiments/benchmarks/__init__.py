@@ -1,6 +1,10 @@
-"""Measurements of speed and memory beside models of about equal size: what `recipes/benchmarks/` runs."""
+"""Measurements of speed and memory beside models of about equal size: what `recipes/benchmarks/` runs.
 
-from .arguments import parse
+Add a benchmark here: a module with a subclass of `BenchmarkArguments` (its flags) and a function of it that returns
+lines, each with the name of the benchmark, the arm and `facts()`; and a script in `recipes/benchmarks/` that parses,
+calls, prints and writes.
+"""
+
 from .generation import GenerationArguments, measure_generation
 from .long_context import LongContextArguments, measure_long_context
 from .memory_wall import MemoryWallArguments, measure_memory_wall
@@ -16,7 +20,6 @@ __all__ = [
     "measure_long_context",
     "measure_memory_wall",
     "measure_train_step",
-    "parse",
     "print_table",
     "write_lines",
 ]

@@ -1,20 +1,22 @@
 """What a step costs on paper: FLOPs, memory and communication, for sizes that no machine at hand holds.
 
-FLOPs are those of matrix products, two a multiply-add, as `torch.utils.flop_counter` counts them; norms, activations
+FLOPs are those of matrix products, two per multiply-add, as `torch.utils.flop_counter` counts them; norms, activations
 and softmax are left out. Memory is what a GPU holds between steps (weights, gradients, two moments of AdamW, all
 float32) and what a step saves for its backward pass. Communication is what a GPU sends in a step over a ring, float32.
-The counts of FLOPs and of memory are checked against measured ones at small sizes
-(`tests/integration/test_cost_model.py`).
+What an updater computes and keeps is known to its class. The counts of FLOPs and of memory are checked against
+measured ones at small sizes (`tests/integration/test_cost_model.py`).
 
-Symbols: B rows, T transitions a row, K memory tokens, D width, k `transition_steps`, N GPUs.
+Symbols: B rows, T transitions per row, K memory tokens, D width, k `transition_steps`, N GPUs.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from smt_hf.command_line import argument
 from smt_hf.student import SMTRecurrentConfig
+from smt_hf.student.layers_smt_recurrent import UPDATERS, SMTRecurrentBlock
 from smt_hf.teachers import SMTTeacherConfig
-from smt_hf.training.composite import Objective
+from smt_hf.training.objective import Objective
 
 from .arguments import BenchmarkArguments
 
@@ -34,39 +36,25 @@ class CostModelArguments(BenchmarkArguments):
     """The training that is costed, at each of the sizes."""
 
     gpus: int = argument(8, "GPUs that share the states.")
-    rows_per_gpu: int = argument(8, "Rows a step on each of them.")
-    context_length: int = argument(2048, "Transitions a row.")
+    rows_per_gpu: int = argument(8, "Rows per step on each of them.")
+    context_length: int = argument(2048, "Transitions per row.")
     transition_steps: int = argument(8, "Transitions that a gradient crosses.")
     memory_tokens: int = argument(16, "Memory tokens of every size. Paper: 16.")
     vocabulary: int = argument(32_000, "Tokens of every size.")
     window: int = argument(512, "Tokens that the teacher's attention sees.")
 
 
-def block_flops(positions: float, queries: float, width: int, intermediate: int) -> float:
-    """One student block's forward: keys and values of `positions`, the rest for `queries`."""
-    projections = 4 * width * width * (queries + positions)  # q and o; k and v
-    return projections + 4 * queries * positions * width + 4 * queries * width * intermediate
-
-
 def updater_flops(config: SMTRecurrentConfig) -> float:
     """Forward of one transition."""
-    width, layers, tokens = config.hidden_size, config.num_hidden_layers, config.num_memory_tokens
-    inner = config.intermediate_size or 4 * width
-    flat = tokens * width
-    if config.updater_type == "transformer":
-        blocks = (layers - 1) * block_flops(1 + tokens, 1 + tokens, width, inner)
-        return blocks + block_flops(1 + tokens, tokens, width, inner) + 2 * tokens * width * width
-    if config.updater_type == "mlp":
-        return 2 * width * flat + layers * 4 * flat * inner + 2 * flat * flat
-    return layers * 6 * flat * (width + flat) + 2 * flat * flat
+    return 2 * UPDATERS[config.updater_type].multiply_adds(config)
 
 
 def readout_flops(config: SMTRecurrentConfig, future: int = 1) -> float:
     """Forward of one memory that is read out, the next `future` tokens decoded from it, head included."""
-    width, positions = config.hidden_size, config.num_memory_tokens + future - 1
-    inner = config.intermediate_size or 4 * width
-    blocks = (config.num_readout_layers - 1) * block_flops(positions, positions, width, inner)
-    return blocks + block_flops(positions, future, width, inner) + 2 * future * width * config.vocab_size
+    positions = config.num_memory_tokens + future - 1
+    blocks = (config.num_readout_layers - 1) * SMTRecurrentBlock.multiply_adds(config, positions, positions)
+    blocks += SMTRecurrentBlock.multiply_adds(config, positions, future)
+    return 2 * (blocks + future * config.hidden_size * config.vocab_size)
 
 
 def teacher_flops(config: SMTTeacherConfig, length: int, with_logits: bool) -> float:
@@ -96,15 +84,15 @@ def step_flops(
             they come out of the one pass.
     """
     updates = length * updater_flops(student)
-    read = (length + 1) * readout_flops(student) if objective.readout_weight else 0.0
+    read = (length + 1) * readout_flops(student) if objective.weight("readout") else 0.0
     flops = 3 * (updates + read)
     if objective.phase == "bptt" or teacher is None:
         return flops
-    labels = teacher_flops(teacher, length, objective.phase == "smt" and objective.teacher_weight > 0)
+    labels = teacher_flops(teacher, length, objective.phase == "smt" and objective.weight("teacher") > 0)
     if objective.phase == "dmt":
         return flops + labels + (updates if on_gpu else 0)
     flops += 3 * labels
-    if objective.predictive_weight:
+    if objective.weight("predictive"):
         flops += 3 * objective.num_predictive_positions * readout_flops(student, objective.future_length)
     if objective.on_policy_mode == "parallel":
         flops += objective.on_policy_fraction * objective.on_policy_sweeps * updates
@@ -114,21 +102,10 @@ def step_flops(
 def saved_bytes(student: SMTRecurrentConfig, length: int) -> float:
     """What one row of the student keeps for its backward pass: the updater at every transition, the readout at every
     memory. (The teacher adds what a Transformer of its size keeps.)"""
-    width, tokens = student.hidden_size, student.num_memory_tokens
-    inner = student.intermediate_size or 4 * width
-
-    def block(positions: int, queries: int) -> float:
-        # Input, its norm, q, k, v, what is mixed; then the sum, its norm, and both sides of the activation.
-        return positions * width * 4 + queries * width * 5 + queries * inner * 2
-
-    flat = tokens * width
-    if student.updater_type == "transformer":
-        update = (student.num_hidden_layers - 1) * block(1 + tokens, 1 + tokens) + block(1 + tokens, tokens) + 4 * flat
-    elif student.updater_type == "mlp":
-        update = student.num_hidden_layers * (2 * flat + 2 * inner) + 4 * flat + width
-    else:
-        update = student.num_hidden_layers * 9 * flat + 4 * flat + width
-    read = (student.num_readout_layers - 1) * block(tokens, tokens) + block(tokens, 1) + 2 * width + student.vocab_size
+    tokens, layers = student.num_memory_tokens, student.num_readout_layers
+    update = UPDATERS[student.updater_type].saved_numbers(student)
+    read = (layers - 1) * SMTRecurrentBlock.saved_numbers(student, tokens, tokens)
+    read += SMTRecurrentBlock.saved_numbers(student, tokens, 1) + 2 * student.hidden_size + student.vocab_size
     return FLOAT * length * (update + read)
 
 
@@ -154,61 +131,42 @@ def sent_bytes(teacher: int, updater: int, rest: int, strategy: str, gpus: int, 
 
 
 def cost_lines(arguments: CostModelArguments) -> list[dict]:
-    """A line a size: parameters, FLOPs a token by phase, bytes by strategy."""
+    """One line per size: parameters, FLOPs per token by phase, bytes by strategy."""
     arguments.at_least_1("gpus", "rows_per_gpu", "context_length", "transition_steps", "memory_tokens", "window")
-    lines = []
-    for name, (width, layers, readout_layers, heads) in SIZES.items():
-        student = SMTRecurrentConfig(
-            vocab_size=arguments.vocabulary,
-            hidden_size=width,
-            num_hidden_layers=layers,
-            num_readout_layers=readout_layers,
-            num_attention_heads=heads,
-            num_memory_tokens=arguments.memory_tokens,
-        )
-        teacher = SMTTeacherConfig(
-            vocab_size=arguments.vocabulary,
-            hidden_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            sliding_window=arguments.window,
-            num_memory_tokens=arguments.memory_tokens,
-            memory_size=width,
-        )
-        block = 12 * width * width  # four projections, two of four times the width
-        updater = layers * block + width * width
-        rest = readout_layers * block + 2 * width * arguments.vocabulary
-        teacher_parameters = layers * block + 2 * width * arguments.vocabulary
-        teacher_parameters += layers * width * arguments.memory_tokens * width
+    return [_line_of(arguments, name, *sizes) for name, sizes in SIZES.items()]
+
+
+def _line_of(
+    arguments: CostModelArguments, name: str, width: int, layers: int, readout_layers: int, heads: int
+) -> dict:
+    shared: dict[str, Any] = {
+        **{"vocab_size": arguments.vocabulary, "hidden_size": width, "num_hidden_layers": layers},
+        **{"num_attention_heads": heads, "num_memory_tokens": arguments.memory_tokens},
+    }
+    student = SMTRecurrentConfig(num_readout_layers=readout_layers, **shared)
+    teacher = SMTTeacherConfig(sliding_window=arguments.window, memory_size=width, **shared)
+    block = 12 * width * width  # four projections, two of four times the width
+    updater = layers * block + width * width
+    rest = readout_layers * block + 2 * width * arguments.vocabulary
+    teacher_parameters = layers * block + 2 * width * arguments.vocabulary
+    teacher_parameters += layers * width * arguments.memory_tokens * width
+    line: dict = {"size": name, "student": updater + rest, "teacher": teacher_parameters}
+    length, steps = arguments.context_length, arguments.transition_steps
+    weights = {"readout": 1.0, "predictive": 1.0, "teacher": 1.0}
+    decoded: dict[str, Any] = {"num_predictive_positions": 8, "future_length": 8}
+    smt = Objective("smt", steps, weights, on_policy_fraction=0.5, on_policy_mode="parallel", **decoded)
+    dmt, bptt = Objective("dmt", steps, {"readout": 1.0}), Objective("bptt", length, {"readout": 1.0})
+    for objective in (smt, dmt, bptt):
+        flops = step_flops(student, teacher, objective, length, on_gpu=True)
+        line[f"{objective.phase}_gflops_per_token"] = flops / length / 1e9
+    for strategy in STRATEGIES:
         total = updater + rest + teacher_parameters
-        smt = Objective(
-            "smt",
-            arguments.transition_steps,
-            1.0,
-            0,
-            predictive_weight=1.0,
-            num_predictive_positions=8,
-            future_length=8,
-            teacher_weight=1.0,
-            on_policy_fraction=0.5,
-            on_policy_mode="parallel",
-        )
-        length = arguments.context_length
-        line: dict = {"size": name, "student": updater + rest, "teacher": teacher_parameters}
-        for phase, objective in (
-            ("smt", smt),
-            ("dmt", Objective("dmt", arguments.transition_steps, 1.0, 0)),
-            ("bptt", Objective("bptt", length, 1.0, 0)),
-        ):
-            line[f"{phase}_gflops_per_token"] = step_flops(student, teacher, objective, length, True) / length / 1e9
-        for strategy in STRATEGIES:
-            line[f"{strategy} states GB"] = state_bytes(total, strategy, arguments.gpus) / 1e9
-        line["saved GB"] = arguments.rows_per_gpu * saved_bytes(student, length) / 1e9
-        for strategy in STRATEGIES:
-            sent = sent_bytes(teacher_parameters, updater, rest, strategy, arguments.gpus, arguments.transition_steps)
-            line[f"{strategy} sent GB"] = sent / 1e9
-        lines.append(line)
-    return lines
+        line[f"{strategy} states GB"] = state_bytes(total, strategy, arguments.gpus) / 1e9
+    line["saved GB"] = arguments.rows_per_gpu * saved_bytes(student, length) / 1e9
+    for strategy in STRATEGIES:
+        sent = sent_bytes(teacher_parameters, updater, rest, strategy, arguments.gpus, steps)
+        line[f"{strategy} sent GB"] = sent / 1e9
+    return line
 
 
 def cost_table(lines: list[dict]) -> str:
@@ -228,10 +186,10 @@ def cost_table(lines: list[dict]) -> str:
         + " |",
     ]
     for title, names in (
-        ("GFLOPs a token: smt, dmt, bptt", [f"{phase}_gflops_per_token" for phase in ("smt", "dmt", "bptt")]),
-        ("states a GPU, GB: DDP, ZeRO-1, -2, -3", [f"{strategy} states GB" for strategy in STRATEGIES]),
+        ("GFLOPs per token: smt, dmt, bptt", [f"{phase}_gflops_per_token" for phase in ("smt", "dmt", "bptt")]),
+        ("states per GPU, GB: DDP, ZeRO-1, -2, -3", [f"{strategy} states GB" for strategy in STRATEGIES]),
         ("saved for backward by the student, GB", ["saved GB"]),
-        ("sent a step by a GPU, GB: DDP to ZeRO-2, ZeRO-3", ["ddp sent GB", f"{STRATEGIES[3]} sent GB"]),
+        ("sent per step by a GPU, GB: DDP to ZeRO-2, ZeRO-3", ["ddp sent GB", f"{STRATEGIES[3]} sent GB"]),
     ):
         cells = [", ".join(number(line[name]) for name in names) for line in lines]
         rows.append(f"| {title} | " + " | ".join(cells) + " |")

@@ -1,4 +1,4 @@
-"""Tokens a second that models generate, greedily, from a prompt of one token.
+"""Tokens per second that models generate, greedily, from a prompt of one token.
 
 Shapes: B sequences, N new tokens, K memory tokens, D width.
 """
@@ -63,10 +63,10 @@ def by_forward(model) -> Generate:
 
 
 def by_transition(student: SMTRecurrentForCausalLM, compiled: bool = False) -> Generate:
-    """A loop over the student's parts: one transition and one readout a token, no cache object, no `forward`.
+    """A loop over the student's parts: one transition and one readout per token, no cache object, no `forward`.
 
     Args:
-        compiled: whether a token's work is compiled by inductor, called without Python between its kernels.
+        compiled: whether the work of one token is compiled by inductor, without Python between its kernels.
     """
 
     def step(token, memory):
@@ -102,11 +102,11 @@ ARMS: dict[str, Callable[[Any], Generate]] = {
 
 @dataclass
 class GenerationArguments(BenchmarkArguments):
-    """What is generated."""
+    """The arms, and how much they generate."""
 
     arms: list[str] = argument(list(ARMS), "Arms to measure, side by side.")
     batch_sizes: list[int] = argument([1, 64], "Sequences side by side.")
-    new_tokens: int = argument(256, "Tokens generated a sequence and repeat.")
+    new_tokens: int = argument(256, "Tokens generated per sequence in a repeat.")
     repeats: int = argument(7, "Timed repeats of every arm; the median counts.")
     peer_layers: int | None = argument(None, "Layers of Mamba and RWKV; default: the student's updater + readout.")
 

@@ -10,7 +10,7 @@ The student's state is the same tensor after any number of tokens; a Transformer
   `DynamicCache` that `generate()` uses, which copies all keys and values of a layer for every token;
   `transformer_preallocated` writes into buffers of full length instead.
 
-Seconds a token are those of one step of `forward` with logits: one token for each of B sequences.
+Seconds per token are those of one step of `forward` with logits: one token for each of B sequences.
 
 Shapes: B sequences, H key-value heads, S head width.
 """
@@ -29,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from smt_hf.command_line import argument
+from smt_hf.errors import InputError
 from smt_hf.student import SMTRecurrentCache
 from smt_hf.student.modeling_smt_recurrent import CACHE_NAME
 
@@ -42,16 +43,16 @@ _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass
 class MemoryWallArguments(BenchmarkArguments):
-    """Which contexts, and how far to go."""
+    """The arms, the contexts, and when to stop."""
 
     arms: list[str] = argument(list(ARMS), "Arms to measure.")
     min_tokens: int = argument(1024, "Shortest context.")
     max_tokens: int = argument(1024**2, "Longest context.")
-    growth_factor: int = argument(4, "From one context to the next.")
+    growth_factor: int = argument(4, "How many times as long the next context is.")
     batch_size: int = argument(1, "Sequences side by side.")
     steps: int = argument(16, "Timed one-token steps at every context; the median counts.")
     chunk_tokens: int = argument(256, "Tokens that the student reads in one forward between contexts.")
-    num_key_value_heads: int | None = argument(None, "Of the Transformer; default: as many as heads.")
+    num_key_value_heads: int | None = argument(None, "Key-value heads of the Transformer; default: as many as heads.")
     memory_limit_gb: float = argument(8.0, "Parameters and state must fit into so many 1e9 bytes.")
     seconds_limit: float = argument(
         300.0,
@@ -64,11 +65,11 @@ class MemoryWallArguments(BenchmarkArguments):
         self.at_least_1("min_tokens", "batch_size", "steps", "chunk_tokens")
         self.among("arms", ARMS)
         if self.growth_factor < 2 or self.max_tokens < self.min_tokens:
-            raise ValueError("`growth_factor` must be at least 2 and `max_tokens` at least `min_tokens`.")
+            raise InputError("`growth_factor` must be at least 2 and `max_tokens` at least `min_tokens`.")
         if self.memory_limit_gb <= 0 or self.seconds_limit <= 0:
-            raise ValueError("`memory_limit_gb` and `seconds_limit` must be positive.")
+            raise InputError("`memory_limit_gb` and `seconds_limit` must be positive.")
         if self.figure is not None and not self.figure.endswith(".png"):
-            raise ValueError(f"`figure` must be a file that ends in .png, got {self.figure!r}.")
+            raise InputError(f"`figure` must be a file that ends in .png, got {self.figure!r}.")
 
     def contexts(self) -> list[int]:
         """`min_tokens`, times `growth_factor` again and again up to `max_tokens`, which is always the last."""

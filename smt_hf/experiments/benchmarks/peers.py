@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -24,6 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from smt_hf.errors import InputError
 from smt_hf.student import SMTRecurrentConfig, SMTRecurrentForCausalLM
 
 from .arguments import BenchmarkArguments
@@ -49,18 +51,22 @@ def load_student(arguments: BenchmarkArguments) -> SMTRecurrentForCausalLM:
     """The student in `model`, or a fresh one of the given sizes, in float32, for evaluation.
 
     Raises:
-        ValueError: there is no folder `model`.
+        InputError: there is no folder `model`, or a size is out of range.
     """
     set_seed(arguments.seed)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if arguments.model is None:
-        student = SMTRecurrentForCausalLM(SMTRecurrentConfig(**arguments.sizes())).eval()
+        try:
+            config = SMTRecurrentConfig(**arguments.sizes())
+        except (ValueError, TypeError, StrictDataclassError) as error:
+            raise InputError(str(error)) from error
+        student = SMTRecurrentForCausalLM(config).eval()
         # Zero at birth: no token would change the memory, and all ways to generate would agree whatever they do.
         torch.nn.init.normal_(student.model.updater.out_proj.weight, std=0.3)
         return student
     if not Path(arguments.model).is_dir():
-        raise ValueError(f"there is no folder {arguments.model!r}: give one that `save_pretrained` has written.")
+        raise InputError(f"there is no folder {arguments.model!r}: give one that `save_pretrained` has written.")
     return SMTRecurrentForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
 
 
@@ -136,7 +142,7 @@ def llama_config_like(
 
 
 class _ShiftedTokens:
-    """State `(B, D, L)` of RWKV's token shift, read with a time axis: `(B, 1, D)` a layer.
+    """State `(B, D, L)` of RWKV's token shift, read with a time axis: `(B, 1, D)` per layer.
 
     transformers (seen in 5.24) reads it as `(B, D)`, which broadcasts a one-token step of B sequences to B x B: wrong
     logits and B times the work as soon as B > 1.

@@ -1,34 +1,22 @@
 """Results as JSON lines and as a table."""
 
 import json
-import platform
-from importlib.metadata import version
-from pathlib import Path
 
-from smt_hf.publishing.provenance import commit, hardware
+from smt_hf.publishing.evidence import append_lines
+from smt_hf.publishing.provenance import run_facts
 
 
 def facts(num_threads: int) -> dict:
     """What every line says about where its numbers come from. Benchmarks run on the CPU, whatever else there is."""
-    packages = ("smt_hf", "torch", "transformers")
-    return {
-        "commit": commit(),
-        "hardware": hardware(),
-        "device": "cpu",
-        "num_threads": num_threads,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-    }
+    return {**run_facts(num_threads), "device": "cpu"}
 
 
 def write_lines(lines: list[dict], output: str | None) -> None:
     """Append the lines to the file `output`; print them without one."""
-    text = "".join(json.dumps(line) + "\n" for line in lines)
     if output is None:
-        print(text, end="")
-        return
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    with Path(output).open("a") as file:
-        file.write(text)
+        print("".join(json.dumps(line) + "\n" for line in lines), end="")
+    else:
+        append_lines(lines, output)
 
 
 def print_table(lines: list[dict], columns: list[str]) -> None:

@@ -8,9 +8,12 @@ from statistics import fmean, stdev
 
 import pytest
 
-from smt_hf.publishing.report import read_lines, render_report
+from smt_hf.errors import InputError
+from smt_hf.publishing.arms import display_name, kind_of
+from smt_hf.publishing.evidence import append_lines, read_lines
+from smt_hf.publishing.report import render_report
 from smt_hf.publishing.scores import Score, judge
-from tests.unit.publishing.conftest import make_bits, make_line, render
+from tests.unit.publishing.conftest import make_bits, make_line, phases_of, render
 
 
 def make_grid():
@@ -33,6 +36,11 @@ def table_after(text, heading):
     block = re.search(r"(?:^\|.*\|\n)+", text.split(heading)[1], flags=re.MULTILINE)
     header, _, *rows = [[cell.strip("` ") for cell in row[2:-2].split(" | ")] for row in block[0].splitlines()]
     return [dict(zip(header, row)) for row in rows]
+
+
+def judged(scores, metric):
+    """The verdict on arms whose kinds follow from their names."""
+    return judge(scores, {arm: kind_of({"arm": arm, "phases": phases_of(arm)}) for arm in scores}, metric)
 
 
 def score(mean, error=None, num_seeds=1):
@@ -60,7 +68,7 @@ def score(mean, error=None, num_seeds=1):
     ],
 )
 def test_verdict_on_accuracy(ours, rival, word):
-    verdict = judge({"smt": ours, "bptt": rival}, "accuracy")
+    verdict = judged({"smt": ours, "bptt": rival}, "accuracy")
     assert verdict is not None and verdict.word == word
 
 
@@ -77,27 +85,27 @@ def test_verdict_on_accuracy(ours, rival, word):
 )
 def test_verdict_on_bits_is_the_other_way_round(ours, rival, word):
     for metric in ("bits_per_byte", "bits_per_pixel"):
-        verdict = judge({"smt": ours, "bptt": rival}, metric)
+        verdict = judged({"smt": ours, "bptt": rival}, metric)
         assert verdict is not None and verdict.word == word
 
 
 def test_verdict_takes_the_best_of_both_sides():
     arms = {"smt": 0.91, "smt8_dmt": 0.97, "bptt": 0.93, "bptt_truncated": 0.95, "teacher": 1.0, "published": 1.0}
     scores = {arm: score(mean) for arm, mean in arms.items()}
-    verdict = judge(scores, "accuracy")
+    verdict = judged(scores, "accuracy")
     assert (verdict.ours, verdict.rival, verdict.word) == ("smt8_dmt", "bptt_truncated", "level")
     assert verdict.difference.mean == pytest.approx(0.02)
-    verdict = judge(scores, "bits_per_byte")
+    verdict = judged(scores, "bits_per_byte")
     assert (verdict.ours, verdict.rival, verdict.word) == ("smt", "bptt", "level")
 
 
 def test_arms_with_a_bptt_phase_are_not_ours():
     scores = {"smt8": score(0.92), "smt8_bptt": score(1.0), "smt_dmt_bptt": score(1.0), "bptt": score(0.98)}
-    verdict = judge(scores, "accuracy")
+    verdict = judged(scores, "accuracy")
     assert (verdict.ours, verdict.rival, verdict.word) == ("smt8", "bptt", "behind")
     del scores["smt8"]
-    assert judge(scores, "accuracy") is None
-    assert judge({"smt8": score(0.92), "smt8_bptt": score(1.0), "teacher": score(1.0)}, "accuracy") is None
+    assert judged(scores, "accuracy") is None
+    assert judged({"smt8": score(0.92), "smt8_bptt": score(1.0), "teacher": score(1.0)}, "accuracy") is None
 
 
 def test_summary_counts_cells_and_names_losses(tmp_path):
@@ -140,7 +148,7 @@ def test_numbers_are_those_of_the_lines(tmp_path):
             rival = max(("bptt", "bptt_truncated"), key=means.__getitem__)
             assert row["ours - bptt"].startswith(f"{means[ours] - means[rival]:+.3f} ± ")
             assert row["ours - bptt"].endswith(f"({ours} against {rival})")
-    (row,) = table_after(text, "### `text`: bits a byte (lower is better)")
+    (row,) = table_after(text, "### `text`: bits per byte (lower is better)")
     assert (row["smt8"], row["bptt"], row["ngram1"]) == ("2.100 (1)", "**2.000** (1)", "3.500 (1)")
     assert row["verdict"] == "behind"
     costs = table_after(text, "## Costs")[0]
@@ -198,7 +206,7 @@ def test_groups_have_their_own_tables(tmp_path):
     assert [row["variant"] for row in rows] == ["all terms", "no consistency", "raw \\| dynamics"]
     assert list(rows[0]) == ["variant", "arm", "accuracy", "seconds", "seeds"]
     assert list(rows[0].values()) == ["all terms", "smt2", "0.975 ± 0.005", "240", "2"]
-    assert [row["bits a byte"] for row in table_after(text, "### weights")] == ["2.100", "2.200"]
+    assert [row["bits per byte"] for row in table_after(text, "### weights")] == ["2.100", "2.200"]
     assert "### `text`" not in text
 
     # A group with a run that no variant changes.
@@ -235,11 +243,50 @@ def test_the_order_of_lines_changes_nothing(tmp_path):
         assert ours.read_bytes() == theirs.read_bytes()
 
 
+@pytest.mark.parametrize(
+    "arm, phases, kind, name",
+    [
+        ("smt", [("smt", 1, 64)], "ours", "ours, 1 step, no dmt"),
+        ("smt_dmt", [("smt", 1, 64), ("dmt", 1, 64)], "ours", "ours, 1 step"),
+        ("smt_dmt4", [("smt", 1, 64), ("dmt", 4, 64)], "ours", "ours, multi-step"),
+        ("any name", [("smt", 8, 64)], "ours", "ours, multi-step, no dmt"),
+        ("smt8_bptt", [("smt", 8, 64), ("bptt", 16, 256)], "mixed", "SMT, then BPTT"),
+        ("bptt", [("bptt", 64, 64)], "rival", "BPTT"),
+        ("bptt", [("bptt", 16, 64)], "rival", "BPTT, truncated"),
+        ("teacher", [("smt", 8, 64)], "teacher", "teacher"),
+        ("ngram3", [], "ngram", "3-gram"),
+        ("mamba", [], "other", "mamba"),
+    ],
+)
+def test_an_arm_is_what_its_phases_say(arm, phases, kind, name):
+    names = ("phase", "transition_steps", "context_length")
+    line = {"arm": arm, "phases": [dict(zip(names, phase)) for phase in phases]}
+    assert (kind_of(line), display_name(line)) == (kind, name)
+
+
+def test_a_phase_of_the_teacher_alone_does_not_make_an_arm():
+    first = {"phase": "smt", "transition_steps": 8, "context_length": 64, "trains_updater": False}
+    line = {"arm": "dmt", "phases": [first, {"phase": "dmt", "transition_steps": 1, "context_length": 64}]}
+    assert display_name(line) == "ours, 1 step"
+    few = {"phase": "smt", "transition_steps": 1, "context_length": 64, "num_supervised_transitions": 1}
+    assert display_name({"arm": "published", "phases": [few]}) == "published"
+    assert display_name({"arm": "teacher", "phases": [few]}) == "teacher, published"
+
+
 def test_lines_are_read(tmp_path):
     path = tmp_path / "grid.jsonl"
     lines = [make_line(samples=["\u2028 is no end of a line"]), make_line("bptt")]
     path.write_text("\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n", encoding="utf-8")
     assert read_lines(path) == lines
+    append_lines(lines, tmp_path / "new" / "grid.jsonl")
+    append_lines(lines[:1], tmp_path / "new" / "grid.jsonl")
+    assert read_lines(tmp_path / "new" / "grid.jsonl") == [*lines, lines[0]]
+    with pytest.raises(ValueError):
+        append_lines([make_line(), make_line(accuracy=math.nan)], tmp_path / "nothing.jsonl")
+    assert not (tmp_path / "nothing.jsonl").exists()
+    for path in (tmp_path / "nothing.jsonl", tmp_path):
+        with pytest.raises(InputError, match="cannot read"):
+            read_lines(path)
 
 
 @pytest.mark.parametrize("malformed", ['{"task": "retri', "[1, 2]", "3"])

@@ -1,6 +1,9 @@
 """The figures of a report against the lines that they are drawn from."""
 
-from smt_hf.publishing import report_figures
+import numpy as np
+from PIL import Image
+
+from smt_hf.publishing import looks, report_figures
 from smt_hf.publishing.report import render_report
 from tests.unit.publishing.conftest import make_line, render
 
@@ -9,16 +12,16 @@ def drawn(monkeypatch):
     """Figures by name instead of files."""
     figures = {}
 
-    def keep(figure, path, **options):
+    def keep(figure, path):
         figures[path.stem.removeprefix("grid_")] = figure
         path.write_bytes(b"kept")
 
-    monkeypatch.setattr(report_figures.Figure, "savefig", keep)
+    monkeypatch.setattr(report_figures, "save_figure", keep)
     return figures
 
 
 def test_figures_are_drawn_for_what_the_lines_hold_alone(tmp_path):
-    curve = [{"seconds": 10.0 * i, "sequential_steps": 100 * i, "step": i, "loss": 2 / (1 + i)} for i in range(4)]
+    curve = {"seconds": [10.0, 20.0], "sequential_steps": [100, 200], "loss": [2.0, None]}
     data = {
         "loss": {"curve": curve},
         "drift": {"drift": [[1, 0.001], [8, 0.02], [16, 0.1]]},
@@ -41,34 +44,36 @@ def test_figures_are_drawn_for_what_the_lines_hold_alone(tmp_path):
 
 def test_an_arm_has_one_colour_and_its_own_data_in_every_figure(tmp_path, monkeypatch):
     figures = drawn(monkeypatch)
-    ends = {"smt": 0.01, "smt8": 0.02, "smt8_bptt": 0.03, "bptt": 0.04}
+    ends = {"smt_dmt": 0.01, "smt8": 0.02, "smt8_bptt": 0.03, "bptt": 0.04}
+    names = ["ours, 1 step", "ours, multi-step, no dmt", "SMT, then BPTT", "BPTT"]
+    of_name = dict(zip(names, ends.values()))
     lines = [
         make_line(
             arm,
             seed,
-            curve=[
-                {"seconds": 5, "sequential_steps": 50, "loss": end},
-                {"seconds": 9, "sequential_steps": 70, "loss": end},
-            ],
+            curve={"seconds": [5, 9], "sequential_steps": [50, 70], "loss": [end, end]},
             drift=[[1, end], [2, end]],
             gradient_norm=[[1, end], [2, end]],
         )
         for arm, end in ends.items()
         for seed in (0, 1)
     ]
+    lines += [make_line("smt", run="smt_dmt")]  # a stage on the way
     render_report(lines, "grid", tmp_path)
     colours = {}
     for name in ("loss", "drift", "gradient"):
-        assert [text.get_text() for text in figures[name].legends[0].get_texts()] == list(ends)
+        assert [text.get_text() for text in figures[name].legends[0].get_texts()] == names
         for axis in figures[name].axes:
-            assert len(axis.lines) == 8
-            for line in axis.lines:
-                assert set(line.get_ydata()) == {ends[line.get_label()]}
+            drawn_ones = [line for line in axis.lines if line.get_label() in names]
+            assert len(axis.lines) == 12 and len(drawn_ones) == 4  # two seeds and their median per arm
+            for line in drawn_ones:
+                assert set(line.get_ydata()) == {of_name[line.get_label()]}
                 colours.setdefault(line.get_label(), set()).add(line.get_color())
-    for container in figures["difficulty"].axes[0].containers:
-        colours[container.get_label()].add(container.lines[0].get_color())
-    assert set(colours) == set(ends)
-    assert all(len(some) == 1 for some in colours.values())
+    at = [label.get_text() for label in figures["difficulty"].axes[0].get_xticklabels()]
+    for name, container in zip(at, figures["difficulty"].axes[0].containers):
+        colours[name].add(container.lines[0].get_color())
+    assert at == list(colours) == names
+    assert all(some == {looks.looks_of(names)[name]["color"]} for name, some in colours.items())
     assert len(set.union(*colours.values())) == len(ends)
 
 
@@ -81,3 +86,35 @@ def test_the_hardest_cell_of_each_task_is_drawn(tmp_path, monkeypatch):
     assert [axis.get_title() for axis in figures["drift"].axes] == ["retrieval 16", "stack 16"]
     assert [axis.get_title() for axis in figures["difficulty"].axes] == ["retrieval", "stack"]
     assert [label.get_text() for label in figures["difficulty"].axes[0].get_xticklabels()] == ["8", "16", "128"]
+
+
+def test_an_arm_is_one_line_over_all_difficulties(tmp_path, monkeypatch):
+    """Its gradient may cross another number of steps in every cell."""
+    figures = drawn(monkeypatch)
+    lines = [make_line(f"smt2_dmt{at}", difficulty=at, run="smt2_dmt", is_last=True) for at in (8, 16, 32)]
+    render_report(lines, "grid", tmp_path)
+    (container,) = figures["difficulty"].axes[0].containers
+    assert container.get_label() == "ours, multi-step" and len(container.lines[0].get_xdata()) == 3
+
+
+def test_two_runs_of_one_cell_that_are_the_same_by_name_are_told_apart(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+    lines = [make_line("smt_dmt", difficulty=at, run=run, is_last=True) for run in ("a", "b") for at in (8, 16)]
+    render_report([*lines, make_line("bptt", difficulty=8)], "grid", tmp_path)
+    labels = [container.get_label() for container in figures["difficulty"].axes[0].containers]
+    assert labels == ["BPTT", "ours, 1 step (a)", "ours, 1 step (b)"]
+
+
+def test_a_small_file_keeps_the_colours_of_arms(tmp_path):
+    names = ["ours, 1 step", "ours, multi-step", "BPTT", "BPTT, truncated", "SMT, then BPTT"]
+    figure = looks.Figure(figsize=(3, 2))
+    axis = figure.subplots()
+    for place, look in enumerate(looks.looks_of(names).values()):
+        axis.plot([0, 1], [place, place + 1], **look)
+    looks.save_figure(figure, tmp_path / "figure.png")
+    image = Image.open(tmp_path / "figure.png")
+    assert image.mode == "P" and image.size == (300, 200)
+    pixels = np.asarray(image.convert("RGB")).reshape(-1, 3).astype(int)
+    for look in looks.looks_of(names).values():
+        colour = [int(look["color"][at : at + 2], 16) for at in (1, 3, 5)]
+        assert np.abs(pixels - colour).max(1).min() <= 8

@@ -1,0 +1,168 @@
+"""What a run is composed of: sizes of the models, arguments of the phases, threads; and how each is recorded."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
+
+from smt_hf.command_line import names_of
+from smt_hf.errors import InputError
+from smt_hf.student import SMTRecurrentConfig
+from smt_hf.training.arguments import BPTTTrainingArguments, PhaseArguments
+from smt_hf.training.composite import SMTPreTrainingConfig
+from smt_hf.training.launch import LAUNCHED_PRECISION
+from smt_hf.training.phases import PhaseResult, apply_required
+
+from .subjects import Subject
+
+# TrainingArguments that say what is written down, shown or loaded, not what is trained: a resumed run may change them.
+_WRITTEN_DOWN = (
+    "output_dir", "log", "report_to", "run_name", "project", "trackio_", "disable_tqdm", "include_", "eval_", "do_",
+    "per_device_eval_batch_size", "prediction_loss_only", "batch_eval_metrics", "bf16", "seed", "save_", "push_to_hub",
+    "enable_jit_checkpoint", "hub_", "resume_from_checkpoint", "restore_", "use_cpu", "dataloader_num_workers",
+    "dataloader_p", "dataloader_multiprocessing_context", "ddp_", "debug", "skip_memory_metrics", "local_rank",
+    "label_cache_dir",
+)  # fmt: skip
+
+
+def model_config(
+    subject: Subject, phases: list[PhaseArguments], student_fields: dict, teacher_fields: dict
+) -> SMTPreTrainingConfig:
+    """Sizes of student and teacher for a subject and a pipeline; no teacher if no phase needs one.
+
+    Raises:
+        InputError: a size out of range, or a vocabulary smaller than the subject's.
+    """
+    tokenizer = subject.tokenizer
+    fields = {"vocab_size": subject.vocab_size, **student_fields}
+    if fields["vocab_size"] is not None and fields["vocab_size"] < subject.vocab_size:
+        raise InputError(
+            f"`vocab_size` ({fields['vocab_size']}) is smaller than the tokenizer's ({subject.vocab_size}): leave it "
+            "out."
+        )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        fields.setdefault(name, getattr(tokenizer, name))
+    try:
+        student = SMTRecurrentConfig(**fields)
+        if all(arguments.phase == "bptt" for arguments in phases):
+            return SMTPreTrainingConfig(student=student)
+        return SMTPreTrainingConfig(student=student, teacher=teacher_fields)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise InputError(str(error)) from error
+
+
+def resolve(phases: list[PhaseArguments], subject: Subject, rival: BPTTTrainingArguments | None = None) -> list[str]:
+    """Set, in place, what of the arguments follows from the subject.
+
+    Args:
+        rival: arguments of `compare_bptt`, which goes through all levels that the pipeline goes through.
+
+    Returns:
+        Every change as a line for people.
+
+    Raises:
+        InputError: arguments that do not fit the subject's rows.
+    """
+    changes = [
+        change
+        for arguments, required in zip(phases, subject.required_of(phases))
+        for change in apply_required(arguments, required)
+    ]
+    if rival is not None:
+        levels = {level for arguments in phases for level in arguments.levels}
+        if levels and rival.curriculum_threshold is not None:
+            rival.curriculum_levels = [str(level) for level in sorted(levels | {int(subject.difficulty)})]
+        changes += [f"compare_bptt: {change}" for change in apply_required(rival, subject.required(rival))]
+    return [f"{change} (rows of {subject.name} {subject.difficulty})" for change in changes]
+
+
+def set_threads(num_threads: int | None) -> int:
+    """Give torch its threads: those asked for, else OMP_NUM_THREADS, else this process's part of the cores.
+
+    Returns:
+        How many.
+
+    Raises:
+        InputError: less than one was asked for.
+    """
+    if num_threads is not None and num_threads < 1:
+        raise InputError(f"`num_threads` must be at least 1, got {num_threads}.")
+    if num_threads is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        num_threads = _threads_of_the_user() or max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    torch.set_num_threads(num_threads)
+    return num_threads
+
+
+def _threads_of_the_user() -> int | None:
+    """OMP_NUM_THREADS, unless it is the 1 that accelerate and torchrun export where the user has exported nothing."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if not given.isdecimal() or int(given) < 1:
+        return None
+    is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ
+    if int(given) > 1 or not is_launched:
+        return int(given)
+    try:
+        of_the_launcher = Path(f"/proc/{os.getppid()}/environ").read_bytes()
+    except OSError:
+        return None
+    return 1 if b"OMP_NUM_THREADS=" in of_the_launcher else None
+
+
+def phase_settings(arguments: PhaseArguments) -> dict:
+    """The arguments of a phase that change its result, as JSON can hold them: all of our own, and those of
+    transformers that differ from their defaults."""
+    plugin = arguments.deepspeed_plugin
+    autocasts = plugin is not None and "torch_autocast" in plugin.hf_ds_config.config
+    precision = "bf16" if arguments.bf16 or autocasts else LAUNCHED_PRECISION
+    settings = {"phase": arguments.phase, **({"precision": precision} if precision != "no" else {})}
+    inherited = TrainingArguments.__dataclass_fields__
+    defaults = {name: entry.default for name, entry in inherited.items()}
+    defaults["accelerator_config"] = AcceleratorConfig().to_dict()
+    defaults["accelerator_config"].pop("use_configured_state")  # transformers takes it out
+    for name, value in sorted(arguments.to_dict().items()):
+        if name not in names_of(type(arguments)) or name.startswith(_WRITTEN_DOWN):
+            continue
+        is_own = name not in inherited or type(arguments).__dataclass_fields__[name] is not inherited[name]
+        if is_own or _said(value) != _said(defaults[name]):
+            settings[name] = value
+    return settings
+
+
+def _said(value):
+    """A value, where all ways to leave a setting out are one."""
+    return None if value is None or value is False or value in ("", [], {}) else getattr(value, "value", value)
+
+
+def launch_settings(arguments: PhaseArguments) -> dict:
+    """How many processes train, and how they work together."""
+    state = arguments.distributed_state
+    return {
+        "world_size": arguments.world_size,
+        "distributed_type": state.distributed_type.value if state else "NO",
+    }
+
+
+def tokenizer_hash(tokenizer) -> str:
+    """Of everything that a tokenizer makes tokens by."""
+    if tokenizer.is_fast:
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        content = {name: part for name, part in content.items() if name not in ("truncation", "padding")}
+    else:
+        content = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return hashlib.sha256(json.dumps([content, special], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def cost_of(result: PhaseResult) -> dict:
+    """What a phase has cost, as the results name it."""
+    return {
+        "wall_clock_s": result.seconds,
+        "sequential_steps": result.sequential_steps,
+        "tokens": result.tokens,
+    }

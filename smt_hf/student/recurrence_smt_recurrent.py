@@ -1,0 +1,75 @@
+"""The loop over time: `m_{t+1} = f(m_t, x_{t+1})`, the only one of the package.
+
+Shapes: N sequences or chunks side by side, T tokens, K memory tokens, D width.
+"""
+
+import torch
+import torch.nn.functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+# Tokens between two memories that gradient checkpointing keeps.
+CHECKPOINT_EVERY = 32
+
+
+def document_starts(document_ids: torch.Tensor) -> torch.Tensor:
+    """Where a row of packed documents goes on to another: `(B, T)` -> `(B, T)` bool, false at the first token."""
+    changes = document_ids[:, 1:] != document_ids[:, :-1]
+    return F.pad(changes, (1, 0))
+
+
+def unrolled(
+    memory,
+    embeds,
+    attention_mask=None,
+    starts_document=None,
+    start=None,
+    *,
+    updater,
+    layer_outputs: list | None = None,
+    num_kept: int | None = None,
+) -> torch.Tensor:
+    """The memory after each token; the arguments are those of `SMTRecurrentModel.unroll`.
+
+    Args:
+        start: `(K, D)`, `m_0`; needed with `starts_document`.
+        updater: `f`, called once per token.
+    """
+    keep = None if attention_mask is None else attention_mask.bool()[:, :, None, None].unbind(1)
+    reset = None if starts_document is None else starts_document[:, :, None, None].unbind(1)
+    first_kept = 0 if num_kept is None else embeds.shape[1] - num_kept
+    memories = []
+    for index, token in enumerate(embeds.unbind(1)):
+        if reset is not None:
+            memory = torch.where(reset[index], start, memory)
+        collected: list | None = None if layer_outputs is None else []
+        updated = updater(memory, token, collected)
+        memory = updated if keep is None else torch.where(keep[index], updated, memory)
+        if index >= first_kept:
+            memories.append(memory)
+        if layer_outputs is not None:
+            layer_outputs.append(collected)
+    return torch.stack(memories, dim=1)
+
+
+class SMTRecurrentStretch(GradientCheckpointingLayer):
+    """A stretch of tokens, the unit of gradient checkpointing. It has no weights: the updater is an argument."""
+
+    def __init__(self):
+        super().__init__()
+        # Of the stretches of a row, every so-manieth is checkpointed and the others keep their activations.
+        self.every_n = 1
+
+    def forward(self, memory, embeds, attention_mask=None, starts_document=None, start=None, *, updater):
+        """As `unrolled`."""
+        return unrolled(memory, embeds, attention_mask, starts_document, start, updater=updater)
+
+    def checkpointed(self, memory, embeds, attention_mask=None, starts_document=None, start=None, *, updater):
+        """As `unrolled`, holding one memory per `CHECKPOINT_EVERY` tokens and what the others need in one stretch."""
+        pieces = []
+        for index, begin in enumerate(range(0, embeds.shape[1], CHECKPOINT_EVERY)):
+            part = slice(begin, begin + CHECKPOINT_EVERY)
+            own = [None if tensor is None else tensor[:, part] for tensor in (embeds, attention_mask, starts_document)]
+            run = unrolled if index % self.every_n else self
+            pieces.append(run(memory, *own, start, updater=updater))
+            memory = pieces[-1][:, -1]
+        return torch.cat(pieces, dim=1)

@@ -1,0 +1,55 @@
+"""Grids are checked as a whole before their first run."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from smt_hf.errors import InputError
+from smt_hf.experiments.grid import run_grid
+from smt_hf.experiments.grid_file import parse_grid
+from smt_hf.experiments.run_folder import locked
+
+GRID = {
+    "student": {"hidden_size": 16, "num_attention_heads": 2},
+    "tasks": {"retrieval": {"difficulties": [8]}, "pixels": {}},
+    "arms": {"smt_dmt": {"phases": [{"smt": {"max_steps": 4}}, "dmt"]}, "bptt": {"phases": ["bptt"]}},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "message"),
+    [
+        ({}, ["--only", "task=retrival"], "no task 'retrival': did you mean 'retrieval'"),
+        ({}, ["--only", "arm=smtdmt"], "no arm 'smtdmt': did you mean 'smt_dmt'"),
+        ({}, ["--only", "difficulty=5.5"], "must be a whole number"),
+        ({}, ["--only", "task=retrieval", "difficulty=1"], "too small"),
+        ({}, ["--only", "variant=none"], "nothing of .* is left"),
+        ({}, ["--jobs", "0"], "`jobs` must be at least 1"),
+        ({}, ["--output"], "needs a value"),
+        ({}, ["--outputs", "x"], "did you mean 'output'"),
+        ({}, ["--train_file", ""], "`train_file` is empty"),
+        ({"tasks": {"retrieve": {}}}, [], "unknown task 'retrieve': did you mean 'retrieval'"),
+        ({"tasks": {"retrieval": {}}}, [], "needs `difficulties`"),
+        ({"tasks": {}}, [], "needs `tasks`"),
+        ({"num_threads": 0}, [], "`num_threads` of .* must be at least 1"),
+        ({"arms": {"a": {"phases": [{"smt": {"max_step": 3}}]}}}, [], "did you mean 'max_steps'"),
+        ({"arms": {"a": {"phases": []}}}, [], "arm a needs `phases`"),
+    ],
+)
+def test_a_grid_is_checked_before_the_first_run(tmp_path, change, words, message):
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump({**GRID, **change}))
+    with pytest.raises(InputError, match=message):
+        parse_grid(["--config", str(path), *words])
+
+
+def test_where_lines_of_a_grid_go(tmp_path, monkeypatch):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({**GRID, "output": "model_cards/evidence/mine.jsonl"}))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.warns(UserWarning, match="`output` of .* is ignored"):
+        assert parse_grid(["--config", str(path)]).output == Path("runs/mine.jsonl")
+        assert parse_grid(["--config", "~/mine.yaml", "--output", "~/a.jsonl"]).output == tmp_path / "a.jsonl"
+    with locked(tmp_path, ".a.jsonl.lock"), pytest.raises(InputError, match=r"a\.jsonl is in use by PID"):
+        list(run_grid([], tmp_path / "a.jsonl"))
