@@ -3,8 +3,8 @@
 FLOPs are those of matrix products, two per multiply-add, as `torch.utils.flop_counter` counts them; norms, activations
 and softmax are left out. Memory is what a GPU holds between steps (weights, gradients, two moments of AdamW, all
 float32) and what a step saves for its backward pass. Communication is what a GPU sends in a step over a ring, float32.
-What an updater computes and keeps is known to its class. The counts of FLOPs and of memory are checked against
-measured ones at small sizes (`tests/integration/test_cost_model.py`).
+What an updater computes and keeps is known to its class. The counts of FLOPs and of memory are checked against measured ones at small sizes
+(`tests/integration/test_cost_model.py`).
 
 Symbols: B rows, T transitions per row, K memory tokens, D width, k `transition_steps`, N GPUs.
 """
@@ -153,8 +153,8 @@ def _line_of(
     line: dict = {"size": name, "student": updater + rest, "teacher": teacher_parameters}
     length, steps = arguments.context_length, arguments.transition_steps
     weights = {"readout": 1.0, "predictive": 1.0, "teacher": 1.0}
-    decoded: dict[str, Any] = {"num_predictive_positions": 8, "future_length": 8}
-    smt = Objective("smt", steps, weights, on_policy_fraction=0.5, on_policy_mode="parallel", **decoded)
+    own: dict[str, Any] = {"on_policy_fraction": 0.5, "on_policy_mode": "parallel"}
+    smt = Objective("smt", steps, weights, num_predictive_positions=8, future_length=8, **own)
     dmt, bptt = Objective("dmt", steps, {"readout": 1.0}), Objective("bptt", length, {"readout": 1.0})
     for objective in (smt, dmt, bptt):
         flops = step_flops(student, teacher, objective, length, on_gpu=True)
