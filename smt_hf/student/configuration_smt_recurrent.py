@@ -108,11 +108,14 @@ def check_layer_sizes(config: PreTrainedConfig, own_sizes: tuple[str, ...]) -> N
 
 
 def share_weights(folder: str | os.PathLike) -> None:
-    """Give the safetensors files of a saved model the permissions of its `config.json`."""
-    if os.path.exists(os.path.join(folder, "config.json")):  # one process of several has written it
-        permissions = stat.S_IMODE(os.stat(os.path.join(folder, "config.json")).st_mode)
-        for path in glob.glob(os.path.join(glob.escape(os.fspath(folder)), "*.safetensors")):
-            os.chmod(path, permissions)
+    """Give the safetensors files of a saved model or adapter the permissions of its configuration file.
+
+    safetensors makes them readable by their owner alone, whatever the umask is.
+    """
+    inside = glob.escape(os.fspath(folder))
+    for configuration in glob.glob(os.path.join(inside, "*config.json"))[:1]:  # one process of several has written it
+        for path in glob.glob(os.path.join(inside, "*.safetensors")):
+            os.chmod(path, stat.S_IMODE(os.stat(configuration).st_mode))
 
 
 __all__ = ["SMTRecurrentConfig"]

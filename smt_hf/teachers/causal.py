@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from smt_hf.errors import InputError
 
-from .protocol import DEFAULT_TEACHER, SMTTeacherSizes, register_teacher
+from .protocol import DEFAULT_TEACHER, SMTTeacher, SMTTeacherSizes, register_teacher
 
 READOUTS = ("projection", "registers")
 
@@ -206,7 +205,7 @@ class SMTTeacherBlock(nn.Module):
 
 
 @register_teacher
-class SMTTeacherEncoder(PreTrainedModel):
+class SMTTeacherEncoder(SMTTeacher):
     """`m_t = E(x_{<=t})` for all t from one pass over the tokens [Sec. 3.1, made causal].
 
     The label of the empty prefix is not the teacher's: it is the student's learned `initial_memory`, one tensor for
@@ -215,8 +214,6 @@ class SMTTeacherEncoder(PreTrainedModel):
 
     config_class = SMTTeacherConfig
     config: SMTTeacherConfig
-    base_model_prefix = "teacher"
-    supports_gradient_checkpointing = False
     _no_split_modules = ["SMTTeacherBlock"]
     has_next_token_head = True
     labels_all_positions = True
@@ -239,17 +236,11 @@ class SMTTeacherEncoder(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        if isinstance(module, nn.Linear):
-            fan_in = module.in_features / self.config.hidden_size
-            init.normal_(module.weight, std=self.config.initializer_range * fan_in**-0.5)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=1.0)
-        elif isinstance(module, nn.RMSNorm):
-            init.ones_(module.weight)
-        elif isinstance(module, SMTTeacherConvolution):
+        super()._init_weights(module)
+        if isinstance(module, SMTTeacherConvolution):
             init.zeros_(module.weight)
             init.ones_(module.weight[0])
-        elif isinstance(module, SMTTeacherEncoder) and self.config.memory_readout == "registers":
+        elif module is self and self.config.memory_readout == "registers":
             init.normal_(module.registers, std=0.5)
 
     def forward(

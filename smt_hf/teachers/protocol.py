@@ -17,11 +17,14 @@ its configuration (`vocab_size`, `num_memory_tokens` [K], `memory_size` [D]), by
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from huggingface_hub.dataclasses import strict
+from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
 
 from smt_hf.errors import InputError
-from smt_hf.student.configuration_smt_recurrent import check_layer_sizes
+from smt_hf.student.configuration_smt_recurrent import check_layer_sizes, share_weights
 
 # The teacher that is meant where no `model_type` is given.
 DEFAULT_TEACHER = "smt_teacher"
@@ -104,3 +107,27 @@ class SMTTeacherSizes(PreTrainedConfig):
             check_layer_sizes(self, ("num_hidden_layers", "memory_size", *self.own_sizes))
         except ValueError as error:
             raise InputError(f"the teacher's {error}") from None
+
+
+class SMTTeacher(PreTrainedModel):
+    """What the teachers of this package share; a subclass says which `config_class` it is built from."""
+
+    base_model_prefix = "teacher"
+    supports_gradient_checkpointing = False
+    has_next_token_head: bool
+    labels_all_positions: bool
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, nn.Linear):
+            fan_in = module.in_features / self.config.hidden_size
+            init.normal_(module.weight, std=self.config.initializer_range * fan_in**-0.5)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=1.0)
+        elif isinstance(module, nn.RMSNorm):
+            init.ones_(module.weight)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers, with weights that are as readable as `config.json`."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        share_weights(save_directory)

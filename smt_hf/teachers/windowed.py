@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from smt_hf.errors import InputError
 
 from .causal import SMTTeacherBlock
-from .protocol import SMTTeacherSizes, register_teacher
+from .protocol import SMTTeacher, SMTTeacherSizes, register_teacher
 
 
 @strict
@@ -67,7 +66,7 @@ class SMTWindowedTeacherBlock(SMTTeacherBlock):
 
 
 @register_teacher
-class SMTWindowedTeacher(PreTrainedModel):
+class SMTWindowedTeacher(SMTTeacher):
     """`m_t = E(x_{t-T_c}, .., x_{t-1})`: K learned registers behind the window become the memory [Sec. 3.1].
 
     Every (row, position) is a window of its own, `S * (context_length + K)` tokens a row: supervise few positions. A
@@ -78,8 +77,6 @@ class SMTWindowedTeacher(PreTrainedModel):
 
     config_class = SMTWindowedTeacherConfig
     config: SMTWindowedTeacherConfig
-    base_model_prefix = "teacher"
-    supports_gradient_checkpointing = False
     _no_split_modules = ["SMTWindowedTeacherBlock"]
     has_next_token_head = False
     labels_all_positions = False
@@ -95,14 +92,8 @@ class SMTWindowedTeacher(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        if isinstance(module, nn.Linear):
-            fan_in = module.in_features / self.config.hidden_size
-            init.normal_(module.weight, std=self.config.initializer_range * fan_in**-0.5)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=1.0)
-        elif isinstance(module, nn.RMSNorm):
-            init.ones_(module.weight)
-        elif isinstance(module, SMTWindowedTeacher):
+        super()._init_weights(module)
+        if module is self:
             init.normal_(module.registers, std=0.5)
 
     def forward(
