@@ -67,10 +67,7 @@ class SMTRecurrentConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         # Here as well as in `validate()`, whose errors are no ValueError.
         self.validate_sizes()
-        if self.intermediate_size is None:
-            self.intermediate_size = 4 * self.hidden_size
-        if self.initializer_range is None:
-            self.initializer_range = (3 * self.hidden_size) ** -0.5
+        derive_sizes(self)
         super().__post_init__(**kwargs)
 
     def validate_sizes(self):
@@ -82,7 +79,7 @@ class SMTRecurrentConfig(PreTrainedConfig):
 
 
 def check_layer_sizes(config: PreTrainedConfig, own_sizes: tuple[str, ...]) -> None:
-    """Refuse what no attention and feed-forward layers can be built from; `None` is a value that is still derived.
+    """Refuse sizes that no attention and feed-forward layers can be built from; `None` is still to be derived.
 
     Args:
         own_sizes: names of the configuration's further fields that must be at least 1.
@@ -105,6 +102,14 @@ def check_layer_sizes(config: PreTrainedConfig, own_sizes: tuple[str, ...]) -> N
         )
     if config.hidden_act not in ACT2FN:
         raise ValueError(f"`hidden_act` {config.hidden_act!r} is unknown: choose one of {', '.join(sorted(ACT2FN))}.")
+
+
+def derive_sizes(config: PreTrainedConfig) -> None:
+    """Fill in the two values that follow from `hidden_size` where they are `None`."""
+    if config.intermediate_size is None:
+        config.intermediate_size = 4 * config.hidden_size
+    if config.initializer_range is None:
+        config.initializer_range = (3 * config.hidden_size) ** -0.5
 
 
 def share_weights(folder: str | os.PathLike) -> None:
