@@ -42,12 +42,12 @@ def drift_by_position(model, input_ids: np.ndarray, batch_size: int = 64) -> np.
     errors, squares = torch.zeros(2, length + 1, dtype=torch.float64)
     totals: torch.Tensor | None = None
     for rows in tokens.split(batch_size):
-        labels = teacher_memories(model, rows, positions).flatten(2).cpu()
-        totals = labels.double().sum(0) if totals is None else totals + labels.double().sum(0)
-        squares += labels.double().square().sum((0, 2))
+        goals = teacher_memories(model, rows, positions).flatten(2).cpu()
+        totals = goals.double().sum(0) if totals is None else totals + goals.double().sum(0)
+        squares += goals.double().square().sum((0, 2))
         for first, memories in own_memories(model.student, rows):
             places = slice(first, first + memories.shape[1])
-            errors[places] += (memories.flatten(2).cpu().double() - labels[:, places]).square().sum((0, 2))
+            errors[places] += (memories.flatten(2).cpu().double() - goals[:, places]).square().sum((0, 2))
     assert totals is not None
     variance = (squares - totals.square().sum(1) / num_rows) / (num_rows - 1)
     width = totals.shape[1]

@@ -2,8 +2,7 @@
 
 A line is one arm in one cell with one seed; a cell is a task at a difficulty, a number that grows with it. Scores are
 accuracies (0 to 1), bits per byte or bits per pixel. Lines with a `group` belong to a sweep or an ablation: they have
-tables of their own and no figures. Lines with a `benchmark` are not of a grid: they are measurements of speed and
-memory, and each benchmark has one table of them.
+tables of their own and no figures.
 """
 
 import json
@@ -13,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from smt_hf.errors import InputError
 
@@ -45,7 +43,6 @@ from .units import UNITS, metric_of
 
 _SAME_TIME = 1.1  # seconds of the longer over those of the shorter training
 _NUM_TEXTS = 2  # samples shown per arm
-_NO_COLUMNS = ("benchmark", "commit", "hardware", "versions")  # of benchmarks; they are in headings and provenance
 
 _HOW_TO_READ = f"""How to read the tables:
 
@@ -58,16 +55,13 @@ _HOW_TO_READ = f"""How to read the tables:
 - Both fail: both accuracies are below {SOLVED}. The difference is shown all the same."""
 
 
-def render_report(lines: list[dict], name: str, folder: Path, settings: dict | None = None) -> list[Path]:
+def render_report(lines: list[dict], name: str, folder: Path) -> list[Path]:
     """Write `<folder>/<name>.md`, and `<folder>/<name>_<figure>.png` for every figure that a line has data for.
-
-    Lines that have a key `benchmark` have a table of their scalar values instead of verdicts, costs and figures.
 
     The order of the lines changes nothing. Figures of an earlier report of this name that have no data now are removed.
 
     Args:
         lines: as `read_lines` returns them.
-        settings: of the grid; printed at the end as they are.
 
     Returns:
         The files written, the Markdown first.
@@ -78,13 +72,10 @@ def render_report(lines: list[dict], name: str, folder: Path, settings: dict | N
     """
     if not lines:
         raise InputError("there are no lines to report: run the grid first.")
-    benchmarks = sorted((line for line in lines if "benchmark" in line), key=_text_of)
-    lines = [line for line in lines if "benchmark" not in line]
     _check(lines)
     num_stages = len(lines)
     lines = sorted(_without_stages(lines), key=_line_order)
     num_stages -= len(lines)
-    num_lines = len(lines) + len(benchmarks)
     main = [line for line in lines if line.get("group") is None]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,16 +84,14 @@ def render_report(lines: list[dict], name: str, folder: Path, settings: dict | N
     pictures = [f"### {caption}\n\n![{caption}]({figure.name})" for figure, caption in figures.items()]
     parts = [
         f"# {name}",
-        f"Made by `smt_hf.publishing.report` from {num_lines} lines: numbers are changed there, not here.",
+        f"Made by `smt_hf.publishing.report` from {len(lines)} lines: numbers are changed there, not here.",
         f"{num_stages} more lines, of stages that are also arms of their own, are left out." if num_stages else "",
         _results(main),
         _costs(main),
         _sweeps([line for line in lines if line.get("group") is not None]),
-        _benchmarks(benchmarks),
         "\n\n".join(["## Figures", *pictures]) if pictures else "",
         _text_samples(main),
-        _provenance(lines, benchmarks),
-        f"## Settings of the grid\n\n{_code(json.dumps(settings, indent=2), 'json')}" if settings else "",
+        _provenance(lines),
     ]
     path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     return [path, *figures]
@@ -124,10 +113,6 @@ def _check(lines: list[dict]) -> None:
             raise InputError(f"lines of task {task!r} are scored in {' and in '.join(metrics)}: give all of them one.")
 
 
-def _text_of(line: dict) -> str:
-    return json.dumps(line, sort_keys=True)
-
-
 def _line_order(line: dict) -> tuple:
     names = [natural_order(str(line.get(key))) for key in ("group", "variant")]
     return (
@@ -136,12 +121,12 @@ def _line_order(line: dict) -> tuple:
         line["difficulty"],
         arm_order(line),
         line["seed"],
-        _text_of(line),
+        json.dumps(line, sort_keys=True),
     )
 
 
 def _without_stages(lines: list[dict]) -> list[dict]:
-    """Leave out what a longer pipeline (`run`) said on its way about an arm that the cell has a whole run of."""
+    """Leave out the stages of longer pipelines that are arms with a whole run of their own in the cell."""
 
     def cell(line: dict) -> tuple:
         return tuple(line.get(key) for key in ("group", "variant", "task", "difficulty", "arm"))
@@ -155,14 +140,14 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
-def _code(text: str, language: str = "") -> str:
+def _code(text: str) -> str:
     """A fenced block. The fence is longer than any in the text; what cannot be printed is escaped."""
     text = "".join(
         letter if letter.isprintable() or letter == "\n" else letter.encode("unicode_escape").decode()
         for letter in text.replace("\t", "    ")
     )
     fence = "`" * max([2, *map(len, re.findall("`+", text))]) + "`"
-    return f"{fence}{language}\n{text}\n{fence}"
+    return f"{fence}\n{text}\n{fence}"
 
 
 def _results(lines: list[dict]) -> str:
@@ -280,7 +265,7 @@ def _costs(lines: list[dict]) -> str:
                 rows.append([f"`{task}`", f"`{arm}`", *costs, str(len(lines_of_arm(some, arm)))])
     if not rows:
         return ""
-    legend = "Of training, means over difficulties and seeds. Sequential steps: transitions computed one after another."
+    legend = "Means over difficulties and seeds. Sequential steps are transitions that are computed one after another."
     return f"## Costs\n\n{legend}\n\n" + _table(["task", "arm", *keys.values(), "lines"], rows)
 
 
@@ -310,42 +295,6 @@ def _sweep_table(cell: list[dict]) -> str:
     return _table(header, [run[-1] for run in sorted(runs)])
 
 
-def _benchmarks(lines: list[dict]) -> str:
-    """One table per benchmark. Its columns are the keys that have scalars alone, not all of them `null`."""
-    parts = ["## Benchmarks"]
-    for benchmark, some in split_by(lines, "benchmark").items():
-        columns = [
-            key
-            for key in dict.fromkeys(key for line in some for key in line)
-            if key not in _NO_COLUMNS
-            and any(line.get(key) is not None for line in some)
-            and not any(isinstance(line.get(key), dict | list) for line in some)
-        ]
-        ordered = sorted(
-            some, key=lambda line: [_value_order(line.get("arm")), *(_value_order(line.get(key)) for key in columns)]
-        )
-        rows = [[_shown(line.get(key)) for key in columns] for line in ordered]
-        parts.append(f"### `{benchmark}`\n\n{_table(columns, rows)}")
-    return "\n\n".join(parts) if lines else ""
-
-
-def _value_order(value: Any) -> tuple:
-    if value is None:
-        return (0,)
-    return (1, value) if isinstance(value, int | float) else (2, natural_order(str(value)))
-
-
-def _shown(value: Any) -> str:
-    """A scalar in a table: whole numbers in full, others with four significant digits or as whole ones."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return "" if value is None else " ".join(str(value).split())
-
-
 def _text_samples(lines: list[dict]) -> str:
     parts = []
     for title, cell in hardest_cells(lines, "samples"):
@@ -359,7 +308,7 @@ def _text_samples(lines: list[dict]) -> str:
     return "\n\n".join(["## Sampled text", *parts]) if parts else ""
 
 
-def _provenance(lines: list[dict], benchmarks: list[dict]) -> str:
+def _provenance(lines: list[dict]) -> str:
     def count(values: Iterable) -> str:
         return "; ".join(f"{value} ({number} lines)" for value, number in sorted(Counter(map(str, values)).items()))
 
@@ -374,12 +323,12 @@ def _provenance(lines: list[dict], benchmarks: list[dict]) -> str:
         ("versions", "versions"),
         ("students", "student"),
     ):
-        values = [line[key] for line in lines + benchmarks if line.get(key) is not None]
+        values = [line[key] for line in lines if line.get(key) is not None]
         facts[title] = count(listing(value) if isinstance(value, dict) else value for value in values)
     for title, key in (("seeds", "seed"), ("labels scored (`n`)", "n")):
         of_task = {
             task: ", ".join(f"{value:,}" for value in sorted({line[key] for line in some if line.get(key) is not None}))
-            for task, some in {**split_by(lines, "task"), **split_by(benchmarks, "benchmark")}.items()
+            for task, some in split_by(lines, "task").items()
         }
         facts[title] = "; ".join(f"{task}: {text}" for task, text in of_task.items() if text)
     return "## Where the numbers come from\n\n" + "\n".join(f"- {key}: {text}" for key, text in facts.items() if text)

@@ -125,7 +125,7 @@ def test_train_step(run, capsys):
 
 
 def test_peak_memory_and_seconds_to_loss(run, text_file, monkeypatch):
-    def in_this_process(function, *rest):  # a process an arm takes seconds to start
+    def in_this_process(function, *rest):  # one process per arm takes seconds to start
         return pickle.loads(pickle.dumps(function))(*pickle.loads(pickle.dumps(rest)))
 
     monkeypatch.setattr(train_step, "in_a_fresh_process", in_this_process)

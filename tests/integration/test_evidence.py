@@ -19,8 +19,8 @@ from smt_hf.training.phases import ARGUMENTS
 
 ROOT = Path(__file__).parents[2]
 EVIDENCE = ROOT / "model_cards" / "evidence"
-# Table -> the cell, and what a run may differ from the mean of the table's (its unit): seconds buy more steps on one
-# machine than on another.
+# Table -> the cell, and how far a run may lie outside the scores of the table: a second buys more steps on one machine
+# than on another.
 CELLS = {
     "probes": (["task=retrieval", "difficulty=32", "arm=smt_dmt", "seed=0"], 0.15),
     "bptt_sweep": (["task=stack", "arm=bptt", "variant=learning_rate=0.002, per_device_train_batch_size=32"], 0.25),

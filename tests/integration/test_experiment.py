@@ -105,7 +105,7 @@ def test_lines_of_a_grid(ran):
     naming = ("phase", "transition_steps", "context_length")
     assert dmt == {"phase": "dmt", "transition_steps": 1, "context_length": 8, "max_steps": 3}
     assert by_arm["retrieval", "smt"]["phases"] == [{name: smt[name] for name in naming}]
-    assert by_arm["retrieval", "published_smt"]["tokens"] == 4 * 16  # one transition a row
+    assert by_arm["retrieval", "published_smt"]["tokens"] == 4 * 16  # one transition per row
 
 
 def test_a_grid_resumes_and_runs_what_is_named(ran, tmp_path):

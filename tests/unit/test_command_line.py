@@ -346,7 +346,7 @@ def test_grid(tmp_path):
     assert {run.curriculum for run in parsed.runs if run.task == "retrieval"} == {(2, 4)}
     assert {run.curriculum for run in parsed.runs if run.task != "retrieval"} == {()}
     others = grid(tmp_path, "--output", "o.jsonl", "--jobs", "5", "--report", "--mnist_dir", "m", "--train_file", "t")
-    assert (others.output, others.jobs, others.report) == ("o.jsonl", 5, True)
+    assert (str(others.output), others.jobs, others.report) == ("o.jsonl", 5, True)
     assert others.runs[0].sources == {"mnist_dir": "m", "train_file": "t"}
 
 

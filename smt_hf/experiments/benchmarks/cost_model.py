@@ -153,8 +153,8 @@ def _line_of(
     line: dict = {"size": name, "student": updater + rest, "teacher": teacher_parameters}
     length, steps = arguments.context_length, arguments.transition_steps
     weights = {"readout": 1.0, "predictive": 1.0, "teacher": 1.0}
-    decoded: dict[str, Any] = {"num_predictive_positions": 8, "future_length": 8}
-    smt = Objective("smt", steps, weights, on_policy_fraction=0.5, on_policy_mode="parallel", **decoded)
+    own: dict[str, Any] = {"on_policy_fraction": 0.5, "on_policy_mode": "parallel"}
+    smt = Objective("smt", steps, weights, num_predictive_positions=8, future_length=8, **own)
     dmt, bptt = Objective("dmt", steps, {"readout": 1.0}), Objective("bptt", length, {"readout": 1.0})
     for objective in (smt, dmt, bptt):
         flops = step_flops(student, teacher, objective, length, on_gpu=True)

@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from smt_hf.command_line import argument
-from smt_hf.student import SMTRecurrentForCausalLM
+from smt_hf.student import SMTRecurrentForCausalLM, SMTRecurrentStep
 
 from .arguments import BenchmarkArguments
 from .peers import STATE_NAMES, count_parameters, describe, load_student, mamba_like, rwkv_like, start_state
@@ -69,18 +69,19 @@ def by_transition(student: SMTRecurrentForCausalLM, compiled: bool = False) -> G
         compiled: whether the work of one token is compiled by inductor, without Python between its kernels.
     """
 
+    one_token = SMTRecurrentStep(student)
+
     def step(token, memory):
         """`(B,)`, `(B, K, D)` -> the next token and memory."""
-        memory = student.model.updater(memory, student.model.embed_tokens(token))
-        return student.lm_head(student.model.readout(memory)[:, 0]).argmax(-1), memory
+        logits, memory = one_token(token, memory)
+        return logits.argmax(-1), memory
 
     if compiled:
         step = torch.compile(step, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
 
     def generate(prompt, num_tokens):
         tokens = torch.empty(prompt.shape[0], num_tokens, dtype=torch.long)
-        token = prompt[:, 0]
-        memory = student.model.start_memory().expand(prompt.shape[0], -1, -1).contiguous()
+        token, memory = prompt[:, 0], one_token.start(prompt.shape[0]).contiguous()
         for index in range(num_tokens):
             token, memory = step(token, memory)
             tokens[:, index] = token

@@ -62,7 +62,7 @@ def rows(num=20, column="text"):
 @pytest.mark.parametrize(
     "name, content",
     [
-        ("rows.jsonl.gz", gzip.compress(rows())),
+        ("rows.jsonl.gz", gzip.compress(rows(), mtime=0)),
         ("rows.json.bz2", bz2.compress(rows())),
         ("rows.ndjson.xz", lzma.compress(rows())),
         ("rows.jsonl", b"\xef\xbb\xbf" + rows()),  # a byte order mark is no text

@@ -135,6 +135,8 @@ def test_held_out_streams_are_the_same_whatever_is_trained(long_text):
         np.testing.assert_array_equal(subject.streams, subjects[0].streams)
         assert subject.num_bytes == subjects[0].num_bytes and subject.ngram_bits() == subjects[0].ngram_bits()
     assert TextSubject([smt], train_file=long_text, stream_length=300).difficulty == 300  # asked for
+    with pytest.raises(InputError, match="at least 1 token"):
+        TextSubject([smt], train_file=long_text, stream_length=0)
 
 
 def test_short_held_out_text_is_scored_as_far_as_it_goes(text_file):

@@ -29,9 +29,9 @@ def make_bits(arm, bits, **fields):
     return line | {"accuracy": 0.5, "chance": 8.006}
 
 
-def render(lines, folder, settings=None):
+def render(lines, folder):
     """The Markdown, and the names of the figures without the report's."""
-    path, *figures = render_report(lines, "grid", folder, settings)
+    path, *figures = render_report(lines, "grid", folder)
     assert path == folder / "grid.md"
     assert all(figure.stat().st_size > 0 for figure in figures)
     assert sorted(folder.glob("*.png")) == sorted(figures)

@@ -233,11 +233,10 @@ def test_the_order_of_lines_changes_nothing(tmp_path):
     for number, line in enumerate(lines):
         line["geometry"] = {"student": {"rank": number / 7, "spread": number / 3}}
         line["drift"] = [[1, number / 3], [2, 7 / (1 + number)]]
-    first, figures = render(lines, tmp_path / "a", {"seeds": [0, 1, 2]})
-    assert '"seeds": [' in first
+    first, figures = render(lines, tmp_path / "a")
     for seed in range(3):
         random.Random(seed).shuffle(lines)
-        assert render(lines, tmp_path / "b", {"seeds": [0, 1, 2]}) == (first, figures)
+        assert render(lines, tmp_path / "b") == (first, figures)
     for figure in figures:
         ours, theirs = (tmp_path / folder / f"grid_{figure}.png" for folder in "ab")
         assert ours.read_bytes() == theirs.read_bytes()
@@ -313,40 +312,3 @@ def test_unfit_lines_are_refused(tmp_path):
         render_report([make_line(group="terms")], "grid", tmp_path)
     with pytest.raises(ValueError, match="accuracy and in bits_per_byte"):
         render_report([make_bits("smt", 2.0), make_line(task="text")], "grid", tmp_path)
-
-
-def make_benchmark(arm="student", context=1024, **fields):
-    line = {"benchmark": "memory_wall", "arm": arm, "context": context, "seconds_per_token": 0.0123456, "fits": True}
-    line |= {"error": None, "sizes": {"hidden_size": 64}, "all_seconds": [0.1, 0.2], "state_bytes": 12345.6}
-    line |= {"commit": "abc123", "hardware": "CPU of mine", "num_threads": 1, "versions": {"torch": "2.13"}}
-    return {**line, **fields}
-
-
-def test_lines_of_benchmarks_are_a_table_alone(tmp_path):
-    render([make_line()], tmp_path)
-    lines = [make_benchmark("student8", context) for context in (16384, 1024)]
-    lines += [make_benchmark(context=1024, seconds_per_token=None, fits=False, error="does | not\nfit")]
-    lines += [make_benchmark(benchmark="generate", seed=seed, seconds_per_token=math.inf) for seed in (1, 0)]
-    text, figures = render(lines, tmp_path)
-    rows = table_after(text, "### `memory_wall`")
-    columns = ["arm", "context", "seconds_per_token", "fits", "error", "state_bytes", "num_threads"]
-    assert [list(row) for row in rows] == [columns] * 3
-    assert list(rows[0].values()) == ["student", "1,024", "", "no", "does \\| not fit", "12,346", "1"]
-    assert list(rows[1].values()) == ["student8", "1,024", "0.01235", "yes", "", "12,346", "1"]
-    assert rows[2]["context"] == "16,384"
-    assert [row["seed"] for row in table_after(text, "### `generate`")] == ["0", "1"]
-    assert "error" not in table_after(text, "### `generate`")[0]  # `null` everywhere
-    assert "from 5 lines" in text and "- hardware: CPU of mine (5 lines)" in text
-    assert "(`+`: with changes that are in no commit): abc123 (5 lines)" in text and "- seeds: generate: 0, 1\n" in text
-    assert not any(heading in text for heading in ("## Results", "## Costs", "## Figures"))
-    assert figures == set()  # those of the grid of this name are gone
-    assert render(lines[::-1], tmp_path)[0] == text
-
-
-def test_lines_of_benchmarks_do_not_count_as_lines_of_a_grid(tmp_path):
-    lines = [make_line("smt"), make_line("bptt", accuracy=0.5)]
-    benchmark = make_benchmark("smt", task="retrieval", difficulty=16, seed=1, accuracy=0.1)
-    text, figures = render([benchmark, *lines], tmp_path)
-    assert table_after(text, "### `retrieval`")[0]["smt"] == "**0.950** (1)"
-    assert [row["accuracy"] for row in table_after(text, "### `memory_wall`")] == ["0.1"]
-    assert figures == {"difficulty"}
