@@ -3,12 +3,12 @@
 import sys
 
 from smt_hf.experiments.finetuning import finetune, parse_finetune
-from smt_hf.training.launch import run_to_end
+from smt_hf.recipe import run_to_end
 
 
 def main() -> None:
-    run_to_end(finetune, *parse_finetune(sys.argv[1:]))
+    finetune(*parse_finetune(sys.argv[1:]))
 
 
 if __name__ == "__main__":
-    main()
+    run_to_end(main)

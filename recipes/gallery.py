@@ -1,17 +1,16 @@
 """Write one HTML page of model cards and figures: `python recipes/gallery.py --output gallery.html`."""
 
-import argparse
+import sys
 
-from smt_hf.publishing.gallery import render_gallery
+from smt_hf.command_line import parse
+from smt_hf.publishing.gallery import GalleryArguments, render_gallery
+from smt_hf.recipe import run_to_end
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model_cards", default="model_cards", help="folder of model cards")
-    parser.add_argument("--output", default="gallery.html", help="file to write")
-    arguments = parser.parse_args()
-    print(f"written: {render_gallery(arguments.model_cards, arguments.output)}")
+    usage = "usage: python recipes/gallery.py [--model_cards DIR] [--output FILE.html]"
+    print(f"written: {render_gallery(**vars(parse(GalleryArguments, sys.argv[1:], usage)))}")
 
 
 if __name__ == "__main__":
-    main()
+    run_to_end(main)

@@ -1,8 +1,9 @@
-"""Let a checkpoint go on from a prompt: `python recipes/generate.py --checkpoint DIR_OR_REPO --prompt 'def main('`."""
+"""Continue a prompt with a checkpoint: `python recipes/generate.py --checkpoint DIR_OR_REPO --prompt 'def main('`."""
 
 import sys
 
 from smt_hf.experiments.continuation import continue_text, parse_generate
+from smt_hf.recipe import run_to_end
 
 
 def main() -> None:
@@ -10,4 +11,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_to_end(main)

@@ -3,6 +3,7 @@
 import sys
 
 from smt_hf.publishing.hub import parse_publish, publish
+from smt_hf.recipe import run_to_end
 
 
 def main() -> None:
@@ -11,4 +12,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_to_end(main)

@@ -200,24 +200,21 @@ def typed(dataclass_type, settings: dict[str, Any]) -> dict[str, Any]:
         InputError: an unknown name, a value of the wrong type, an empty value.
     """
     check_keys(settings, names_of(dataclass_type), "field")
-    words = [
-        word
-        for name, value in settings.items()
-        if value is not None
-        for word in _words(dataclass_type.__dataclass_fields__[name], _hints(dataclass_type)[name], value)
-    ]
-    parsed = _Parser(dataclass_type).parse_args(words) if words else None
-    values = {}
+    parser, hints = _parser_of(dataclass_type)
+    words: list[str] = []
     for name, value in settings.items():
-        if value is None and not _accepts(_hints(dataclass_type)[name], type(None)):
+        if value is not None:
+            words += _words(dataclass_type.__dataclass_fields__[name], hints[name], value)
+        elif not _accepts(hints[name], type(None)):
             raise InputError(f"`{name}` needs a value, got null: leave it out for its default.")
-        values[name] = None if value is None else getattr(parsed, name)
-    return values
+    parsed = parser.parse_args(words)
+    return {name: None if value is None else getattr(parsed, name) for name, value in settings.items()}
 
 
 @functools.cache
-def _hints(dataclass_type) -> dict[str, Any]:
-    return get_type_hints(dataclass_type)
+def _parser_of(dataclass_type) -> tuple[_Parser, dict[str, Any]]:
+    """The parser of a dataclass, and the types of its fields."""
+    return _Parser(dataclass_type), get_type_hints(dataclass_type)
 
 
 def _accepts(hint, kind: type) -> bool:

@@ -1,11 +1,13 @@
 """How the program of a recipe ends: what its exit status is and what it prints last."""
 
 import atexit
+import json
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -55,4 +57,7 @@ def _report(error: InputError) -> None:
     if rank:
         time.sleep(_HEAD_START)
     message = " ".join(str(error).split())
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # then the launcher, which has much to say of its own, ends with it
+        content = json.dumps({"message": message, "timestamp": int(time.time())})
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(content)
     print(f"error: {f'process {rank}: ' if rank else ''}{message}", file=sys.stderr, flush=True)

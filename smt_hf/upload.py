@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token, is_offline_mode
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from smt_hf.errors import InputError
@@ -148,7 +149,7 @@ def _problem_of_content(path: Path, content: bytes) -> str | None:
         except UnicodeDecodeError:
             return "is not text in UTF-8: take it out."
         try:
-            for part in {".json": [text], ".jsonl": filter(str.strip, text.splitlines())}.get(path.suffix, []):
+            for part in {".json": [text], ".jsonl": filter(str.strip, text.split("\n"))}.get(path.suffix, []):
                 json.loads(part)
         except ValueError as error:
             return f"is not valid JSON ({error}): mend it or take it out."
@@ -209,7 +210,10 @@ def check_hub_access(
     """
     check_repo_id(repo_id)
     if is_offline_mode():
-        raise InputError(f"{repo_id} cannot be written in offline mode: unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE.")
+        raise InputError(
+            f"nothing can be sent to {repo_id} in offline mode: unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE, or do "
+            "not push."
+        )
     if not (token or get_token()):
         raise InputError("the Hub needs a login: run `hf auth login`, or set HF_TOKEN to an access token.")
     api = HfApi(endpoint=endpoint, token=token)
@@ -220,7 +224,9 @@ def check_hub_access(
     except Exception as error:
         if not _is_cut(error):
             raise
-        raise InputError(f"the Hub at {api.endpoint} cannot be reached ({error}): check the connection.") from error
+        raise InputError(
+            f"the Hub at {api.endpoint} cannot be reached ({error}): check the connection, or do not push."
+        ) from error
     owner = repo_id.split("/")[0]
     organisations = {entry["name"]: entry.get("roleInOrg") for entry in account.get("orgs", [])}
     if owner != account["name"] and organisations.get(owner, "read") == "read":
@@ -238,7 +244,11 @@ def check_hub_access(
 
 def check_repo_id(repo_id: str) -> None:
     """Raise an InputError unless the name of a repository is `user/name`."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise InputError(f"no repository can have the name {repo_id!r}: {error}") from error
+    if "/" not in repo_id:
         raise InputError(f"the repository must be named `user/name`, got {repo_id!r}.")
 
 
@@ -314,8 +324,8 @@ def _patiently(call: Callable[[], _Answer], attempts: int = ATTEMPTS) -> _Answer
             status = None if response is None else response.status_code
             if status in (401, 403) and not isinstance(error, RepositoryNotFoundError):
                 raise InputError(
-                    f"the Hub refused the access token ({status}): run `hf auth login`, or set HF_TOKEN to one that may "
-                    "write to the repository."
+                    f"the Hub refused the access token ({status}): run `hf auth login`, or set HF_TOKEN to one that "
+                    "may write there."
                 ) from error
             if attempt == attempts or not (status in _BUSY or _is_cut(error)):
                 raise

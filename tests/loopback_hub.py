@@ -17,6 +17,7 @@ class Hub:
     """Use as a context manager; `endpoint` goes into HF_ENDPOINT.
 
     Attributes:
+        account: what `whoami` answers to the owner of `TOKEN`.
         private: names of repositories that were created so.
         repos: name -> {branch: [commits]}; a commit is `{"id": ..., "message": ..., "files": {path: bytes}}`.
         blobs: SHA-256 -> bytes of what was uploaded by LFS, committed or not.
@@ -24,6 +25,7 @@ class Hub:
     """
 
     def __init__(self):
+        self.account = {"name": "user", "orgs": [{"name": "guild", "roleInOrg": "write"}]}
         self.repos: dict[str, dict[str, list[dict]]] = {}
         self.private: set[str] = set()
         self.blobs: dict[str, bytes] = {}
@@ -105,8 +107,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.body = self._read(length)
         if how is not None:
             return self.answer(how, {"error": f"made to fail with {how}"}, {"X-Error-Message": f"fails with {how}"})
+        needs_token = self.command == "POST" or self.route == "/api/whoami-v2"
         is_api = self.route.startswith("/api/") and self.route != "/api/validate-yaml"
-        if is_api and self.command == "POST" and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+        if is_api and needs_token and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.answer(401, {"error": "Invalid username or password."})
         for part, own in self.ROUTES.items():
             if part in self.route:
@@ -124,6 +127,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.rfile.readline()
         self.rfile.readline()
         return content
+
+    def whoami(self):
+        self.answer(200, {"type": "user", **self.hub.account})
 
     def create(self):
         asked = json.loads(self.body)
@@ -245,6 +251,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(206 if first else 200, headers=headers, body=content[first:])
 
     ROUTES = {
+        "/api/whoami-v2": whoami,
         "/api/repos/create": create,
         "/api/validate-yaml": validate,
         "/preupload/": preupload,

@@ -1,8 +1,8 @@
 """Text, synthetic tasks and pixels to rows of tokens to batches."""
 
 from .batching import CarriedWindows, EpochSampler, IndexedExamples, Levels, collate
-from .files import load_table
-from .instructions import Instructions, holds_instructions, padded, tokenize_instructions
+from .files import load_table, name_of_files
+from .instructions import Instructions, check_columns, holds_instructions, padded, tokenize_instructions
 from .packing import byte_tokenizer, heldout_streams, number_tokenizer, pack, tokenize
 from .pixels import PixelFacts, load_pixels
 from .sources import Corpus, load_corpus, stream_corpus
@@ -21,6 +21,7 @@ __all__ = [
     "StreamedRows",
     "Task",
     "byte_tokenizer",
+    "check_columns",
     "collate",
     "heldout_streams",
     "holds_instructions",
@@ -28,6 +29,7 @@ __all__ = [
     "load_pixels",
     "load_table",
     "load_task",
+    "name_of_files",
     "number_tokenizer",
     "pack",
     "padded",

@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from smt_hf.errors import InputError
+
 
 def rows_at(rows: Sequence[dict], indices: list[int]) -> list[dict]:
-    """The rows of a batch, read in one go where `rows` can."""
+    """The rows of a batch, read at once where `rows` can do that."""
     if hasattr(rows, "__getitems__"):
         return rows.__getitems__(indices)
     return [rows[index] for index in indices]
@@ -42,7 +44,7 @@ class IndexedExamples(Dataset):
 
 
 class Levels(Dataset):
-    """Datasets of rising difficulty and equal size: a curriculum. An example is its row at every level.
+    """A curriculum: datasets of rising difficulty and equal size. An example holds one row of each level.
 
     The level is chosen when a step begins, not when its batch is fetched, so that a resumed run trains on the same
     rows as an uninterrupted one.
@@ -51,12 +53,12 @@ class Levels(Dataset):
         levels: datasets of rows, easiest first.
 
     Raises:
-        ValueError: no level, or levels of different sizes.
+        InputError: no level, or levels of different sizes.
     """
 
     def __init__(self, levels: Sequence[Sequence[dict]]):
         if not levels or len({len(level) for level in levels}) > 1:
-            raise ValueError(f"levels must be of one size, got {[len(level) for level in levels]} rows.")
+            raise InputError(f"levels must be of one size, got {[len(level) for level in levels]} rows.")
         self.levels = list(levels)
 
     def __len__(self) -> int:
@@ -71,7 +73,7 @@ class Levels(Dataset):
 
 
 class EpochSampler(Sampler):
-    """A permutation of the rows an epoch, from (seed, epoch), as global example numbers."""
+    """One permutation of the rows per epoch, drawn from (seed, epoch), as global example numbers."""
 
     def __init__(self, num_rows: int, seed: int):
         self.num_rows, self.seed, self.epoch = num_rows, seed, 0
@@ -91,59 +93,60 @@ class CarriedWindows(Dataset):
     """Rows read as parallel streams of consecutive windows, for truncated BPTT with a carried memory.
 
     Example `i` is the window of stream `i % num_streams` at step `i // num_streams`. A stream reads a row from its
-    first token to its last, one window a step, then another row from `m_0`. Streams start staggered, so that rows end
-    at different steps.
+    first token to its last, one window per step, and then starts the next row from `m_0`. The streams start at
+    different places of their rows, so that rows end at different steps.
 
     Args:
-        rows: `input_ids` of equal length `n * window + 1` and, if wanted, `labels`; no padding.
-        num_streams: examples of one optimiser step, all ranks together.
-        window: transitions a window.
+        rows: `input_ids` of equal length `n * window + 1` without padding, and optionally `labels`.
+        num_streams: examples per optimiser step, summed over ranks.
+        window: transitions per window.
         num_steps: optimiser steps of the run.
-        seed: of the order of the rows.
+        seed: seed of the order of the rows.
 
     Raises:
-        ValueError: rows of another length, or levels of a curriculum.
+        InputError: rows of another length, or levels of a curriculum.
     """
 
     def __init__(self, rows: Sequence[dict], num_streams: int, window: int, num_steps: int, seed: int):
         if "levels" in rows[0]:
-            raise ValueError("a curriculum cannot be read with a carried memory: set `carries_memory` to false.")
+            raise InputError("a curriculum cannot be read with a carried memory: set `carries_memory` to false.")
         unread = sorted({"attention_mask", "document_ids"} & set(rows[0]))
         if unread:
-            raise ValueError(
+            raise InputError(
                 f"rows read with a carried memory are packed, without padding; these have {', '.join(unread)}: leave "
                 "that out, or set `transition_steps` to `context_length`."
             )
         length = len(rows[0]["input_ids"]) - 1
         if length < window or length % window:
-            raise ValueError(
+            raise InputError(
                 f"rows of {length + 1} tokens cannot be read in windows of {window} transitions: they must hold a "
                 f"multiple of {window}, plus one."
             )
         self.rows, self.num_streams, self.window, self.num_steps = rows, num_streams, window, num_steps
-        self.windows_a_row = length // window
+        self.windows_per_row = length // window
         self.seed = seed
         self._open: dict[int, tuple[int, np.ndarray, np.ndarray]] = {}
+        self._order_epoch: int | None = None
 
     def __len__(self) -> int:
         return self.num_streams * self.num_steps
 
     def _row_of(self, turn: int) -> int:
         epoch, place = divmod(turn, len(self.rows))
-        if getattr(self, "_order_epoch", None) != epoch:
+        if self._order_epoch != epoch:
             self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
             self._order_epoch = epoch
         return int(self._order[place])
 
     def __getitem__(self, index: int) -> dict:
         step, stream = divmod(index, self.num_streams)
-        at = step + stream * self.windows_a_row // self.num_streams
-        turn, window = divmod(at, self.windows_a_row)
+        at = step + stream * self.windows_per_row // self.num_streams
+        turn, window = divmod(at, self.windows_per_row)
         number = turn * self.num_streams + stream
         if self._open.get(stream, (None,))[0] != number:
             row = self.rows[self._row_of(number)]
-            if len(row["input_ids"]) != self.windows_a_row * self.window + 1:
-                raise ValueError("rows to be read with a carried memory must all have the same number of tokens.")
+            if len(row["input_ids"]) != self.windows_per_row * self.window + 1:
+                raise InputError("rows to be read with a carried memory must all have the same number of tokens.")
             tokens = np.asarray(row["input_ids"])
             self._open[stream] = (number, tokens, np.asarray(row.get("labels", tokens)))
         part = slice(window * self.window, (window + 1) * self.window + 1)
@@ -163,23 +166,23 @@ class CarriedWindows(Dataset):
 def collate(examples: list[dict]) -> dict[str, Any]:
     """Batch rows of `input_ids`, and `attention_mask`, `labels`, `document_ids` where they have them.
 
-    Examples of [`Levels`] become one batch a level, under `levels`. Rows of different lengths are padded at the end
-    (token 0, mask 0, label -100). Rows without `example_ids` get them from their content.
+    Examples of [`Levels`] become one batch per level, under `levels`. Rows of different lengths are padded at the end
+    (token 0, mask 0, label -100). The `example_ids` of rows without them are hashes of their content.
 
     Raises:
-        ValueError: a row with fewer than two tokens, which holds no transition.
+        InputError: a row with fewer than two tokens, which holds no transition.
     """
     if "levels" in examples[0]:
         numbers = [{"example_ids": example["example_ids"]} if "example_ids" in example else {} for example in examples]
         by_level = zip(*(example["levels"] for example in examples))
         return {"levels": [collate([row | number for row, number in zip(rows, numbers)]) for rows in by_level]}
     if "input_ids" not in examples[0]:
-        raise ValueError(
+        raise InputError(
             f"training rows need `input_ids`, these have {', '.join(examples[0])}: tokenize the text first."
         )
     lengths = [len(example["input_ids"]) for example in examples]
     if min(lengths) < 2:
-        raise ValueError("a training row needs at least two tokens: one to read and one to predict.")
+        raise InputError("a training row needs at least two tokens: one to read and one to predict.")
     longest = max(lengths)
 
     def padded(name, fill):

@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -25,14 +26,7 @@ from smt_hf.errors import InputError
 # Where a row stands, and its columns or what is wrong with it: one bad row does not hide those after it.
 Row = tuple[str, dict[str, Any] | InputError]
 
-_TABLES = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".parquet": "parquet",
-}
+_TABLES = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 _UNPACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _PACKED = (".zip", ".tar", ".tgz", ".zst", ".lz4", ".7z", ".rar")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -66,9 +60,14 @@ def find_files(pattern: str | Sequence[str]) -> tuple[list[Path], str | None]:
 
 
 def shown(pattern: str | Sequence[str]) -> str:
-    """A pattern as an error message quotes it."""
+    """A pattern as error messages write it."""
     names = _as_list(pattern)
-    return repr(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+    return os.path.normpath(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def name_of_files(pattern: str | Sequence[str]) -> str:
+    """A name for results and cards, which does not show the folders of the machine."""
+    return os.path.basename(shown(pattern))
 
 
 def _as_list(pattern: str | Sequence[str]) -> list[str]:
@@ -77,14 +76,14 @@ def _as_list(pattern: str | Sequence[str]) -> list[str]:
 
 def _named(name: str) -> list[Path]:
     path = Path(name).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         visible = (
             entry for entry in path.rglob("*") if not any(p.startswith(".") for p in entry.relative_to(path).parts)
         )
         found = sorted(entry for entry in visible if entry.is_file())
-    elif path.is_file():  # before it is taken for a glob: `[2024] notes.txt` is the name of a file
+    elif os.path.isfile(path):  # before it is taken for a glob: `[2024] notes.txt` is the name of a file
         found = [path]
-    elif path.exists():
+    elif os.path.exists(path):
         raise InputError(f"{name!r} is neither a file nor a folder: save its content in a file first.")
     else:
         found = sorted(entry for entry in map(Path, glob.glob(str(path), recursive=True)) if entry.is_file())
@@ -139,36 +138,28 @@ def _decoded(path: Path, content: bytes) -> str:
 def _json_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
     """Objects, one per line, or a list of objects."""
     if file.peek(64).lstrip(_BYTE_ORDER_MARK + b" \t\r\n").startswith(b"["):  # type: ignore[attr-defined]
-        yield from _json_list(path, file)
+        try:
+            rows = json.loads(file.read())
+        except ValueError as error:
+            raise _json_fault(str(path), error) from error
+        yield from (_row(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
         return
     for number, line in enumerate(file, start=1):
         place = f"{path}, line {number}"
         if line.strip():
             try:
-                yield place, _columns(place, json.loads(line))
+                yield _row(place, json.loads(line))
             except ValueError as error:
-                yield place, _json_fault(place, error, hint="; give one object per line, or a list of objects")
+                yield place, _json_fault(place, error)
 
 
-def _json_list(path: Path, file: BinaryIO) -> Iterator[Row]:
-    try:
-        rows = json.loads(file.read())
-    except ValueError as error:
-        raise _json_fault(str(path), error) from error
-    for number, row in enumerate(rows, start=1):
-        place = f"{path}, row {number}"
-        yield place, _columns(place, row)
-
-
-def _json_fault(place: str, error: ValueError, hint: str = "") -> InputError:
+def _json_fault(place: str, error: ValueError) -> InputError:
     where = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-    return InputError(f"{place} is not valid JSON ({where}){hint}.")
+    return InputError(f"{place} is not valid JSON ({where}): give one object per line, or a list of objects.")
 
 
-def _columns(place: str, row: Any) -> dict[str, Any] | InputError:
-    if isinstance(row, dict):
-        return row
-    return InputError(f"{place} holds no object with columns, but {_kind(row)}.")
+def _row(place: str, row: Any) -> Row:
+    return place, row if isinstance(row, dict) else InputError(f"{place} holds {_kind(row)}, not an object.")
 
 
 def _csv_rows(path: Path, file: BinaryIO, dialect: type[csv.Dialect]) -> Iterator[Row]:

@@ -6,11 +6,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from smt_hf.errors import InputError
+
 _TOKENS = Features({"input_ids": Sequence(Value("int32"))})
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a byte: token id = byte value, `<|endoftext|>` = 256, `<|pad|>` = 257.
+    """One token per byte: token id = byte value, `<|endoftext|>` = 256, `<|pad|>` = 257.
 
     A plain `PreTrainedTokenizerFast`, so that `AutoTokenizer.from_pretrained` needs no custom code.
     """
@@ -29,7 +31,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def number_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """Token `i` is written as the number i, with spaces between: for tasks and pixels, whose tokens are no text."""
+    """A tokenizer for tasks and pixels, whose tokens are not text: token `i` is written as the number i, with spaces
+    between tokens."""
     vocabulary = {str(number): number for number in range(vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -41,13 +44,13 @@ def number_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def tokenize(documents: Dataset, tokenizer) -> Dataset:
-    """`text` -> `input_ids`, a row a document, with the end-of-text token at its end. Cached on disk by `datasets`.
+    """`text` -> `input_ids`, one row per document, which ends with the end-of-text token. Cached on disk by `datasets`.
 
     Raises:
-        ValueError: the tokenizer has no end-of-text token to put between documents.
+        InputError: the tokenizer has no end-of-text token, which separates documents.
     """
     if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no `eos_token`, which goes between documents: set one before training.")
+        raise InputError("the tokenizer has no `eos_token`, which goes between documents: set one before training.")
     return documents.map(
         _tokenize_batch,
         batched=True,
@@ -71,19 +74,19 @@ def _tokenize_batch(batch, tokenizer):
 
 
 def pack(documents: Dataset, context_length: int, document_start_fraction: float = 0.0, seed: int = 0) -> Dataset:
-    """Rows of `context_length + 1` tokens, cut from the documents one after the other.
+    """Rows of `context_length + 1` tokens, cut from the concatenated documents.
 
-    Neighbouring rows share one token: the last of a row is only predicted, the next row reads it. Cached on disk.
+    Neighbouring rows share one token: a row only predicts its last token, and the next row reads it. Cached on disk.
 
     Args:
         documents: as from `tokenize`.
-        context_length: transitions a row.
+        context_length: transitions per row.
         document_start_fraction: share of rows that start where a document starts, so that the memory of the empty
             prefix is also trained on beginnings.
-        seed: of the mix.
+        seed: seed of the mix.
 
     Raises:
-        ValueError: the text is shorter than one row.
+        InputError: the text is shorter than one row.
     """
     documents = documents.with_format("numpy")
 
@@ -99,7 +102,7 @@ def pack(documents: Dataset, context_length: int, document_start_fraction: float
 
     blocks = rows(at_starts=False)
     if not len(blocks):
-        raise ValueError(
+        raise InputError(
             f"the text is shorter than one training row of {context_length + 1} tokens: bring more text or set a "
             "smaller `context_length`."
         )
@@ -124,14 +127,14 @@ def _pack_batch(batch, context_length: int, at_starts: bool):
 def heldout_streams(documents: Dataset, num_streams: int, length: int) -> np.ndarray:
     """Equally long, equally spaced pieces of the held-out text, `(num_streams, length + 1)` tokens, int64.
 
-    Fewer or shorter ones where the text is too short; neighbouring pieces then overlap no more than they must.
+    A short text gives fewer or shorter pieces, so that neighbouring pieces overlap as little as possible.
 
     Raises:
-        ValueError: fewer than two tokens are held out.
+        InputError: fewer than two tokens are held out.
     """
     tokens = np.concatenate(documents.with_format("numpy")["input_ids"][:])
     if len(tokens) < 2:
-        raise ValueError("the held-out text has fewer than two tokens: bring more text or a `validation_file`.")
+        raise InputError("the held-out text has fewer than two tokens: bring more text or a `validation_file`.")
     length = min(length, len(tokens) - 1)
     num_streams = max(1, min(num_streams, (len(tokens) - 1) // length))
     begins = np.linspace(0, len(tokens) - length - 1, num_streams).astype(np.int64)

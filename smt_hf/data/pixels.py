@@ -1,4 +1,4 @@
-"""Pictures of digits as rows of tokens: the raster scan of an image, a token a pixel."""
+"""Pictures of digits as rows of tokens: the raster scan of an image, one token per pixel."""
 
 import gzip
 import math
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
+
+from smt_hf.errors import InputError
 
 from .tasks import labelled_rows
 
@@ -24,8 +26,8 @@ class PixelFacts:
 
     Attributes:
         vocab_size: grey levels.
-        height, width: pixels; rows have `height * width` tokens, a line of pixels after the other.
-        uniform_bits: bits a pixel of guessing all levels alike.
+        height, width: in pixels; rows have `height * width` tokens, one line of pixels after the other.
+        uniform_bits: bits per pixel of a uniform guess over all levels.
     """
 
     vocab_size: int
@@ -37,16 +39,16 @@ class PixelFacts:
 def load_pixels(mnist_dir: str | os.PathLike | None = None) -> tuple[Dataset, Dataset, PixelFacts]:
     """Images for training, held-out images and facts about them.
 
-    Rows are raster scans, `height * width` tokens without one that starts them: the first pixel is predicted from the
-    memory of the empty prefix. `labels` are all of `input_ids`.
+    Rows are raster scans of `height * width` tokens. They have no start token: the first pixel is predicted from the
+    memory of the empty prefix. `labels` equal `input_ids`.
 
     Args:
         mnist_dir: folder with MNIST's `train-images-idx3-ubyte` and `t10k-images-idx3-ubyte`, each as such or with
-            `.gz`; its 256 levels become 16, and its test images are held out. Without it scikit-learn's digits, 8 x 8
-            pixels in 17 levels, of which always the same tenth is held out.
+            `.gz`. The 256 levels become 16, and the test images are held out. The default is scikit-learn's digits, 8 x
+            8 pixels in 17 levels, of which a fixed tenth is held out.
 
     Raises:
-        ValueError: scikit-learn or a file is missing, or a file is not what its name says.
+        InputError: scikit-learn or a file is missing, or a file is not what its name says.
     """
     if mnist_dir is None:
         images, levels = _digits(), 17
@@ -56,7 +58,7 @@ def load_pixels(mnist_dir: str | os.PathLike | None = None) -> tuple[Dataset, Da
     else:
         train, heldout = (_idx_images(Path(mnist_dir), f"{part}-images-idx3-ubyte") for part in ("train", "t10k"))
         if train.shape[1:] != heldout.shape[1:]:
-            raise ValueError(
+            raise InputError(
                 f"the images of {mnist_dir} differ in size, {train.shape[1:]} for training and {heldout.shape[1:]} "
                 "held out: put both files of one dataset there."
             )
@@ -75,7 +77,7 @@ def _digits() -> np.ndarray:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ValueError(
+        raise InputError(
             "the digits come with scikit-learn, which is not installed: `pip install smt_hf[test]`, or name a folder "
             "with MNIST as `mnist_dir`."
         ) from error
@@ -86,27 +88,27 @@ def _idx_images(folder: Path, name: str) -> np.ndarray:
     """`(number, height, width)` levels of 0..255."""
     path = next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
     if path is None:
-        raise ValueError(f"there is neither {name} nor {name}.gz in {folder}: put one there, as MNIST comes.")
+        raise InputError(f"there is neither {name} nor {name}.gz in {folder}: put one there, as MNIST comes.")
     content = path.read_bytes()
     if path.suffix == ".gz":
         try:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} cannot be unpacked, {error}: download it again.") from error
+            raise InputError(f"{path} cannot be unpacked, {error}: download it again.") from error
     if len(content) < 16:
-        raise ValueError(f"{path} is truncated, {len(content)} bytes where its head alone has 16: download it again.")
+        raise InputError(f"{path} is truncated, {len(content)} bytes where its head alone has 16: download it again.")
     magic, number, height, width = struct.unpack(">4I", content[:16])
     if magic != _IMAGES_MAGIC:
-        raise ValueError(
+        raise InputError(
             f"{path} does not hold images: its magic number is {magic}, not {_IMAGES_MAGIC}. Put the file there that "
             "MNIST has under this name."
         )
     if not number * height * width:
-        raise ValueError(f"{path} holds {number} images of {height} x {width} pixels: bring one that has pixels.")
+        raise InputError(f"{path} holds {number} images of {height} x {width} pixels: bring one that has pixels.")
     expected = 16 + number * height * width
     if len(content) != expected:
         problem = "is truncated" if len(content) < expected else "has bytes after its last image"
-        raise ValueError(
+        raise InputError(
             f"{path} {problem}: {number} images of {height} x {width} pixels make {expected} bytes, not "
             f"{len(content)}. Download it again."
         )

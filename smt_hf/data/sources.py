@@ -16,22 +16,13 @@ from datasets.exceptions import DatasetGenerationError
 
 from smt_hf.errors import InputError
 
-from .files import find_files, no_column, rows_of, shown, text_in
+from .files import find_files, name_of_files, no_column, rows_of, shown, text_in
 
 # Tests, other packages, and files that are tables rather than text, by part of their path.
 _LEFT_OUT = (
-    "site-packages",
-    "dist-packages",
-    "test",
-    "idlelib",
-    "pydoc_data",
-    "encodings",
-    "lib2to3",
-    "ensurepip",
-    "turtledemo",
-    "__pycache__",
-    "_sysconfigdata",
-)
+    "site-packages", "dist-packages", "test", "idlelib", "pydoc_data", "encodings", "lib2to3", "ensurepip",
+    "turtledemo", "__pycache__", "_sysconfigdata",
+)  # fmt: skip
 _TEXT = Features({"text": Value("string")})
 
 Files = str | Sequence[str] | None
@@ -82,10 +73,13 @@ def load_corpus(
     """
     if train_file and dataset_name:
         raise InputError("pass either `train_file` or `dataset_name`, not both.")
-    if validation_file and not train_file:
-        raise InputError("`validation_file` goes with `train_file`.")
-    if dataset_config_name and not dataset_name:
-        raise InputError("`dataset_config_name` goes with `dataset_name`.")
+    for name, is_given, needed, is_there in (
+        ("validation_file", validation_file, "train_file", train_file),
+        ("dataset_config_name", dataset_config_name, "dataset_name", dataset_name),
+        ("text_column", text_column != "text", "train_file` or `dataset_name", train_file or dataset_name),
+    ):
+        if is_given and not is_there:
+            raise InputError(f"`{name}` goes with `{needed}`.")
     if dataset_name:
         name, hub_name = _names_of_dataset(dataset_name)
         splits, heldout_split = _splits(dataset_name, dataset_config_name)
@@ -96,7 +90,7 @@ def load_corpus(
         heldout = _from_files(validation_file, text_column) if validation_file else None
         if heldout is not None:
             _check_heldout(train, heldout)
-        return _corpus(_name_of_files(train_file), train, heldout)
+        return _corpus(name_of_files(train_file), train, heldout)
     name = f"python {sysconfig.get_python_version()} standard library"
     return _corpus(name, _documents(standard_library_files(), None, "text", name), None)
 
@@ -129,7 +123,7 @@ def stream_corpus(
         raise InputError("a stream needs a `train_file` or a `dataset_name`, one of the two.")
     heldout: Dataset | None = None
     if train_file:
-        name, hub_name = _name_of_files(train_file), None
+        name, hub_name = name_of_files(train_file), None
         train = _streamed_files(train_file, text_column)
         if validation_file:
             heldout = _from_files(validation_file, text_column)
@@ -157,11 +151,6 @@ def stream_corpus(
             "fewer processes."
         )
     return Corpus(name, train, heldout, _digest(heldout["text"]), _num_bytes(heldout), hub_name)
-
-
-def _name_of_files(pattern: str | Sequence[str]) -> str:
-    names = [pattern] if isinstance(pattern, str) else pattern
-    return os.path.basename(os.path.normpath(names[0])) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _names_of_dataset(dataset_name: str) -> tuple[str, str | None]:

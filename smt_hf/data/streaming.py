@@ -74,9 +74,7 @@ class StreamedRows(IterableDataset):
         }
 
     def _check_documents(self, num_ranks: int) -> None:
-        has_document = next(iter(self.documents), None) is not None
-        self.documents.load_state_dict(self._start)
-        if not all(gather_object([has_document])):
+        if not all(gather_object([next(iter(self.documents), None) is not None])):
             raise InputError(
                 f"the stream has too few documents, or too few files with documents, to give each of {num_ranks} "
                 "process(es) one: bring more, or start fewer processes."

@@ -1,23 +1,26 @@
 """Synthetic probes of what a memory holds: retrieval, copying, a stack, key-value pairs, modular arithmetic, parity.
 
-Every row of a (task, difficulty) has the same number of tokens. A row's tokens are random except for its answers, which
-follow from what came before; only the answers are labelled, so that accuracy on the labels is accuracy on the task.
-Answers are independent and uniform over the admissible ones: no guess that leaves the row unread beats `chance`.
+All rows of one (task, difficulty) have the same number of tokens. A row's tokens are random except for its answers,
+which follow from the tokens before them. Only the answers are labelled, so that accuracy on the labels is accuracy on
+the task. Answers are independent and uniform over the admissible ones, so that a guess made without reading the row
+reaches `chance` and no more.
 """
 
 import difflib
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, Sequence, Value
 
+from smt_hf.errors import InputError
+
 _LABELLED_TOKENS = Features({"input_ids": Sequence(Value("int32")), "labels": Sequence(Value("int32"))})
 _NUM_VALUES = 8
 _NUM_KEYS = 32
-_NUM_EXAMPLES = 8  # pairs a row of modular arithmetic
+_NUM_EXAMPLES = 8  # pairs per row of modular arithmetic
 
 _Rows = tuple[np.ndarray, np.ndarray]  # tokens, and where they are answers: both (num_rows, T + 1)
 
@@ -39,9 +42,10 @@ def labelled_rows(input_ids: np.ndarray, labels: np.ndarray) -> Dataset:
 
 
 def retrieval_rows(length: int, num_rows: int, rng: np.random.Generator) -> _Rows:
-    """Values 1..8 with one needle, marker 0 and the value after it, in the first half; then 0 again and that value.
+    """Values 1..8 with one needle (marker 0 and the value after it) in the first half. The row ends with the marker
+    and, as its answer, the needle's value.
 
-    The needle's two tokens lie in the first `length // 2`, at any place there with equal probability.
+    The two tokens of the needle lie at any place of the first `length // 2` tokens with equal probability.
     """
     ids = rng.integers(1, _NUM_VALUES + 1, (num_rows, length + 1))
     rows, needle = np.arange(num_rows), rng.integers(0, length // 2 - 1, num_rows)
@@ -52,7 +56,8 @@ def retrieval_rows(length: int, num_rows: int, rng: np.random.Generator) -> _Row
 
 
 def string_copy_rows(length: int, num_rows: int, rng: np.random.Generator) -> _Rows:
-    """A string of symbols 0..7, then 8 and the string again or 9 and the string reversed; half of the rows each."""
+    """A string of symbols 0..7, followed in half of the rows by 8 and the same string, and in the others by 9 and the
+    reversed string."""
     string = rng.integers(0, _NUM_VALUES, (num_rows, length))
     is_reversed = rng.permutation(np.arange(num_rows) % 2)[:, None]
     ids = np.hstack([string, _NUM_VALUES + is_reversed, np.where(is_reversed, string[:, ::-1], string)])
@@ -60,10 +65,11 @@ def string_copy_rows(length: int, num_rows: int, rng: np.random.Generator) -> _R
 
 
 def stack_rows(depth: int, num_rows: int, rng: np.random.Generator) -> _Rows:
-    """Values 0..7 are pushed; 8 pops and is followed by the value it pops. Begins and ends empty.
+    """Operations on a stack that is empty at the start and at the end. Tokens 0..7 push that value. Token 8 pops, and
+    the popped value follows it as an answer.
 
-    A row pushes and pops `3 * depth` values, in an order drawn uniformly among those that reach `depth` values on the
-    stack and never exceed it.
+    A row pushes and pops `3 * depth` values. Their order is drawn uniformly from the orders whose largest stack height
+    is exactly `depth`.
     """
     num_moves = 6 * depth
     rows = np.arange(num_rows)
@@ -88,12 +94,12 @@ def stack_rows(depth: int, num_rows: int, rng: np.random.Generator) -> _Rows:
 
 
 def _push_probabilities(depth: int, num_moves: int) -> np.ndarray:
-    """Of the admissible ends of a walk, the share that begins with a push: `(num_moves, 2, depth + 1)`.
+    """Among the admissible continuations of a row, the share that starts with a push: `(num_moves, 2, depth + 1)`.
 
-    Indexed by moves made, whether the stack has been full before, and height. Walks drawn move by move from these
-    shares are uniform among the admissible ones, and none is rejected.
+    The indices are the number of moves made, whether the stack has been full before, and its height. Rows drawn move by
+    move with these probabilities are uniform among the admissible rows, and none has to be rejected.
     """
-    ways = np.zeros((2, depth + 1))  # admissible ends, up to a factor: their number outgrows floats
+    ways = np.zeros((2, depth + 1))  # admissible continuations, up to a factor: their number outgrows floats
     ways[1, 0] = 1
     shares = np.zeros((num_moves, 2, depth + 1))
     for move in reversed(range(num_moves)):
@@ -108,7 +114,8 @@ def _push_probabilities(depth: int, num_moves: int) -> np.ndarray:
 
 
 def keys_values_rows(num_pairs: int, num_rows: int, rng: np.random.Generator) -> _Rows:
-    """Pairs of a key 8..39, all distinct, and a value 0..7; then every key again, in random order, and its value."""
+    """Pairs of a distinct key 8..39 and a value 0..7, followed by all keys again in random order, each with its value
+    as the answer."""
     keys = np.argsort(rng.random((num_rows, _NUM_KEYS)), axis=1)[:, :num_pairs] + _NUM_VALUES
     pairs = np.stack([keys, rng.integers(0, _NUM_VALUES, keys.shape)], axis=2)
     order = np.argsort(rng.random(keys.shape), axis=1)
@@ -118,10 +125,10 @@ def keys_values_rows(num_pairs: int, num_rows: int, rng: np.random.Generator) ->
 
 
 def modular_arithmetic_rows(modulus: int, num_rows: int, rng: np.random.Generator) -> _Rows:
-    """Eight pairs of a number and its product with the row's hidden multiplier, modulo `modulus`; numbers are tokens.
+    """Eight pairs of a number and its product with the row's hidden multiplier, modulo `modulus`; one token each.
 
-    The first pair gives the multiplier away, so that the seven products after it are answers. With a small modulus many
-    numbers come again, and then their products can be looked up instead of worked out.
+    The first pair determines the multiplier, so that the seven products after it are answers. With a small modulus many
+    numbers repeat, and their products can then be looked up instead of computed.
     """
     multiplier = rng.integers(1, modulus, (num_rows, 1))
     numbers = rng.integers(1, modulus, (num_rows, _NUM_EXAMPLES))
@@ -130,7 +137,7 @@ def modular_arithmetic_rows(modulus: int, num_rows: int, rng: np.random.Generato
 
 
 def parity_rows(length: int, num_rows: int, rng: np.random.Generator) -> _Rows:
-    """Bits 0 and 1, the query 2, then whether the number of ones is odd."""
+    """Bits 0 and 1, the query 2, and as the answer 1 if the number of ones is odd, else 0."""
     bits = rng.integers(0, 2, (num_rows, length))
     query = np.full((num_rows, 1), 2)
     ids = np.hstack([bits, query, bits.sum(axis=1, keepdims=True) % 2])
@@ -149,14 +156,14 @@ class TaskFamily:
 
     Attributes:
         draw: `(difficulty, num_rows, rng)` -> tokens and where they are answers, both `(num_rows, T + 1)`.
-        meaning: of the difficulty.
+        meaning: what the difficulty counts.
         difficulties: the three standard ones.
-        vocab_size: the same at every difficulty, so that a model can go on from one to the next.
+        vocab_size: the same at every difficulty, so that a model can move from one to the next.
         num_transitions: T, given the difficulty.
-        num_answers: admissible answers, given the difficulty.
-        smallest: difficulty.
-        largest: difficulty, where there is one.
-        allowed: difficulties, where only some between the two are.
+        num_answers: number of admissible answers, given the difficulty.
+        smallest: smallest valid difficulty.
+        largest: largest valid difficulty, if there is one.
+        allowed: all valid difficulties, if they are no range.
     """
 
     draw: Callable[[int, int, np.random.Generator], _Rows]
@@ -198,9 +205,7 @@ TASKS: dict[str, TaskFamily] = {
         11,
         lambda modulus: 2 * _NUM_EXAMPLES - 1,
         lambda modulus: modulus - 1,
-        smallest=3,
-        largest=11,
-        allowed=(3, 5, 7, 11),  # below a prime no product is 0, and every multiplier can be undone
+        allowed=(3, 5, 7, 11),  # modulo a prime no product is 0, and every multiplier has an inverse
     ),
     "parity": TaskFamily(parity_rows, "bits", (16, 32, 64), 3, lambda length: length + 1, lambda length: 2),
 }
@@ -212,7 +217,7 @@ class Task:
 
     Attributes:
         name: of the task, a key of `TASKS`.
-        difficulty: sequence length, depth, number of pairs or modulus.
+        difficulty: sequence length, depth, number of pairs or modulus, as `TASKS[name].meaning` says.
         difficulties: the three standard ones of the task.
         vocab_size: the same at every difficulty.
         num_transitions: T; rows have T + 1 tokens.
@@ -228,30 +233,23 @@ class Task:
 
 
 def task_facts(name: str, difficulty: int) -> Task:
-    """What is known of a task before any row is drawn.
+    """The facts of a task that do not depend on its rows.
 
     Raises:
-        ValueError: no task of this name, or a difficulty it does not have.
+        InputError: no task of this name, or a difficulty it does not have.
     """
     if name not in TASKS:
         close = difflib.get_close_matches(name, TASKS, n=1, cutoff=0)[0]
-        raise ValueError(f"there is no task {name!r}: did you mean {close!r}? There are {', '.join(TASKS)}.")
+        raise InputError(f"there is no task {name!r}: did you mean {close!r}? There are {', '.join(TASKS)}.")
     family = TASKS[name]
-    standard = ", ".join(map(str, family.difficulties))
-    if difficulty < family.smallest:
-        raise ValueError(
-            f"{family.meaning} {difficulty} is too small for the task {name!r}: set `difficulty` to {family.smallest} "
-            f"or more, {standard} being standard."
-        )
-    if family.largest is not None and difficulty > family.largest:
-        raise ValueError(
-            f"{family.meaning} {difficulty} is too large for the task {name!r}: set `difficulty` to {family.largest} "
-            f"or less, {standard} being standard."
-        )
-    if family.allowed is not None and difficulty not in family.allowed:
-        raise ValueError(
-            f"the task {name!r} has no {family.meaning} {difficulty}: set `difficulty` to one of "
-            f"{', '.join(map(str, family.allowed))}."
+    bounds = f"{family.smallest} or more" if family.largest is None else f"{family.smallest} to {family.largest}"
+    valid: Collection[int] = range(family.smallest, (family.largest or difficulty) + 1)
+    if family.allowed is not None:
+        bounds, valid = f"one of {', '.join(map(str, family.allowed))}", family.allowed
+    if difficulty not in valid:
+        raise InputError(
+            f"the task {name!r} has no {family.meaning} {difficulty}: set `difficulty` to {bounds}. "
+            f"{', '.join(map(str, family.difficulties))} are standard."
         )
     return Task(
         name=name,
@@ -267,9 +265,9 @@ def load_task(name: str, difficulty: int, num_rows: int, seed: int) -> Dataset:
     """Rows of a task: `input_ids` and `labels` of `T + 1` tokens each, int32, in numpy format.
 
     `labels[t] == input_ids[t]` where token `t` is an answer, to be predicted from the memory after `t` tokens, and -100
-    elsewhere. Rows are a function of the arguments. Other seeds give independent rows, so that training and held-out
-    rows need no more than different seeds; where a difficulty has few rows in all, as parity of 16 bits does, some
-    rows are drawn under both.
+    elsewhere. Rows are a function of the arguments. Different seeds give independent rows, so that training and
+    held-out rows only need different seeds. Where a difficulty has few distinct rows, as parity of 16 bits has, some
+    rows are drawn under both seeds.
 
     Args:
         name: a key of `TASKS`.
@@ -278,13 +276,13 @@ def load_task(name: str, difficulty: int, num_rows: int, seed: int) -> Dataset:
         seed: 0 or more.
 
     Raises:
-        ValueError: no such task or difficulty, no rows, or a negative seed.
+        InputError: no such task or difficulty, no rows, or a negative seed.
     """
     task_facts(name, difficulty)
     if num_rows < 1:
-        raise ValueError(f"cannot draw {num_rows} rows of the task {name!r}: set `num_rows` to 1 or more.")
+        raise InputError(f"cannot draw {num_rows} rows of the task {name!r}: set `num_rows` to 1 or more.")
     if seed < 0:
-        raise ValueError(f"cannot draw from the seed {seed}: set `seed` to 0 or more.")
+        raise InputError(f"cannot draw from the seed {seed}: set `seed` to 0 or more.")
     rng = np.random.default_rng([zlib.crc32(name.encode()), difficulty, seed])
     ids, is_answer = TASKS[name].draw(difficulty, num_rows, rng)
     return labelled_rows(ids, np.where(is_answer, ids, -100))

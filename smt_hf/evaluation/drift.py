@@ -1,4 +1,4 @@
-"""How far the student's own rollout leaves the teacher's trajectory, how far gradients reach, how memories are spread.
+"""Distance between the student's and the teacher's memories, reach of gradients, and spread of memories.
 
 Rows as in `scores.py`: `input_ids (N, T + 1)`, the last token only a target, and aligned `labels (N, T + 1)`.
 Shapes: N rows, B rows of a batch, T tokens, K memory tokens, D width, V vocabulary.
@@ -17,11 +17,11 @@ from .scores import check_aligned
 def drift_by_position(model, input_ids: np.ndarray, batch_size: int = 64) -> np.ndarray:
     """Squared distance of the student's own rollout from `m_0` to the teacher's memories, relative to their spread.
 
-    The mean over rows at each position, divided by the mean squared distance of the teacher's memories of two
-    different rows at the same position (twice their unbiased variance over rows). That yardstick is one number, a mean
-    over all positions: positions where all rows read the same, and teachers agree, would have none of their own. So 0
-    is the teacher's trajectory, and 1 is as far off as the teacher's memory of a random other row. (The Trainer's
-    `drift` is relative to the variance over the positions of a row instead.)
+    The mean over rows at each position is divided by one number: the mean squared distance between the teacher's
+    memories of two different rows at the same position (twice their unbiased variance over rows), averaged over all
+    positions, since it is 0 at positions up to which all rows read the same. A drift of 0 is the teacher's trajectory;
+    1 is as far off as the teacher's memory of a random other row. (The Trainer's `drift` is relative to the variance
+    over the positions of a row instead.)
 
     Args:
         model: student and teacher (an `SMTForPreTraining`).
@@ -36,18 +36,18 @@ def drift_by_position(model, input_ids: np.ndarray, batch_size: int = 64) -> np.
     """
     num_rows, length = len(input_ids), input_ids.shape[1] - 1
     if num_rows < 2:
-        raise ValueError(f"the spread of memories is over rows: give at least two, not {num_rows}.")
+        raise ValueError(f"the spread of memories over rows needs at least two rows, got {num_rows}.")
     tokens = torch.from_numpy(input_ids[:, :-1]).to(model.device)
     positions = torch.arange(length + 1, device=tokens.device)
     errors, squares = torch.zeros(2, length + 1, dtype=torch.float64)
     totals: torch.Tensor | None = None
     for rows in tokens.split(batch_size):
-        labels = teacher_memories(model, rows, positions).flatten(2).cpu()
-        totals = labels.double().sum(0) if totals is None else totals + labels.double().sum(0)
-        squares += labels.double().square().sum((0, 2))
+        goals = teacher_memories(model, rows, positions).flatten(2).cpu()
+        totals = goals.double().sum(0) if totals is None else totals + goals.double().sum(0)
+        squares += goals.double().square().sum((0, 2))
         for first, memories in own_memories(model.student, rows):
             places = slice(first, first + memories.shape[1])
-            errors[places] += (memories.flatten(2).cpu().double() - labels[:, places]).square().sum((0, 2))
+            errors[places] += (memories.flatten(2).cpu().double() - goals[:, places]).square().sum((0, 2))
     assert totals is not None
     variance = (squares - totals.square().sum(1) / num_rows) / (num_rows - 1)
     width = totals.shape[1]
@@ -57,10 +57,10 @@ def drift_by_position(model, input_ids: np.ndarray, batch_size: int = 64) -> np.
 
 @torch.enable_grad()
 def gradient_norm_by_distance(student, input_ids: np.ndarray, labels: np.ndarray, batch_size: int = 64) -> np.ndarray:
-    """What arrives of a gradient that BPTT sends back: `|d loss / d m_{p - d}|` at every distance d.
+    """Norm of the gradient that BPTT carries back to earlier memories: `|d loss / d m_{p - d}|` at every distance d.
 
     The loss (nats) is that of a row's last label, at position p, in the student's own rollout from `m_0` with the
-    graph of all its steps; the norm is over a whole memory, averaged over rows.
+    graph of all its steps. The norm is over a whole memory and averaged over rows.
 
     Args:
         student: an `SMTRecurrentForCausalLM`; its parameters get no gradient.
@@ -92,29 +92,23 @@ def gradient_norm_by_distance(student, input_ids: np.ndarray, labels: np.ndarray
 
 @torch.enable_grad()
 def teacher_gradient_norm(model, input_ids: np.ndarray, labels: np.ndarray, batch_size: int = 64) -> np.ndarray:
-    """The same of the teacher, which reads all tokens at once: `|d loss / d e_{p - d}|` at every distance d.
+    """As `gradient_norm_by_distance`, for the teacher: `|d loss / d e_{p - d}|` with `e_t` the embedding of token t.
 
-    The loss (nats) is that of a row's last label, at position p, read out of the teacher's memory there; `e_t` is the
-    embedding of the t-th token, from which the path to the loss is a few layers long whatever t. Exactly 0 for tokens
-    that the teacher's attention does not reach.
+    The loss is read out of the teacher's memory at position p. The teacher reads all tokens at once, so that the path
+    from every token to the loss is a few layers long. The gradient is 0 for tokens that its attention does not reach.
 
     Args:
         model: student and teacher (an `SMTForPreTraining`); their parameters get no gradient.
-        input_ids, labels: `(N, T + 1)`; rows whose last label is at `m_0`, or that have none, are left out.
-        batch_size: rows per pass; changes memory use and speed, not the result.
+        others: as in `gradient_norm_by_distance`.
 
     Returns:
-        `(T,)`, nats per unit of embedding: d = 0 .. T - 1 tokens before the last one that is read. NaN where no row
-        has so many tokens before its last label.
-
-    Raises:
-        ValueError: the shapes differ or no row has a label after its first token.
+        `(T,)`, nats per unit of embedding: d = 0 .. T - 1 tokens before the last one that is read; else NaN.
     """
     embeddings = model.teacher.get_input_embeddings()
     (name,) = [name for name, module in model.teacher.named_modules() if module is embeddings]
 
     def norms_of(tokens, last, targets):
-        # Every token an entry of its own in the table, so that a teacher may gather tokens as it likes.
+        # Every token gets an entry of its own in the table, whatever order the teacher looks tokens up in.
         table = embeddings(tokens).detach().flatten(0, 1).requires_grad_()
         numbers = torch.arange(tokens.numel(), device=tokens.device).view(tokens.shape)
         memories = functional_call(
@@ -128,7 +122,7 @@ def teacher_gradient_norm(model, input_ids: np.ndarray, labels: np.ndarray, batc
 
 
 def memory_geometry(memories: torch.Tensor) -> dict[str, float]:
-    """How many directions memories use, and how evenly.
+    """How many directions a set of memories spans, and how evenly.
 
     Args:
         memories: `(N, K, D)`, at least two.
@@ -136,17 +130,17 @@ def memory_geometry(memories: torch.Tensor) -> dict[str, float]:
     Returns:
         `effective_rank`: exp of the entropy of the normalised singular values of the flattened memories `(N, K * D)`
         after centring (Roy & Vetterli 2007); at most `min(N - 1, K * D)`, 0 if all memories are the same.
-        `participation_ratio`: `(sum l)^2 / sum l^2` of the eigenvalues l of their covariance; it counts small
-        directions for less. `spread`: mean unbiased variance of a coordinate (memories have RMS 1).
-        `uniformity`: `log E exp(-2 |u_a - u_b|^2)` over pairs of L2-normalised memory tokens [Eq. 4], of 2048 random
-        ones if there are more: 0 if all are the same, -4 for orthogonal ones. `n`: memories.
+        `participation_ratio`: `(sum l)^2 / sum l^2` of the eigenvalues l of their covariance; it gives small
+        directions less weight. `spread`: mean unbiased variance of a coordinate (memories have RMS 1).
+        `uniformity`: `log E exp(-2 |u_a - u_b|^2)` over pairs of L2-normalised memory tokens [Eq. 4], of 2,048 random
+        tokens if there are more: 0 if all are the same, -4 for orthogonal ones. `n`: memories.
 
     Raises:
         ValueError: fewer than two memories.
     """
     if len(memories) < 2:
-        raise ValueError(f"geometry is of a cloud of memories: give at least two, not {len(memories)}.")
-    # Below what the memories' own precision can tell from nothing, relative to the memories before centring.
+        raise ValueError(f"the geometry of memories needs at least two of them, got {len(memories)}.")
+    # Singular values below this share of the memories' norm before centring are rounding errors.
     precision = torch.finfo(memories.dtype).eps
     flat = memories.detach().cpu().flatten(1).double()
     centred = flat - flat.mean(0)
@@ -175,8 +169,8 @@ def geometry_of(
     Args:
         model: an `SMTForPreTraining`.
         input_ids: `(N, T + 1)`, not padded.
-        num_positions: memories taken from each row, at even distances, the last one after T tokens. All of them make
-            one cloud; with fewer than `K * D` memories in it their number bounds the ranks.
+        num_positions: memories taken from each row, at even distances, the last one after T tokens. They are
+            pooled over all rows; where they are fewer than `K * D`, their number bounds the ranks.
         batch_size: rows side by side; changes memory use and speed, not the result.
 
     Returns:
@@ -208,7 +202,7 @@ def _mean_by_distance(norms_of, input_ids: np.ndarray, labels: np.ndarray, batch
     last = np.where(labels != -100, positions, -1).max(1)
     rows = np.flatnonzero(last > 0)
     if not len(rows):
-        raise ValueError("no row has a label after its first token: there is no distance to look back.")
+        raise ValueError("no row has a label after its first token, so there is no gradient to measure.")
     sums, counts = np.zeros((2, labels.shape[1] - 1))
     for start in range(0, len(rows), batch_size):
         some = rows[start : start + batch_size]

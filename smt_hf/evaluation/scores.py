@@ -168,5 +168,7 @@ def _scores(predictions: Iterable[tuple[torch.Tensor, ...]], num_positions: int,
         for total, values in zip(sums, (hits, losses, torch.ones_like(losses))):
             total += np.bincount(places, values.double().cpu().numpy(), num_positions)
     if num_processes > 1:
-        sums = np.sum(gather_object([sums]), axis=0)
+        parts = gather_object([sums])
+        assert len(parts) == num_processes, "every process must score its rows"
+        sums = np.sum(parts, axis=0)
     return Scores(*sums)

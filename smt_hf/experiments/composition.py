@@ -124,6 +124,7 @@ def phase_settings(arguments: PhaseArguments) -> dict:
     inherited = TrainingArguments.__dataclass_fields__
     defaults = {name: entry.default for name, entry in inherited.items()}
     defaults["accelerator_config"] = AcceleratorConfig().to_dict()
+    defaults["accelerator_config"].pop("use_configured_state")  # transformers takes it out
     for name, value in sorted(arguments.to_dict().items()):
         if name not in names_of(type(arguments)) or name.startswith(_WRITTEN_DOWN):
             continue

@@ -3,28 +3,19 @@
 import contextlib
 import dataclasses
 import hashlib
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig, AutoTokenizer, TrainingArguments, set_seed
+from accelerate import PartialState
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from smt_hf.command_line import (
-    argument,
-    built,
-    check_keys,
-    check_values,
-    described,
-    names_of,
-    read_flags,
-    read_yaml,
-    whole_number,
-)
-from smt_hf.data import holds_instructions, load_table, padded, tokenize_instructions
+from smt_hf.command_line import argument, built, check_keys, described, names_of, read_layers, whole_number
+from smt_hf.data import check_columns, holds_instructions, load_table, name_of_files, padded, tokenize_instructions
+from smt_hf.errors import InputError
 from smt_hf.evaluation import Scores
 from smt_hf.evaluation.ngram import uniform_bits
 from smt_hf.evaluation.streams import count_bytes
@@ -33,9 +24,10 @@ from smt_hf.publishing.figures import plot_curves
 from smt_hf.publishing.provenance import run_facts
 from smt_hf.publishing.results_table import results_table
 from smt_hf.student import SMTRecurrentConfig, SMTRecurrentForCausalLM
+from smt_hf.training.adapters import LoraSettings
 from smt_hf.training.arguments import BPTTTrainingArguments
 from smt_hf.training.composite import SMTForPreTraining, SMTPreTrainingConfig
-from smt_hf.training.phases import apply_required, lay_out, run_phases
+from smt_hf.training.phases import PhaseResult, apply_required, lay_out, run_phases
 
 from .composition import cost_of, launch_settings, phase_settings, set_threads, tokenizer_hash
 from .preflight import check_trackers, lora_settings, pushed_repository
@@ -47,73 +39,81 @@ from .subjects import Subject, TextSubject, refuse_curriculum
 
 @dataclass
 class FinetuneArguments:
-    """What concerns the whole run; the training itself has `FinetuneTrainingArguments`."""
+    """Arguments of the whole run; those of the training are `FinetuneTrainingArguments`."""
 
     checkpoint: str | None = argument(None, "Folder or Hub name of an SMTRecurrentForCausalLM.")
-    train_file: str | None = argument(
+    train_file: list[str] | None = argument(
         None,
-        "Text, or a table (json, jsonl, csv, parquet) of `text`, of `messages`, or of `prompt` and `completion`.",
+        "Text, or tables (json, jsonl, csv, tsv, parquet) of `text`, of `messages`, or of `prompt` and `completion`.",
     )
-    validation_file: str | None = argument(None, "Held out, of the same kind; default: a tenth of the training file.")
-    text_column: str = argument("text", "Column of a table that holds the text.")
-    config: str | None = argument(None, "YAML file with any of these arguments; flags beat it.")
-    output_dir: str = argument("runs/finetune", "Folder for everything that the run writes.")
-    use_peft: bool = argument(False, "Train LoRA layers alone: `adapter/` holds them, `student/` the merged model.")
+    validation_file: list[str] | None = argument(
+        None, "Held-out files of the same kind. Default: a tenth of the training file."
+    )
+    text_column: str = argument("text", "Column of a table that holds the text.", is_text=True)
+    config: str | None = argument(None, "YAML file with any of these arguments; flags override it.")
+    output_dir: str = argument("runs/finetune", "Folder that the run writes to.")
+    use_peft: bool = argument(
+        False, "Train LoRA layers only. `adapter/` then holds them, and `student/` the merged model."
+    )
     lora_r: int = argument(8, "Rank of the LoRA layers. Not searched.")
-    lora_alpha: int = argument(16, "Their change is scaled by `lora_alpha / lora_r`. Not searched.")
-    lora_parts: str = argument("updater,readout", "Where they are put: updater, readout, or both.")
-    seed: int = argument(0, "Of everything random.")
+    lora_alpha: int = argument(16, "The LoRA update is scaled by `lora_alpha / lora_r`. Not searched.")
+    lora_parts: str = argument("updater,readout", "Parts that get LoRA layers: updater, readout, or both.")
+    license: str | None = argument(None, "Licence that the model card names, for example apache-2.0. Default: none.")
+    seed: int = argument(0, "Seed of all random numbers.")
     overwrite_output_dir: bool = argument(False, "Remove what an earlier run left in `output_dir`.")
-    resume_from_checkpoint: bool = argument(False, "Go on from the run's newest complete checkpoint.")
-    num_threads: int | None = argument(None, "CPU threads of this process; default: cores / local processes.")
+    resume_from_checkpoint: bool = argument(False, "Continue from the newest complete checkpoint of the run.")
+    num_threads: int | None = argument(None, "CPU threads of this process. Default: cores / local processes.")
 
 
 @dataclass
 class FinetuneTrainingArguments(BPTTTrainingArguments):
-    """Backpropagation through time on a model that has learned already."""
+    """Backpropagation through time on a model that has been trained before."""
 
     learning_rate: float = argument(1e-3, "Peak learning rate. Not searched.")
     max_steps: int = argument(300, "Optimiser steps. Not searched.")
-    per_device_train_batch_size: int = argument(16, "Streams, or examples, a device. Not searched.")
+    per_device_train_batch_size: int = argument(16, "Streams, or examples, per device. Not searched.")
     transition_steps: int = argument(64, "Transitions that a gradient crosses. Not searched.")
-    context_length: int = argument(512, "Transitions a row of text; examples of instructions must not be longer.")
-    continue_previous_phase: bool = argument(False, "There is none.")
+    context_length: int = argument(
+        512, "Transitions per row of text. Longer examples of instructions are left out. Not searched."
+    )
+    continue_previous_phase: bool = argument(False, "Has no effect: a fine-tuning has one phase.")
 
 
 class InstructionSubject(Subject):
-    """Examples whose answers are learned and scored; bits a byte of the answers.
+    """Examples whose answers are learned and scored, in bits per byte of the answers.
 
     Args:
-        train_file, validation_file: tables of `messages`, or of `prompt` and `completion`.
+        train, heldout: tables of `messages`, or of `prompt` and `completion`, with the places of their rows; without
+            `heldout`, every tenth example of `train` that has an answer and is not too long.
+        file_name: of the training file, for results and cards.
         tokenizer: of the checkpoint.
-        context_length: longer examples are left out.
+        context_length: examples with more transitions are left out.
+
+    Raises:
+        InputError: as `tokenize_instructions`, or fewer than ten examples to hold some out from.
     """
 
     metric = "bits_per_byte"
     name = "instructions"
 
-    def __init__(self, train_file: str, validation_file: str | None, tokenizer, context_length: int):
-        train = load_table(train_file)
-        heldout = None if validation_file is None else load_table(validation_file)
-        if train is None or (validation_file is not None and heldout is None):
-            raise ValueError("instructions are json, jsonl, csv or parquet: one of the files is plain text.")
-        if heldout is None:
-            if len(train) < 10:
-                raise ValueError(f"{train_file} has {len(train)} examples: give ten or more, or a `validation_file`.")
-            chosen = [index for index in range(len(train)) if index % 10 == 3]
-            left = [index for index in range(len(train)) if index % 10 != 3]
-            train, heldout = train.select(left), train.select(chosen)
+    def __init__(self, train: list, heldout: list | None, file_name: str, tokenizer, context_length: int):
         self.tokenizer, self.vocab_size, self.difficulty = tokenizer, len(tokenizer), context_length
-        self.chance = uniform_bits()
-        self.file_name = Path(train_file).name
-        learned, scored = (tokenize_instructions(part, tokenizer, context_length + 1) for part in (train, heldout))
-        self.train, self.num_left_out = learned.rows, learned.num_too_long + scored.num_too_long
-        self.heldout = padded(scored.rows)
-        answers = [[token for token in labels if token != -100] for labels in scored.rows["labels"]]
+        self.chance, self.file_name = uniform_bits(), file_name
+        parts = [tokenize_instructions(part, tokenizer, context_length + 1) for part in (train, heldout) if part]
+        self.digest = "-".join(part.digest for part in parts)
+        self.without_answer = [place for part in parts for place in part.without_answer]
+        self.too_long = [place for part in parts for place in part.too_long]
+        self.train, scored = parts[0].rows, parts[-1].rows
+        if heldout is None:
+            num = len(self.train)
+            if num < 10:
+                raise InputError(f"{file_name} has {num} examples to learn: give ten or more, or a `validation_file`.")
+            scored = self.train.select(range(3, num, 10))
+            self.train = self.train.select([index for index in range(num) if index % 10 != 3])
+        self.heldout = padded(scored)
+        answers = [[token for token in labels if token != -100] for labels in scored["labels"]]
         self.num_bytes = sum(count_bytes(tokenizer, np.array([tokens])) for tokens in answers)
-        self.eval_rows = scored.rows.select(range(min(128, len(scored.rows))))
-        content = json.dumps([train[:], heldout[:]], sort_keys=True, default=str)
-        self.digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+        self.eval_rows = scored.select(range(min(128, len(scored))))
 
     def required(self, arguments) -> dict[str, Any]:
         refuse_curriculum(arguments)
@@ -136,8 +136,12 @@ class InstructionSubject(Subject):
         }
 
     def describe(self) -> str:
-        left_out = f", {self.num_left_out} too long and left out" if self.num_left_out else ""
-        return f"{self.file_name}: {len(self.train):,} examples, {len(self.heldout[0]):,} held out{left_out}"
+        lines = [f"{self.file_name}: {len(self.train):,} examples, {len(self.heldout[0]):,} held out"]
+        for places, reason in ((self.without_answer, "no answer"), (self.too_long, "too many tokens")):
+            if places:
+                more = ", ..." if len(places) > 5 else ""
+                lines.append(f"left out {len(places):,} with {reason}: {', '.join(places[:5])}{more}")
+        return "\n".join(lines)
 
 
 def finetune(run: FinetuneArguments, arguments: FinetuneTrainingArguments) -> dict:
@@ -147,47 +151,87 @@ def finetune(run: FinetuneArguments, arguments: FinetuneTrainingArguments) -> di
         The content of `eval_results.json`: arms `checkpoint` and `finetuned`.
 
     Raises:
-        ValueError: bad input, with the way to mend it.
+        InputError: bad input, with the way to fix it.
     """
     if not run.checkpoint or not run.train_file:
-        raise ValueError("name what to fine-tune and on what: `--checkpoint DIR_OR_REPO --train_file FILE`.")
+        raise InputError("name what to fine-tune and on what: `--checkpoint DIR_OR_REPO --train_file FILE`.")
     lora = lora_settings(run)
-    pushed = pushed_repository([arguments])
-    output_dir = Path(run.output_dir)
+    repository = pushed_repository([arguments])
     check_output_dir(run)
     check_trackers([arguments])
     logging.disable_progress_bar()
     num_threads = set_threads(run.num_threads)
-    lay_out([arguments], str(output_dir))
+    lay_out([arguments], run.output_dir)
     set_seed(run.seed)
     student, tokenizer = load_checkpoint(run.checkpoint)
     student = student.float()  # a checkpoint may be of bfloat16; what is trained is not
     with arguments.main_process_first(desc="preparing the data"):
         subject = _subject(run, arguments, tokenizer)
-    apply_required(arguments, subject.required(arguments))
+    changes = apply_required(arguments, subject.required(arguments))
     if subject.vocab_size > student.config.vocab_size:
-        raise ValueError(
+        raise InputError(
             f"the tokenizer has {subject.vocab_size} tokens and the model knows {student.config.vocab_size}: call "
             "`model.resize_token_embeddings(len(tokenizer))` and save both first."
         )
-    is_main = arguments.process_index == 0
-    settings = {
+    is_main, output_dir = arguments.process_index == 0, Path(run.output_dir)
+    with contextlib.ExitStack() as stack:
+        if is_main:
+            print("\n".join([*changes, subject.describe()]))
+            print(f"{run.checkpoint}: {student.num_parameters():,} parameters; {num_threads} threads", flush=True)
+            stack.enter_context(writing(run, _settings(run, arguments, student, subject, lora)))
+        PartialState().wait_for_everyone()  # an old run's folders are gone before a process looks into them
+        before, result = _train(run, arguments, student, subject, lora)
+        if not is_main:
+            return {}
+        results = {
+            "arms": {"checkpoint": before, "finetuned": {**_scores(result.scores), **cost_of(result)}},
+            "student_arm": "finetuned",
+            "base_model": _name_of(run.checkpoint),
+            "task": {"name": subject.name, "difficulty": subject.difficulty, "chance": subject.chance},
+            "metric": subject.metric,
+            "data": {**subject.facts(), "tokenizer_hash": tokenizer_hash(tokenizer)},
+            "config": {"student": result.model.student.config.to_dict(), "teacher": None},
+            "phases": [phase_settings(arguments)],
+            **({"lora": dataclasses.asdict(lora)} if lora is not None else {}),
+            **({"license": run.license} if run.license is not None else {}),
+            "seed": run.seed,
+            **run_facts(num_threads, arguments),
+        }
+        _write(output_dir, result, tokenizer, results)
+        if repository is not None:
+            message = f"Fine-tuned from {results['base_model']}"
+            print(publish_student(output_dir / "student", repository, arguments, message))
+    return results
+
+
+def _settings(
+    run: FinetuneArguments,
+    arguments: FinetuneTrainingArguments,
+    student: SMTRecurrentForCausalLM,
+    subject: Subject,
+    lora: LoraSettings | None,
+) -> dict:
+    """Everything that changes what a run trains: a resumed run must have the same."""
+    return {
         "weights": _digest(value.numpy().tobytes() for value in student.state_dict().values()),
         "data_hash": subject.facts()["hash"],
+        "tokenizer_hash": tokenizer_hash(subject.tokenizer),
+        "chat_template": subject.tokenizer.chat_template,
         "lora": None if lora is None else dataclasses.asdict(lora),
-        "tokenizer_hash": tokenizer_hash(tokenizer),
         "training": phase_settings(arguments),
         **launch_settings(arguments),
         "seed": run.seed,
     }
-    with writing(run, settings) if is_main else contextlib.nullcontext():
-        return _finetuned(run, arguments, student, tokenizer, subject, lora, pushed, num_threads)
 
 
-def _finetuned(run, arguments, student, tokenizer, subject, lora, pushed, num_threads) -> dict:
-    is_main, output_dir = arguments.process_index == 0, Path(run.output_dir)
-    if is_main:
-        print(f"{subject.describe()}\n{run.checkpoint}: {student.num_parameters():,} parameters; {num_threads} threads")
+def _train(
+    run: FinetuneArguments,
+    arguments: FinetuneTrainingArguments,
+    student: SMTRecurrentForCausalLM,
+    subject: Subject,
+    lora: LoraSettings | None,
+) -> tuple[dict, PhaseResult]:
+    """The scores before, and what the training leaves."""
     model = SMTForPreTraining.from_student(student)
     before = _scores(subject.evaluate(model.eval(), arguments))
     (result,) = run_phases(
@@ -195,39 +239,25 @@ def _finetuned(run, arguments, student, tokenizer, subject, lora, pushed, num_th
         [arguments],
         subject.rows,
         subject.eval_rows,
-        tokenizer,
+        subject.tokenizer,
         subject.evaluate,
         run.resume_from_checkpoint,
         {"bptt": lora} if lora is not None else None,
     )
-    model = result.model
-    if not is_main:
-        return {}
-    results = {
-        "arms": {"checkpoint": before, "finetuned": {**_scores(result.scores), **cost_of(result)}},
-        "student_arm": "finetuned",
-        "base_model": _name_of(run.checkpoint),
-        "task": {"name": subject.name, "difficulty": subject.difficulty, "chance": subject.chance},
-        "metric": subject.metric,
-        "data": subject.facts(),
-        "config": {"student": model.student.config.to_dict(), "teacher": None},
-        "phases": [phase_settings(arguments)],
-        **({"lora": dataclasses.asdict(lora)} if lora is not None else {}),
-        "seed": run.seed,
-        **run_facts(num_threads, arguments),
-    }
-    print(f"\n{results_table(results)}\n")
-    plot_curves([("bptt", result.log_history)], output_dir / "curves.png")
-    adapter = Path(str(arguments.output_dir)) / "adapter"
+    return before, result
+
+
+def _write(output_dir: Path, result: PhaseResult, tokenizer, results: dict) -> None:
+    """Export the student first: pictures can be made again, a training cannot."""
+    export_student(result.model.student, tokenizer, output_dir / "student")
+    adapter = Path(str(result.arguments.output_dir)) / "adapter"
     if adapter.exists():
         shutil.copytree(adapter, output_dir / "adapter", dirs_exist_ok=True)
-    export_student(model.student, tokenizer, output_dir / "student")
-    write_card(output_dir / "student", model.student, results)
+    print(f"\n{results_table(results)}\n")
+    plot_curves([("bptt", result.log_history)], output_dir / "curves.png")
+    write_card(output_dir / "student", result.model.student, results)
     write_json(results, output_dir / RESULTS)
-    print(f"written to {output_dir}: {', '.join(sorted(path.name for path in output_dir.iterdir()))}")
-    if pushed is not None:
-        print(publish_student(output_dir / "student", pushed, arguments, f"Fine-tuned from {results['base_model']}"))
-    return results
+    print(f"written to {output_dir}: {', '.join(sorted(path.name for path in output_dir.glob('[!.]*')))}")
 
 
 def _digest(parts) -> str:
@@ -237,43 +267,44 @@ def _digest(parts) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_checkpoint(checkpoint: str):
+def load_checkpoint(checkpoint: str) -> tuple[SMTRecurrentForCausalLM, PreTrainedTokenizerBase]:
     """Student and tokenizer of a folder or a Hub repository.
 
     Raises:
-        ValueError: there is none, or it is of another model.
+        InputError: there is none, it is damaged, or it is of another model.
     """
     try:
         config = AutoConfig.from_pretrained(checkpoint)
         if config.model_type == SMTPreTrainingConfig.model_type:
-            raise ValueError("it holds student and teacher: give the `student` folder inside it.")
+            raise InputError("it holds student and teacher: give the `student` folder inside it.")
         if config.model_type != SMTRecurrentConfig.model_type:
-            raise ValueError(f"it is a {config.model_type}, not a {SMTRecurrentConfig.model_type}.")
+            raise InputError(f"it is a {config.model_type}, not a {SMTRecurrentConfig.model_type}.")
         student, report = SMTRecurrentForCausalLM.from_pretrained(checkpoint, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"no checkpoint could be loaded from {checkpoint!r}: give a `student` folder, or a Hub repository that "
-            f"holds one. ({error})"
+    except Exception as error:  # of a damaged file the readers of JSON, safetensors and tokenizers raise their own
+        raise InputError(
+            f"no checkpoint could be loaded from {checkpoint!r}: give a complete `student` folder, or a Hub repository "
+            f"that holds one. ({type(error).__name__}: {str(error).strip()})"
         ) from error
     wrong = {name: sorted(map(str, keys)) for name, keys in report.items() if keys}
     if wrong:
-        raise ValueError(f"{checkpoint!r} does not hold the weights of its configuration: {wrong}.")
+        raise InputError(f"{checkpoint!r} does not hold the weights of its configuration: {wrong}.")
     return student, tokenizer
 
 
 def _subject(run: FinetuneArguments, arguments: FinetuneTrainingArguments, tokenizer) -> Subject:
-    table = load_table(str(run.train_file))
-    if table is not None and holds_instructions(table.column_names):
-        return InstructionSubject(str(run.train_file), run.validation_file, tokenizer, arguments.context_length)
-    return TextSubject(
-        [arguments],
-        run.seed,
-        run.train_file,
-        run.validation_file,
-        text_column=run.text_column,
-        tokenizer_name=str(run.checkpoint),
-    )
+    train_file: Any = run.train_file  # `finetune` has checked that there is one
+    first = load_table(train_file, num_rows=1)
+    columns = first[0][1] if first else {run.text_column: ""}
+    check_columns(columns, run.text_column)
+    if run.text_column in columns and (run.text_column != "text" or not holds_instructions(columns)):
+        files = {"train_file": train_file, "validation_file": run.validation_file, "text_column": run.text_column}
+        return TextSubject([arguments], run.seed, tokenizer_name=str(run.checkpoint), **files)
+    heldout = load_table(run.validation_file) if run.validation_file else None
+    if run.validation_file and not heldout:
+        raise InputError("`validation_file` holds no table of instructions, as `train_file` does: give one.")
+    examples = load_table(train_file) or []
+    return InstructionSubject(examples, heldout, name_of_files(train_file), tokenizer, arguments.context_length)
 
 
 def _scores(scores: dict) -> dict:
@@ -289,27 +320,30 @@ def parse_finetune(argv: list[str]) -> tuple[FinetuneArguments, FinetuneTraining
     """All settings of a fine-tuning from its command line.
 
     Raises:
-        ValueError: as `parse_run`.
+        InputError: as `parse_run`, or a flag that has no effect.
         SystemExit: after `--help`.
     """
-    if "--help" in argv or "-h" in argv:
-        own = new_fields(FinetuneTrainingArguments, TrainingArguments)
-        lines = ["usage: accelerate launch recipes/finetune.py --checkpoint DIR_OR_REPO --train_file FILE [--flag ...]"]
-        lines += ["", "the run:", *described(FinetuneArguments, "", {}), "", "the training:"]
-        lines += [*described(FinetuneTrainingArguments, "", {}, own)]
-        print("\n".join([*lines, "", "Every other field of transformers' TrainingArguments is a flag too."]))
-        raise SystemExit(0)
-    flags = read_flags(argv)
-    given = {**(read_yaml(str(flags["config"])) if "config" in flags else {}), **flags}
     of_run, of_training = names_of(FinetuneArguments), names_of(FinetuneTrainingArguments) - HIDDEN
-    if "num_train_epochs" in given:
-        raise ValueError("a fine-tuning counts steps, not epochs: set `max_steps`.")
-    check_keys(given, of_run | of_training, "argument")
-    check_values(given, FinetuneArguments)
+    given: dict[str, Any] = {}
+    for layer in read_layers(argv, _help_text):
+        if "num_train_epochs" in layer:
+            raise InputError("a fine-tuning counts steps, not epochs: set `max_steps`.")
+        check_keys(layer, of_run | of_training, "argument")
+        given |= layer
     run = built(FinetuneArguments, {key: value for key, value in given.items() if key in of_run})
+    unused = sorted(key for key in given if key.startswith("lora_"))
+    if unused and not run.use_peft:
+        raise InputError(f"`{unused[0]}` has no effect without `use_peft`: set it, or leave `{unused[0]}` out.")
     settings = {key: value for key, value in given.items() if key in of_training}
     if "context_length" in settings and "transition_steps" not in settings:
         length = whole_number("context_length", settings["context_length"])
         default = FinetuneTrainingArguments.transition_steps
         settings["transition_steps"] = next((k for k in range(min(default, length), 0, -1) if length % k == 0), 1)
     return run, built_phase(FinetuneTrainingArguments, {**settings, "seed": run.seed})
+
+
+def _help_text() -> str:
+    lines = ["usage: accelerate launch recipes/finetune.py --checkpoint DIR_OR_REPO --train_file FILE [--flag ...]"]
+    lines += ["", "the run:", *described(FinetuneArguments), "", "the training:"]
+    lines += described(FinetuneTrainingArguments, names=new_fields(FinetuneTrainingArguments, TrainingArguments))
+    return "\n".join([*lines, "", "Every other field of transformers' TrainingArguments is a flag too."])

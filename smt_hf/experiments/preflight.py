@@ -67,7 +67,7 @@ def check_trackers(phases: list[PhaseArguments]) -> None:
             for tracker in get_reporting_integration_callbacks(arguments.report_to):
                 tracker()
         except (ValueError, RuntimeError, ImportError) as error:
-            raise InputError(f"`report_to` : {error} Or pass `--report_to none`.") from error
+            raise InputError(f"`report_to`: {error} Or pass `--report_to none`.") from error
 
 
 def pushed_repository(phases: list[PhaseArguments]) -> str | None:

@@ -25,6 +25,7 @@ from smt_hf.training.composite import SMTForPreTraining, SMTPreTrainingConfig
 from smt_hf.training.phases import PhaseResult, arm_name, lay_out, run_phases
 
 from .composition import cost_of, launch_settings, model_config, phase_settings, resolve, set_threads, tokenizer_hash
+from .grid_run import changed_settings
 from .preflight import check_run, lora_settings
 from .run_arguments import ParsedRun, PretrainArguments
 from .run_folder import RESULTS, RUN, locked, writing
@@ -45,6 +46,7 @@ class Trained:
         model: student and teacher after the last phase.
         arms: name -> scores and cost.
         losses: arm -> held-out loss by position, where the subject has it.
+        phases: arm -> settings of the phases that trained it.
         histories: phase and log of each phase.
         spent: cost of all phases so far.
     """
@@ -52,13 +54,15 @@ class Trained:
     model: SMTForPreTraining
     arms: dict[str, dict] = dataclasses.field(default_factory=dict)
     losses: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    phases: dict[str, list[dict]] = dataclasses.field(default_factory=dict)
     histories: list[tuple[str, list[dict]]] = dataclasses.field(default_factory=list)
     spent: dict = dataclasses.field(default_factory=dict)
 
-    def add_arm(self, name: str, scores: dict, cost: dict) -> None:
+    def add_arm(self, name: str, scores: dict, cost: dict, phases: list[PhaseArguments]) -> None:
         """Take in the scores of an arm; `losses` among them are kept apart."""
         if "losses" in scores:
             self.losses[name] = np.array(scores["losses"])
+        self.phases[name] = [changed_settings(arguments) for arguments in phases]
         self.arms[name] = {**{key: value for key, value in scores.items() if key != "losses"}, **cost}
 
 
@@ -105,7 +109,7 @@ def pretrain(parsed: ParsedRun) -> dict:
             if run.evidence_file:
                 path = Path(run.evidence_file)
                 with locked(path.absolute().parent, f".{path.name}.lock", waits=True):
-                    append_evidence(results, path)
+                    append_evidence(results, trained.phases, path)
             print(f"\nwritten to {output_dir}: {', '.join(sorted(path.name for path in output_dir.glob('[!.]*')))}")
         if repository is not None and is_main:  # the Hub may have refused it the first time
             print(publish_student(output_dir / "student", repository, phases[-1], f"The student of {arm_name(phases)}"))
@@ -198,7 +202,7 @@ def _train(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subject, nu
         print(f"parameters: {', '.join(sizes)}; {num_threads} threads; pipeline {arm_name(phases)}", flush=True)
     lora = lora_settings(run)
     trained = Trained(model, spent={"wall_clock_s": 0.0, "sequential_steps": 0, "tokens": 0})
-    for result in run_phases(
+    stages = run_phases(
         model,
         phases,
         subject.rows,
@@ -207,13 +211,14 @@ def _train(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subject, nu
         subject.evaluate,
         run.resume or None,
         {"dmt": lora} if lora else None,
-    ):
+    )
+    for number, result in enumerate(stages, start=1):
         trained.model = result.model
         trained.spent = {name: spent + cost_of(result)[name] for name, spent in trained.spent.items()}
         trained.histories.append((result.arguments.phase, result.log_history))
         for part, scores in result.scores.items():
             name = result.arm if part == "student" else part
-            trained.add_arm(name, scores, trained.spent)
+            trained.add_arm(name, scores, trained.spent, phases[:number])
             _check_finite(name, trained.arms[name], result)
     return trained
 
@@ -256,7 +261,7 @@ def _train_rival(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subje
     lay_out([rival], str(Path(run.output_dir) / "compare_bptt"))
     resume = True if run.resume else None
     (result,) = run_phases(model, [rival], subject.rows, subject.eval_rows, subject.tokenizer, subject.evaluate, resume)
-    trained.add_arm(result.arm, result.scores.get("student", {}), cost_of(result))
+    trained.add_arm(result.arm, result.scores.get("student", {}), cost_of(result), [rival])
 
 
 def _results(
@@ -288,7 +293,7 @@ def _describe(results: dict, subject: Subject, trained: Trained, output_dir: Pat
         results["sample"] = _sample(trained.model.student, subject)
         losses = {arm: losses / subject.bytes_per_token for arm, losses in trained.losses.items()}
         ngrams = {arm: scores["bits_per_byte"] for arm, scores in trained.arms.items() if arm.startswith("ngram")}
-        plot_loss_by_position(losses, ngrams, output_dir / "loss_by_position.png")
+        plot_loss_by_position(losses, ngrams, trained.phases, output_dir / "loss_by_position.png")
     plot_curves(trained.histories, output_dir / "curves.png")
     write_card(output_dir / "student", trained.model.student, results)
     write_json(results, output_dir / RESULTS)

@@ -96,11 +96,27 @@ class PretrainArguments:
         None, "CPU threads per process; default: OMP_NUM_THREADS, else cores / processes of this machine."
     )
 
+    def __post_init__(self):
+        check_seed(self.seed)
+        for name in ("num_heldout", "shuffle_buffer_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.document_start_fraction <= 1:
+            raise InputError(f"`document_start_fraction` must lie between 0 and 1, got {self.document_start_fraction}.")
+
     @property
     def resume(self) -> str | bool:
         """Path of the checkpoint to go on from; true for the newest, false for none."""
         word = self.resume_from_checkpoint or "false"
         return word.lower() == "true" if word.lower() in ("true", "false") else word
+
+
+def check_seed(seed: int) -> None:
+    """Raises:
+    InputError: the seed is not one of NumPy's, 0 to 2^32 - 1.
+    """
+    if not 0 <= seed < 2**32:
+        raise InputError(f"`seed` must lie between 0 and 2^32 - 1, got {seed}.")
 
 
 @dataclass
@@ -247,6 +263,9 @@ def built_phase(kind: type[PhaseArguments], settings: dict[str, Any], ends_by_se
         InputError: a value that does not fit.
     """
     arguments = built(kind, settings)
+    for name in ("eval_steps", "save_steps", "logging_steps"):
+        if name in settings and not (settings[name] is None or getattr(arguments, name) > 0):
+            raise InputError(f"`{name}` must be above 0, got {settings[name]}: to have none, set the strategy to no.")
     if "eval_strategy" in settings:
         if arguments.eval_strategy == IntervalStrategy.NO and "evaluates_by_seconds" not in settings:
             arguments.evaluates_by_seconds = False

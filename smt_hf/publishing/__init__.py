@@ -1,1 +1,1 @@
-"""Figures, exports and model cards, made from the numbers of a run."""
+"""What a run leaves for its readers: exports, model cards, figures, reports, and what is sent to the Hub."""

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+from .evidence import append_lines
 from .model_card import student_card
 
 
@@ -23,22 +24,23 @@ def write_json(content: dict, path: Path) -> None:
     write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", path)
 
 
-def append_evidence(results: dict, path: Path) -> None:
-    """Append one JSON line per arm of `eval_results.json`; tables of several runs are made from such lines."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    task = results["task"]
-    shared = {name: results[name] for name in ("commit", "hardware", "num_threads")}
+def append_evidence(results: dict, phases: dict[str, list[dict]], path: Path) -> None:
+    """Append one JSON line per arm of a run; tables of several runs are made from such lines.
+
+    Args:
+        results: the content of `eval_results.json`.
+        phases: arm -> settings of the phases that trained it; none for an n-gram model.
+        path: file of JSON lines.
+    """
+    task, student = results["task"], results["config"]["student"]
     names = ("updater_type", "hidden_size", "num_hidden_layers", "num_memory_tokens", "intermediate_size")
-    shared["student"] = {name: results["config"]["student"][name] for name in names}
-    shared |= {"versions": results["versions"], **({"lora": results["lora"]} if "lora" in results else {})}
-    with path.open("a") as file:
-        for arm, scores in results["arms"].items():
-            line = {"task": task["name"], "difficulty": task["difficulty"], "arm": arm, "seed": results["seed"]}
-            line |= {"n": results["data"]["heldout_tokens"], "data_hash": results["data"]["hash"]}
-            line |= {"chance": task["chance"]}
-            is_rival = arm in ("bptt", "bptt_truncated") and arm != results["student_arm"]
-            line |= {"phases": results.get("compare_bptt", []) if is_rival else results["phases"]}
-            file.write(json.dumps({**line, **scores, **shared}) + "\n")
+    shared = {"task": task["name"], "difficulty": task["difficulty"], "chance": task["chance"], "seed": results["seed"]}
+    shared |= {"n": results["data"]["heldout_tokens"], "data_hash": results["data"]["hash"]}
+    shared |= {name: results[name] for name in ("commit", "hardware", "num_threads", "versions")}
+    shared |= {"student": {name: student[name] for name in names}}
+    shared |= {"lora": results["lora"]} if "lora" in results else {}
+    lines = [{**shared, "arm": arm, "phases": phases.get(arm, []), **scores} for arm, scores in results["arms"].items()]
+    append_lines(lines, path)
 
 
 def _save(model, tokenizer, folder: Path) -> None:

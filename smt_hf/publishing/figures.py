@@ -9,6 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from .arms import display_name
+from .looks import looks_of, save_figure
 from .units import UNITS
 
 
@@ -48,7 +50,7 @@ def plot_curves(histories: list[tuple[str, list[dict]]], path: Path) -> None:
             set_log(axis, "y", [value for line in axis.get_lines() for value in line.get_ydata()], ratio=1)
         else:
             axis.annotate("not measured in this run", (0.5, 0.5), xycoords="axes fraction", ha="center")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def set_log(axis, which: str, values: Iterable[float], ratio: float) -> None:
@@ -63,29 +65,30 @@ def set_log(axis, which: str, values: Iterable[float], ratio: float) -> None:
     ticks.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in shown else ""))
 
 
-def plot_loss_by_position(curves: dict[str, np.ndarray], ngram_bits: dict[str, float], path: Path) -> None:
+def plot_loss_by_position(
+    curves: dict[str, np.ndarray], ngram_bits: dict[str, float], phases: dict[str, list[dict]], path: Path
+) -> None:
     """Draw bits per byte over the position in a held-out stream, one line per arm.
 
     Args:
         curves: arm -> mean loss at each position, nats per byte.
         ngram_bits: n-gram model -> bits per byte, drawn as a horizontal line.
+        phases: arm -> settings of the phases that trained it.
         path: of the picture.
     """
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axis = figure.subplots()
-    for index, (arm, losses) in enumerate(curves.items()):
+    names = {arm: display_name({"arm": arm, "phases": phases.get(arm)}) for arm in (*curves, *ngram_bits)}
+    looks = looks_of(list(names.values()))
+    for arm, losses in curves.items():
         edges = np.unique(np.geomspace(1, len(losses), 25).astype(int))
         edges = np.unique(np.concatenate([[0], edges]))
         means = [losses[begin:end].mean() / math.log(2) for begin, end in pairwise(edges)]
-        axis.plot(edges[1:], means, marker="o", ms=3, lw=1.2, color=f"C{index}", label=arm)
-    for index, (name, bits) in enumerate(ngram_bits.items()):
-        axis.axhline(bits, color="0.5", lw=1, ls=(":", "-.", "--")[index % 3], label=name)
-    axis.set(
-        xscale="log",
-        xlabel="tokens read since m_0",
-        ylabel=UNITS["bits_per_byte"].label,
-        title="held-out loss by position",
-    )
+        axis.plot(edges[1:], means, ms=3, lw=1.2, label=names[arm], **looks[names[arm]])
+    for arm, bits in ngram_bits.items():
+        axis.axhline(bits, lw=1, label=names[arm], color=looks[names[arm]]["color"], ls=looks[names[arm]]["ls"])
+    axis.set(xscale="log", xlabel="tokens read since m_0", title="held-out loss by position")
+    axis.set_ylabel(UNITS["bits_per_byte"].label)
     axis.legend(fontsize=8)
     axis.grid(alpha=0.2)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)

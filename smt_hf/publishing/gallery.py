@@ -3,17 +3,27 @@
 import base64
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from smt_hf.command_line import argument
 from smt_hf.errors import InputError
 
 from .export import write_text
 from .units import UNITS, metric_of
 
 _TEMPLATE = Path(__file__).with_name("gallery_template.html")
+
+
+@dataclass
+class GalleryArguments:
+    """Arguments of `render_gallery`."""
+
+    model_cards: str = argument("model_cards", "Folder of model cards.")
+    output: str = argument("gallery.html", "HTML file to write; an earlier one is replaced.")
 
 
 def render_gallery(model_cards: str | Path, output: str | Path) -> Path:

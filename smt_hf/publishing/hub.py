@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from yaml import YAMLError
 
-from smt_hf.command_line import argument, built, check_keys, check_values, described, names_of, read_flags
+from smt_hf.command_line import argument, parse
 from smt_hf.errors import InputError
 from smt_hf.upload import LARGEST_FILE, check_hub_access, check_repo_id, find_problems, refuse, upload
 
@@ -115,9 +115,7 @@ def publish(
         files["README.md"] = len(contents["README.md"])
     notes = []
     if card.data.license is None:
-        notes.append(
-            "README.md names no licence: give one that the data and the base model permit by `--license NAME`."
-        )
+        notes.append("README.md names no licence: give one by `--license NAME` that data and base model permit.")
     if "sample" in json.loads((Path(folder) / "eval_results.json").read_bytes()):
         notes.append("eval_results.json quotes held-out text in `sample`: check that it may be published.")
     if dry_run:
@@ -161,14 +159,8 @@ def parse_publish(argv: list[str]) -> PublishArguments:
         InputError: an unknown flag, a value of another type, or no checkpoint or repository.
         SystemExit: after `--help`.
     """
-    if "--help" in argv or "-h" in argv:
-        lines = ["usage: python recipes/publish.py --checkpoint DIR --repo_id USER/NAME [--dry_run] [--flag ...]", ""]
-        print("\n".join([*lines, *described(PublishArguments, "", {})]))
-        raise SystemExit(0)
-    flags = read_flags(argv)
-    check_keys(flags, names_of(PublishArguments), "argument")
-    check_values(flags, PublishArguments)
-    arguments = built(PublishArguments, flags)
-    if not arguments.checkpoint or not arguments.repo_id:
+    usage = "usage: python recipes/publish.py --checkpoint DIR --repo_id USER/NAME [--dry_run] [--flag ...]"
+    arguments = parse(PublishArguments, argv, usage)
+    if arguments.checkpoint is None or arguments.repo_id is None:
         raise InputError("name what to publish and where: `--checkpoint DIR --repo_id USER/NAME`.")
     return arguments

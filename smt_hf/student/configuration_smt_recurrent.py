@@ -67,10 +67,7 @@ class SMTRecurrentConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         # Here as well as in `validate()`, whose errors are no ValueError.
         self.validate_sizes()
-        if self.intermediate_size is None:
-            self.intermediate_size = 4 * self.hidden_size
-        if self.initializer_range is None:
-            self.initializer_range = (3 * self.hidden_size) ** -0.5
+        derive_sizes(self)
         super().__post_init__(**kwargs)
 
     def validate_sizes(self):
@@ -82,7 +79,7 @@ class SMTRecurrentConfig(PreTrainedConfig):
 
 
 def check_layer_sizes(config: PreTrainedConfig, own_sizes: tuple[str, ...]) -> None:
-    """Refuse what no attention and feed-forward layers can be built from; `None` is a value that is still derived.
+    """Refuse sizes that no attention and feed-forward layers can be built from; `None` is still to be derived.
 
     Args:
         own_sizes: names of the configuration's further fields that must be at least 1.
@@ -107,12 +104,23 @@ def check_layer_sizes(config: PreTrainedConfig, own_sizes: tuple[str, ...]) -> N
         raise ValueError(f"`hidden_act` {config.hidden_act!r} is unknown: choose one of {', '.join(sorted(ACT2FN))}.")
 
 
+def derive_sizes(config: PreTrainedConfig) -> None:
+    """Fill in the two values that follow from `hidden_size` where they are `None`."""
+    if config.intermediate_size is None:
+        config.intermediate_size = 4 * config.hidden_size
+    if config.initializer_range is None:
+        config.initializer_range = (3 * config.hidden_size) ** -0.5
+
+
 def share_weights(folder: str | os.PathLike) -> None:
-    """Give the safetensors files of a saved model the permissions of its `config.json`."""
-    if os.path.exists(os.path.join(folder, "config.json")):  # one process of several has written it
-        permissions = stat.S_IMODE(os.stat(os.path.join(folder, "config.json")).st_mode)
-        for path in glob.glob(os.path.join(glob.escape(os.fspath(folder)), "*.safetensors")):
-            os.chmod(path, permissions)
+    """Give the safetensors files of a saved model or adapter the permissions of its configuration file.
+
+    safetensors makes them readable by their owner alone, whatever the umask is.
+    """
+    inside = glob.escape(os.fspath(folder))
+    for configuration in glob.glob(os.path.join(inside, "*config.json"))[:1]:  # one process of several has written it
+        for path in glob.glob(os.path.join(inside, "*.safetensors")):
+            os.chmod(path, stat.S_IMODE(os.stat(configuration).st_mode))
 
 
 __all__ = ["SMTRecurrentConfig"]

@@ -286,50 +286,31 @@ class SMTRecurrentForCausalLM(SMTRecurrentPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache: Cache | None = None,
         document_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """As [`SMTRecurrentModel.forward`], with logits and a loss.
+        """As [`SMTRecurrentModel.forward`], whose other arguments are taken as well, with logits and a loss.
 
         `logits[:, i]` is read out of the memory after `input_ids[:, : i + 1]` and predicts `input_ids[:, i + 1]`.
 
         Args:
             labels: `(B, T)`, usually the `input_ids`: shifted inside, -100 is ignored. Label smoothing of a plain
-                `transformers.Trainer` takes them before they get here and does not shift them: use our Trainers, which
-                refuse it.
+                `transformers.Trainer` takes the labels before they get here and does not shift them; the Trainers of
+                this package refuse it.
 
         Returns:
-            `loss` (nats a token) if there are labels, `logits` `(B, T or kept, V)`, `past_key_values`,
+            `loss` (nats per token) if there are labels, `logits` `(B, T or kept, V)`, `past_key_values`,
             `hidden_states`.
         """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            logits_to_keep=logits_to_keep,
-            cache=cache,
-            document_ids=document_ids,
-            return_dict=True,
-        )
+        more = {"logits_to_keep": logits_to_keep, "cache": cache, "document_ids": document_ids, "return_dict": True}
+        outputs = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, **more, **kwargs)
         logits = self.lm_head(outputs.last_hidden_state)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
-        )
+        return with_logits(CausalLMOutputWithPast, outputs, logits, loss)
 
     def init_continuous_batching(self, *args, **kwargs):
         """Refused: continuous batching, `cache_implementation="paged"`, pages keys and values.
@@ -404,13 +385,9 @@ class SMTRecurrentForSequenceClassification(SMTRecurrentPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        cache: Cache | None = None,
         **kwargs,
     ) -> SequenceClassifierOutputWithPast:
-        """As [`SMTRecurrentModel.forward`], one row of logits a sequence.
+        """As [`SMTRecurrentModel.forward`], whose other arguments are taken as well, one row of logits per sequence.
 
         Args:
             attention_mask: as there; without one, trailing `pad_token_id`s of `input_ids` are taken for padding.
@@ -423,28 +400,19 @@ class SMTRecurrentForSequenceClassification(SMTRecurrentPreTrainedModel):
         pad = self.config.pad_token_id
         if attention_mask is None and input_ids is not None and pad is not None:
             attention_mask = (input_ids != pad).flip(1).cumsum(1).flip(1) > 0  # from the last other token on
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            logits_to_keep=1,
-            cache=cache,
-            return_dict=True,
-        )
+        more = {**kwargs, "logits_to_keep": 1, "return_dict": True}
+        outputs = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, **more)
         logits = self.score(outputs.last_hidden_state[:, -1])
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, logits=logits, **kwargs)
-        return SequenceClassifierOutputWithPast(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
-        )
+        return with_logits(SequenceClassifierOutputWithPast, outputs, logits, loss)
+
+
+def with_logits(kind, outputs: BaseModelOutputWithPast, logits: torch.Tensor, loss: torch.Tensor | None):
+    """The outputs of [`SMTRecurrentModel`] as those of a model with a head, of the class `kind`."""
+    state = {CACHE_NAME: getattr(outputs, CACHE_NAME)}
+    return kind(loss=loss, logits=logits, hidden_states=outputs.hidden_states, **state)
 
 
 SMTRecurrentConfig.register_for_auto_class()

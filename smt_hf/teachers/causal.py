@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from smt_hf.errors import InputError
 
-from .protocol import DEFAULT_TEACHER, SMTTeacherSizes, register_teacher
+from .protocol import DEFAULT_TEACHER, SMTTeacher, SMTTeacherSizes, register_teacher
 
 READOUTS = ("projection", "registers")
 
@@ -206,7 +205,7 @@ class SMTTeacherBlock(nn.Module):
 
 
 @register_teacher
-class SMTTeacherEncoder(PreTrainedModel):
+class SMTTeacherEncoder(SMTTeacher):
     """`m_t = E(x_{<=t})` for all t from one pass over the tokens [Sec. 3.1, made causal].
 
     The label of the empty prefix is not the teacher's: it is the student's learned `initial_memory`, one tensor for
@@ -215,8 +214,6 @@ class SMTTeacherEncoder(PreTrainedModel):
 
     config_class = SMTTeacherConfig
     config: SMTTeacherConfig
-    base_model_prefix = "teacher"
-    supports_gradient_checkpointing = False
     _no_split_modules = ["SMTTeacherBlock"]
     has_next_token_head = True
     labels_all_positions = True
@@ -239,58 +236,20 @@ class SMTTeacherEncoder(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        if isinstance(module, nn.Linear):
-            fan_in = module.in_features / self.config.hidden_size
-            init.normal_(module.weight, std=self.config.initializer_range * fan_in**-0.5)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=1.0)
-        elif isinstance(module, nn.RMSNorm):
-            init.ones_(module.weight)
-        elif isinstance(module, SMTTeacherConvolution):
+        super()._init_weights(module)
+        if isinstance(module, SMTTeacherConvolution):
             init.zeros_(module.weight)
             init.ones_(module.weight[0])
-        elif isinstance(module, SMTTeacherEncoder) and self.config.memory_readout == "registers":
+        elif module is self and self.config.memory_readout == "registers":
             init.normal_(module.registers, std=0.5)
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        initial_memory: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        document_ids: torch.Tensor | None = None,
-        return_logits: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Memory labels of prefixes.
-
-        Args:
-            input_ids: `(B, T)`.
-            positions: `(S,)` or `(B, S)`, numbers of tokens read, 0 .. T, padding counted.
-            initial_memory: `(K, D)`, the label of an empty prefix (RMS-normalised, the student's `start_memory()`).
-            attention_mask: `(B, T)`; padding anywhere is as if it were not there: the label after it is the one
-                before it.
-            document_ids: `(B, T)`, constant inside a document; labels hold nothing of earlier documents in the row.
-            return_logits: also return the teacher's own next-token logits.
-
-        Returns:
-            `(B, S, K, D)`, each memory token RMS-normalised; with `return_logits` also `(B, S, V)`, whose row at a
-            position 0 is all zeros (the teacher predicts nothing from nothing).
-        """
-        batch, length = input_ids.shape
-        positions = positions.expand(batch, -1) if positions.dim() == 1 else positions
-        if attention_mask is not None:
-            # Drop the padding: bring the real tokens of each row to the front and translate the positions.
-            keep = attention_mask.bool()
-            order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)
-            input_ids = input_ids.gather(1, order)
-            document_ids = None if document_ids is None else document_ids.gather(1, order)
-            counts = F.pad(keep.long().cumsum(1), (1, 0))
-            positions = counts.gather(1, positions)
+    def encode(self, input_ids, positions, document_ids, with_states):
+        """As in [`SMTTeacher`]: one causal pass, read at the last token of every prefix."""
         last = (positions - 1).clamp(min=0)  # the row of the last token read
         tokens, registers, visible = self.embed_tokens(input_ids), None, None
         if self.config.memory_readout == "registers":
-            registers = self.registers.expand(batch, positions.shape[1], -1, -1)
-            time = torch.arange(length, device=input_ids.device)
+            registers = self.registers.expand(*positions.shape, -1, -1)
+            time = torch.arange(input_ids.shape[1], device=input_ids.device)
             visible = (time < positions[..., None]) & (time >= (positions - self.config.sliding_window)[..., None])
             if document_ids is not None:
                 visible = visible & (document_ids[:, None] == document_ids.gather(1, last)[..., None])
@@ -299,26 +258,17 @@ class SMTTeacherEncoder(PreTrainedModel):
             tokens, registers = layer(tokens, registers, positions, visible, document_ids)
             if registers is None:
                 collected.append(self.norm(tokens))
+
+        def at_positions(states):
+            return states.gather(1, last[..., None].expand(-1, -1, states.shape[-1]))
+
         if registers is None:
-            states = torch.cat(collected, dim=-1)
-            states = states.gather(1, last[..., None].expand(-1, -1, states.shape[-1]))
-            memories = self.memory_proj(states)
+            memories = self.memory_proj(at_positions(torch.cat(collected, dim=-1)))
         else:
             memories = self.memory_proj(self.norm(registers))
-        # Under autocast the projection is of half precision; a memory is not.
-        memories = memories.view(batch, -1, self.config.num_memory_tokens, self.config.memory_size).to(
-            initial_memory.dtype
-        )
-        memories = F.rms_norm(memories, memories.shape[-1:], eps=self.config.rms_norm_eps)
-        empty = (positions == 0)[..., None, None]
-        memories = torch.where(empty, initial_memory.to(memories.dtype), memories)
-        if not return_logits:
-            return memories
-        states = (collected[-1] if collected else self.norm(tokens)).gather(
-            1, last[..., None].expand(-1, -1, tokens.shape[-1])
-        )
-        logits = self.lm_head(states).masked_fill((positions == 0)[..., None], 0.0)
-        return memories, logits
+        if not with_states:
+            return memories, None
+        return memories, at_positions(collected[-1] if collected else self.norm(tokens))
 
 
 __all__ = ["SMTTeacherConfig", "SMTTeacherEncoder"]

@@ -11,17 +11,21 @@ its configuration (`vocab_size`, `num_memory_tokens` [K], `memory_size` [D]), by
   position from tokens of its own, so that callers ask for few positions per pass.
 - `teacher(input_ids, positions, initial_memory, attention_mask=None, document_ids=None, return_logits=False)` returns
   memories `(B, S, K, D)`, each memory token RMS-normalised, and with `return_logits` also next-token logits
-  `(B, S, V)`. [`SMTTeacherEncoder.forward`] describes the arguments.
+  `(B, S, V)`. [`SMTTeacher.forward`] describes the arguments.
 """
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
+import torch
+import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
+from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
 
 from smt_hf.errors import InputError
-from smt_hf.student.configuration_smt_recurrent import check_layer_sizes
+from smt_hf.student.configuration_smt_recurrent import check_layer_sizes, derive_sizes, share_weights
 
 # The teacher that is meant where no `model_type` is given.
 DEFAULT_TEACHER = "smt_teacher"
@@ -76,12 +80,12 @@ class SMTTeacherSizes(PreTrainedConfig):
     """Fields and checks that the teachers of this package share; their docstrings describe the fields."""
 
     vocab_size: int = 258
+    num_memory_tokens: int = 4
+    memory_size: int = 64
     hidden_size: int = 96
     intermediate_size: int | None = None
     num_hidden_layers: int = 2
     num_attention_heads: int = 4
-    num_memory_tokens: int = 4
-    memory_size: int = 64
     hidden_act: str = "gelu"
     rope_theta: float | int = 10000.0
     rms_norm_eps: float = 1e-6
@@ -92,10 +96,7 @@ class SMTTeacherSizes(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.validate_sizes()
-        if self.intermediate_size is None:
-            self.intermediate_size = 4 * self.hidden_size
-        if self.initializer_range is None:
-            self.initializer_range = (3 * self.hidden_size) ** -0.5
+        derive_sizes(self)
         super().__post_init__(**kwargs)
 
     def validate_sizes(self):
@@ -104,3 +105,93 @@ class SMTTeacherSizes(PreTrainedConfig):
             check_layer_sizes(self, ("num_hidden_layers", "memory_size", *self.own_sizes))
         except ValueError as error:
             raise InputError(f"the teacher's {error}") from None
+
+
+class SMTTeacher(PreTrainedModel):
+    """What the teachers of this package share; a subclass names its `config_class` and computes `encode`."""
+
+    base_model_prefix = "teacher"
+    supports_gradient_checkpointing = False
+    has_next_token_head: bool
+    labels_all_positions: bool
+
+    def encode(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, document_ids: torch.Tensor | None, with_states: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What stands at the given positions of rows without padding inside.
+
+        Args:
+            input_ids, document_ids: `(B, T)`; real tokens first.
+            positions: `(B, S)`, numbers of real tokens read; what is returned for 0 is not used.
+            with_states: whether the second result is needed.
+
+        Returns:
+            The memories before normalisation, viewable as `(B, S, K, D)`, and the states `(B, S, E)` that the
+            next-token head reads (`None` for a teacher without one).
+        """
+        raise NotImplementedError
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        initial_memory: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        return_logits: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Memory labels of prefixes.
+
+        Args:
+            input_ids: `(B, T)`.
+            positions: `(S,)` or `(B, S)`, numbers of tokens read, 0 .. T, padding counted.
+            initial_memory: `(K, D)`, the label of an empty prefix (RMS-normalised, the student's `start_memory()`).
+            attention_mask: `(B, T)`; padding anywhere is as if it were not there: the label after it is the one
+                before it.
+            document_ids: `(B, T)`, constant inside a document; labels hold nothing of earlier documents in the row.
+            return_logits: also return the teacher's own next-token logits.
+
+        Returns:
+            `(B, S, K, D)`, each memory token RMS-normalised; with `return_logits` also `(B, S, V)`, whose row at a
+            position 0 is all zeros (the teacher predicts nothing from nothing).
+
+        Raises:
+            InputError: logits of a teacher without a next-token head.
+        """
+        if return_logits and not self.has_next_token_head:
+            raise InputError(
+                f"a {self.config.model_type} has no next-token head to return logits of; set `teacher_weight` to 0, as "
+                "the published method does."
+            )
+        batch = input_ids.shape[0]
+        positions = positions.expand(batch, -1) if positions.dim() == 1 else positions
+        if attention_mask is not None:
+            # Drop the padding: bring the real tokens of each row to the front and translate the positions.
+            keep = attention_mask.bool()
+            order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)
+            input_ids = input_ids.gather(1, order)
+            document_ids = None if document_ids is None else document_ids.gather(1, order)
+            positions = F.pad(keep.long().cumsum(1), (1, 0)).gather(1, positions)
+        memories, states = self.encode(input_ids, positions, document_ids, return_logits)
+        # Under autocast the layers are of half precision; a memory is not.
+        memories = memories.view(batch, -1, *initial_memory.shape).to(initial_memory.dtype)
+        memories = F.rms_norm(memories, memories.shape[-1:], eps=self.config.rms_norm_eps)
+        memories = torch.where((positions == 0)[..., None, None], initial_memory, memories)
+        if states is None:
+            return memories
+        return memories, self.get_output_embeddings()(states).masked_fill((positions == 0)[..., None], 0.0)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, nn.Linear):
+            fan_in = module.in_features / self.config.hidden_size
+            init.normal_(module.weight, std=self.config.initializer_range * fan_in**-0.5)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=1.0)
+        elif isinstance(module, nn.RMSNorm):
+            init.ones_(module.weight)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers, with weights that are as readable as `config.json`."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        share_weights(save_directory)

@@ -9,13 +9,10 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from smt_hf.errors import InputError
-
 from .causal import SMTTeacherBlock
-from .protocol import SMTTeacherSizes, register_teacher
+from .protocol import SMTTeacher, SMTTeacherSizes, register_teacher
 
 
 @strict
@@ -23,14 +20,9 @@ class SMTWindowedTeacherConfig(SMTTeacherSizes):
     """Configuration of [`SMTWindowedTeacher`].
 
     Args:
-        vocab_size: number of tokens [V].
-        hidden_size: width of the encoder [E].
-        intermediate_size: width of the feed-forward layers; `None` means `4 * hidden_size`.
-        num_hidden_layers: bidirectional Transformer blocks.
-        num_attention_heads: must divide `hidden_size` into even head widths (RoPE).
         context_length: tokens of a window [T_c, 256 in the paper]; a memory label depends on them and on nothing else.
-        num_memory_tokens, memory_size: shape of a memory [K, D]; must be the student's.
-        hidden_act, rope_theta, rms_norm_eps, initializer_range: as in `SMTRecurrentConfig`.
+        vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_memory_tokens,
+        memory_size, hidden_act, rope_theta, rms_norm_eps, initializer_range: as in `SMTTeacherConfig`.
 
     Raises:
         InputError: a size is out of range, a name unknown, or the heads do not divide the width.
@@ -67,7 +59,7 @@ class SMTWindowedTeacherBlock(SMTTeacherBlock):
 
 
 @register_teacher
-class SMTWindowedTeacher(PreTrainedModel):
+class SMTWindowedTeacher(SMTTeacher):
     """`m_t = E(x_{t-T_c}, .., x_{t-1})`: K learned registers behind the window become the memory [Sec. 3.1].
 
     Every (row, position) is a window of its own, `S * (context_length + K)` tokens a row: supervise few positions. A
@@ -78,8 +70,6 @@ class SMTWindowedTeacher(PreTrainedModel):
 
     config_class = SMTWindowedTeacherConfig
     config: SMTWindowedTeacherConfig
-    base_model_prefix = "teacher"
-    supports_gradient_checkpointing = False
     _no_split_modules = ["SMTWindowedTeacherBlock"]
     has_next_token_head = False
     labels_all_positions = False
@@ -95,61 +85,20 @@ class SMTWindowedTeacher(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        if isinstance(module, nn.Linear):
-            fan_in = module.in_features / self.config.hidden_size
-            init.normal_(module.weight, std=self.config.initializer_range * fan_in**-0.5)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=1.0)
-        elif isinstance(module, nn.RMSNorm):
-            init.ones_(module.weight)
-        elif isinstance(module, SMTWindowedTeacher):
+        super()._init_weights(module)
+        if module is self:
             init.normal_(module.registers, std=0.5)
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        initial_memory: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        document_ids: torch.Tensor | None = None,
-        return_logits: bool = False,
-    ) -> torch.Tensor:
-        """Memory labels of the windows that end at the given positions.
+    def encode(self, input_ids, positions, document_ids, with_states):
+        """As in [`SMTTeacher`]: one bidirectional pass per position over the window that ends there.
 
-        Args:
-            input_ids: `(B, T)`.
-            positions: `(S,)` or `(B, S)`, numbers of tokens read, 0 .. T, padding counted.
-            initial_memory: `(K, D)`, the label of an empty prefix (RMS-normalised, the student's `start_memory()`).
-            attention_mask: `(B, T)`; padding anywhere is as if it were not there: the label after it is the one
-                before it, and it takes no place in a window.
-            document_ids: `(B, T)`, constant inside a document; no window reaches into an earlier document of the row.
-            return_logits: must be false; part of the protocol of teachers.
-
-        Returns:
-            `(B, S, K, D)`, each memory token RMS-normalised.
-
-        Raises:
-            InputError: logits were asked for.
+        Padding takes no place in a window, and no window reaches into an earlier document of the row.
         """
-        if return_logits:
-            raise InputError(
-                "the windowed teacher sees both sides of every token and has no next-token head to return logits "
-                "of; set `teacher_weight` to 0, as the published method does."
-            )
-        batch, length = input_ids.shape
-        positions = positions.expand(batch, -1) if positions.dim() == 1 else positions
-        width, num_registers = min(self.config.context_length, length), self.config.num_memory_tokens
-        order = None
-        if attention_mask is not None:
-            # Count real tokens only: where the n-th of them stands, and how many are among the first p tokens.
-            keep = attention_mask.bool()
-            order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)
-            positions = F.pad(keep.long().cumsum(1), (1, 0)).gather(1, positions)
+        width, num_registers = min(self.config.context_length, input_ids.shape[1]), self.config.num_memory_tokens
         # The window of every position, (B, S, W); a number below 0 is before the text.
         numbers = positions[..., None] + torch.arange(-width, 0, device=input_ids.device)
         visible = numbers >= 0
         index = numbers.clamp(min=0).flatten(1)
-        index = index if order is None else order.gather(1, index)
         if document_ids is not None:
             documents = document_ids.gather(1, index).view(numbers.shape)
             visible = visible & (documents == documents[..., -1:])
@@ -162,10 +111,7 @@ class SMTWindowedTeacher(PreTrainedModel):
         for layer in self.layers[:-1]:
             states = layer(states, places, visible)
         states = self.layers[-1](states, places, visible, num_registers)
-        memories = self.memory_proj(self.norm(states)).view(batch, -1, num_registers, self.config.memory_size)
-        # Under autocast the layers are of half precision; a memory is not.
-        memories = F.rms_norm(memories.to(initial_memory.dtype), memories.shape[-1:], eps=self.config.rms_norm_eps)
-        return torch.where((positions == 0)[..., None, None], initial_memory.to(memories.dtype), memories)
+        return self.memory_proj(self.norm(states)), None
 
 
 __all__ = ["SMTWindowedTeacher", "SMTWindowedTeacherConfig"]

@@ -1,4 +1,4 @@
-"""LoRA on the student (Hu et al. 2021, by PEFT): a cheap second phase, or a cheap fine-tuning."""
+"""LoRA on the student (Hu et al. 2021, by PEFT), for a cheap second phase or a cheap fine-tuning."""
 
 import copy
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from smt_hf.errors import InputError
 from smt_hf.student import SMTRecurrentForCausalLM
 
 if TYPE_CHECKING:
@@ -18,11 +19,16 @@ LORA_PARTS = ("updater", "readout")
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Args:
-    rank: of the two factors that a weight's change is written as.
-    alpha: the change is scaled by `alpha / rank`.
-    dropout: on the input of the change.
-    parts: of `LORA_PARTS`, where the layers are put.
+    """Sizes of the LoRA layers, and the parts of the student that get them.
+
+    Args:
+        rank: rank of the change of a weight, which is the product of two factors.
+        alpha: the change is scaled by `alpha / rank`.
+        dropout: probability of dropout on the input of the change.
+        parts: some of `LORA_PARTS`.
+
+    Raises:
+        InputError: a value is out of range, or a part is unknown.
     """
 
     rank: int = 8
@@ -32,20 +38,20 @@ class LoraSettings:
 
     def __post_init__(self):
         if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
-            raise ValueError(
+            raise InputError(
                 f"LoRA needs a rank of at least 1, an alpha above 0 and a dropout in [0, 1), got {self.rank}, "
                 f"{self.alpha} and {self.dropout}."
             )
         if not self.parts or set(self.parts) - set(LORA_PARTS):
-            raise ValueError(f"LoRA layers go into {' and '.join(LORA_PARTS)}, got {', '.join(self.parts) or 'none'}.")
+            raise InputError(f"LoRA layers go into {' and '.join(LORA_PARTS)}, got {', '.join(self.parts) or 'none'}.")
 
 
 def add_lora(student: SMTRecurrentForCausalLM, settings: LoraSettings | None = None) -> "PeftModel":
-    """Put LoRA layers into `student`, in place, and freeze everything else.
+    """Put LoRA layers into `student`, in place, and freeze all other parameters.
 
     Returns:
-        PEFT's view of the same student: `save_pretrained` writes the adapter alone, `merge_and_unload` puts its change
-        into the weights and takes the layers out again.
+        PEFT's view of the same student: `save_pretrained` writes the adapter alone, `merge_and_unload` adds its change
+        to the weights and removes the layers.
     """
     from peft import LoraConfig, get_peft_model  # slow to import, and few runs need it
 
@@ -74,7 +80,7 @@ def has_lora(student: nn.Module) -> bool:
 
 
 def merged_copy(student: SMTRecurrentForCausalLM) -> SMTRecurrentForCausalLM:
-    """A copy of a student with LoRA layers, in which their change is part of the weights."""
+    """A copy of a student that has LoRA layers: their change is added to its weights and the layers are removed."""
     merged = copy.deepcopy(student)
     for parent in list(merged.modules()):
         for name, child in list(parent.named_children()):

@@ -1,21 +1,15 @@
 """What a launch has turned out to be, against what was asked for."""
 
-import atexit
 import contextlib
 import os
-import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from smt_hf.errors import InputError
-
-from .stopping import Interrupted
 
 # Set by `accelerate launch`, for a single process too.
 _LAUNCHED = "ACCELERATE_MIXED_PRECISION"
@@ -120,25 +114,3 @@ def settle_deepspeed() -> None:
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
     if not torch.accelerator.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def run_to_end(function: Callable[..., Any], *arguments) -> None:
-    """What a recipe's `main` does: call `function`, and end as a shell expects after a signal: 128 + its number."""
-    code = 0
-    try:
-        function(*arguments)
-    except Interrupted as stopped:
-        if PartialState().is_main_process:
-            print(f"\n{stopped}", flush=True)
-        code = 128 + stopped.signal_number
-    if torch.distributed.is_available() and torch.distributed.is_initialized():  # of one process, too
-        # A wrapped model keeps Gloo's threads alive after its group is destroyed, and one that lets go of a Python
-        # tensor while the interpreter shuts down aborts the process (pytorch/pytorch#179291): end before it does.
-        PartialState().destroy_process_group()
-        threading._shutdown()  # type: ignore[attr-defined]
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    if code:
-        raise SystemExit(code)

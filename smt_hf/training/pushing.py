@@ -107,14 +107,12 @@ class StudentPushingTrainer(Trainer):
             job.result()
 
     def _upload(self, folder: Path, message: str, place="", run_as_future=False, token=None, revision=None):
-        content = {
-            "folder": folder,
-            "files": check_files(folder),
-            "repo_id": str(self.hub_model_id),
-            "commit_message": message,
-            "path_in_repo": place,
+        what = (folder, check_files(folder), str(self.hub_model_id), message, place)
+        settings = {
             "private": self.args.hub_private_repo,
             "revision": revision or self.args.hub_revision,
             "token": token or self.args.hub_token,
         }
-        return _background().run_as_future(upload, **content) if run_as_future else upload(**content)
+        if run_as_future:
+            return _background().run_as_future(upload, *what, **settings)
+        return upload(*what, **settings)

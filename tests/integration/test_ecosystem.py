@@ -19,8 +19,10 @@ from transformers import (
 
 from smt_hf import SMTRecurrentCache
 from smt_hf.data import byte_tokenizer
+from smt_hf.errors import InputError
 from smt_hf.experiments import continue_text
 from smt_hf.experiments.continuation import parse_generate
+from smt_hf.experiments.finetuning import load_checkpoint
 from tests.conftest import UPDATERS, make_student
 
 ROOT = Path(__file__).parents[2]
@@ -104,20 +106,62 @@ def test_continuation(checkpoint, tmp_path, capsys):
     expected = tokenizer.decode(model.generate(ids, **GREEDY)[0, ids.shape[1] :])
     rest = continue_text(parse_generate([*words[:-1], "x = ", "--max_new_tokens", "8", "--load_state", str(state)]))
     assert rest == expected
-    with pytest.raises(FileExistsError, match="overwrite"):
+    with pytest.raises(InputError, match="overwrite"):
         continue_text(parse_generate([*words, "--save_state", str(state)]))
 
 
 def test_continuation_refuses(tmp_path, capsys):
-    with pytest.raises(ValueError, match="name a checkpoint"):
-        continue_text(parse_generate([]))
-    with pytest.raises(ValueError, match="did you mean 'prompt'"):
-        parse_generate(["--promt", "a"])
-    with pytest.raises(ValueError, match="no checkpoint"):
-        continue_text(parse_generate(["--checkpoint", str(tmp_path), "--prompt", "a"]))
-    assert parse_generate(["--checkpoint", "x", "--prompt", "--x = 3"]).prompt == "--x = 3"
-    with pytest.raises(ValueError, match="needs a value"):
-        parse_generate(["--prompt"])
+    folder = tmp_path / "checkpoint"
+    make_student(vocab_size=258).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    other = SMTRecurrentCache()
+    other.layers[0].update_memory(torch.zeros(1, 1, 5, 7))
+    other.save(tmp_path / "other.safetensors")
+    given = ["--checkpoint", str(folder), "--prompt", "a"]
+    for words, message in (
+        ([], "name a checkpoint"),
+        (["--checkpoint", str(tmp_path), "--prompt", "a"], "no checkpoint"),
+        ([*given[:3], "a\udce9"], "not text in UTF-8"),
+        ([*given, "--temperature", "-1"], "`temperature` must be a number of 0 or more, got -1"),
+        ([*given, "--temperature", "nan"], "`temperature`"),
+        ([*given, "--top_p", "0"], "`top_p` must be above 0"),
+        ([*given, "--top_p", "1.5"], "`top_p`"),
+        ([*given, "--max_new_tokens", "0"], "`max_new_tokens` must be 1 or more"),
+        ([*given, "--seed", "-1"], "`seed`"),
+        ([*given, "--save_state", str(tmp_path / "none" / "state")], "`save_state` .* cannot be written"),
+        ([*given, "--save_state", str(tmp_path)], "`save_state` .* cannot be written"),
+        ([*given, "--load_state", str(tmp_path / "none")], "`load_state` .* cannot be read"),
+        ([*given, "--load_state", str(folder / "config.json")], "`load_state` .* not a safetensors file"),
+        ([*given, "--load_state", str(tmp_path / "other.safetensors")], "5 memory tokens of width 7"),
+    ):
+        with pytest.raises(InputError, match=message):
+            continue_text(parse_generate(words))
+    assert capsys.readouterr().out == ""  # all of it before a token is generated
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_truncated_checkpoint_is_named(tmp_path, name):
+    make_student(vocab_size=258).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"no checkpoint could be loaded from .*complete"):
+        load_checkpoint(str(tmp_path))
+
+
+def test_the_prompt_is_any_text(capsys):
+    given = ["--checkpoint", "x"]
+    for words in (["--prompt", "--x = 3"], ["--prompt=--x = 3"]):
+        assert parse_generate([*given, *words, "--seed", "3"]).prompt == "--x = 3"
+    assert parse_generate(["--prompt", "--help", *given]).prompt == "--help"
+    assert parse_generate([*given, "--prompt=hello"]).prompt == "hello" and parse_generate(["--prompt="]).prompt == ""
+    for words, message in (
+        (["--prompt"], "needs a value"),
+        (["--prompt", "hello", "world"], "unexpected argument 'world'"),
+        (["--promt", "a"], "did you mean 'prompt'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_generate(words)
     with pytest.raises(SystemExit):
         parse_generate(["--help"])
     assert "--save_state" in capsys.readouterr().out

@@ -50,7 +50,7 @@ def test_instructions(checkpoint, tmp_path, monkeypatch, capsys, use_peft):
     tokens = torch.randint(0, 258, (2, 9))
     assert AutoTokenizer.from_pretrained(tmp_path / "out" / "student").eos_token_id == 256
     card = ModelCard.load(tmp_path / "out" / "student" / "README.md")
-    assert "Fine-tuned" in card.text and "`checkpoint`" in card.text and str(tmp_path) not in card.content
+    assert "fine-tuned" in card.text and "`checkpoint`" in card.text and str(tmp_path) not in card.content
     assert ("LoRA of rank 4" in card.text) == use_peft == (tmp_path / "out" / "adapter").exists()
     if use_peft:
         base = AutoModelForCausalLM.from_pretrained(checkpoint)
@@ -67,6 +67,21 @@ def test_instructions(checkpoint, tmp_path, monkeypatch, capsys, use_peft):
     with pytest.raises(ValueError, match="lora.alpha" if use_peft else "learning_rate"):
         more = ["--lora_alpha", "3"] if use_peft else ["--weight_decay", "0.3", "--learning_rate", "0.02"]
         run(*words, "--resume_from_checkpoint", *more, cwd=tmp_path, monkeypatch=monkeypatch, quick=QUICK[:2])
+
+
+def test_examples_left_out_are_named(checkpoint, tmp_path, monkeypatch, capsys):
+    """Before the split, by their lines in the file; `--train_file` takes the names that a shell makes of a glob."""
+    path = sums(tmp_path / "sums.jsonl", 20)
+    lines = path.read_text().splitlines()
+    lines[2] = json.dumps({"prompt": "1+1=", "completion": ""})
+    lines[4:4] = ["", json.dumps({"prompt": "x" * 600, "completion": "y"})]
+    path.write_text("\n".join(lines))
+    words = ["--checkpoint", checkpoint, "--train_file", path, sums(tmp_path / "more.jsonl", 20), "--output_dir", "out"]
+    results = run(*words, cwd=tmp_path, monkeypatch=monkeypatch, quick=["--max_steps", "1", *QUICK[4:]])
+    printed = capsys.readouterr().out
+    assert "35 examples, 4 held out" in printed and results["data"]["name"] == "sums.jsonl and 1 more"
+    assert f"left out 1 with no answer: {path}, line 3\n" in printed
+    assert f"left out 1 with too many tokens: {path}, line 6\n" in printed
 
 
 def test_text(checkpoint, text_file, tmp_path, monkeypatch):
@@ -110,7 +125,24 @@ def test_bad_input(checkpoint, tmp_path, monkeypatch):
     weights = load_file(broken / "model.safetensors")
     del weights["model.initial_memory"]
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    files = {
+        "sharegpt": {"conversations": [{"from": "human", "value": "a"}]},
+        "alpaca": {"instruction": "a", "input": "", "output": "b"},
+        "role": {"messages": [{"content": "a"}]},
+        "empty": {"prompt": "a", "completion": ""},
+        "both": {"text": "a", "body": "b"},
+    }
+    for name, row in files.items():
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 12)
+    of = lambda name: ["--checkpoint", checkpoint, "--train_file", tmp_path / f"{name}.jsonl"]  # noqa: E731
     cases = [
+        (of("sharegpt"), "ShareGPT"),
+        (of("alpaca"), "Alpaca"),
+        (of("role"), r"role\.jsonl, line 1: message 1 of `messages` has no `role`"),
+        (of("empty"), "12 have no answer"),
+        ([*of("both"), "--text_column", "boddy"], "needs a column 'boddy'"),
+        ([*of("few"), "--validation_file", tmp_path / "both.jsonl"], r"both\.jsonl, line 1 has neither `messages`"),
+        ([*of("few"), "--lora_r", "2"], "`lora_r` has no effect without `use_peft`"),
         ([], "--checkpoint DIR_OR_REPO"),
         (["--checkpoint", tmp_path / "missing", "--train_file", few], "no checkpoint"),
         (["--checkpoint", checkpoint, "--train_file", few], "ten or more"),

@@ -65,7 +65,7 @@ ENDS = """
 import atexit, os, sys
 import torch
 from accelerate import PartialState
-from smt_hf.training.launch import run_to_end
+from smt_hf.recipe import run_to_end
 
 class Finalised:
     def __del__(self, abort=os.abort):

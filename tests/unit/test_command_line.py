@@ -1,15 +1,105 @@
 """Flags and YAML into dataclasses."""
 
+from dataclasses import dataclass
+
 import pytest
 
+from smt_hf import command_line
+from smt_hf.command_line import argument, parse
+from smt_hf.errors import InputError
 from smt_hf.experiments.grid_file import parse_grid
 from smt_hf.experiments.run_arguments import help_text, parse_run
+
+
+@dataclass
+class Arguments:
+    config: str | None = argument(None, "YAML file.")
+    output_dir: str = argument("here", "Folder.")
+    files: list[str] | None = argument(None, "Several words.")
+    prompt: str | None = argument(None, "Any text.", is_text=True)
+    count: int | None = argument(3, "A number.")
+    bold: bool = argument(True, "A switch.")
+    more: dict | str | None = argument(None, "Pairs.")
 
 
 def write(tmp_path, content):
     path = tmp_path / "run.yaml"
     path.write_text(content)
     return str(path)
+
+
+@pytest.mark.parametrize(
+    "words, name, value",
+    [
+        (["--count", "-4"], "count", -4),
+        (["--count=4"], "count", 4),
+        (["--bold", "false"], "bold", False),
+        (["--bold"], "bold", True),
+        (["--files", "a.txt", "b.txt"], "files", ["a.txt", "b.txt"]),
+        (["--files", "a.txt"], "files", ["a.txt"]),
+        (["--prompt", "--count"], "prompt", "--count"),
+        (["--prompt", ""], "prompt", ""),
+        (["--prompt=a $NOWHERE ~"], "prompt", "a $NOWHERE ~"),
+        (["--output_dir", "~/runs"], "output_dir", "/home/me/runs"),
+        (["--output-dir", "${PLACE}/x"], "output_dir", "/data/x"),
+        (["--files", "~/a", "$PLACE/b"], "files", ["/home/me/a", "/data/b"]),
+    ],
+)
+def test_one_flag(words, name, value, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("PLACE", "/data")
+    assert getattr(parse(Arguments, words, "usage"), name) == value
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--cuont 3", "unknown argument 'cuont': did you mean 'count'"),
+        ("--count many", "`--count`: invalid int value: 'many'"),
+        ("--count", "`--count` needs a value"),
+        ("--output_dir a b c d", r"takes one value, got 4 \(a, b, c, ...\): quote a pattern"),
+        ("--output_dir $NOWHERE/x", "the environment variable NOWHERE is not set"),
+        ("--output_dir=", "`output_dir` is empty"),
+        ("--prompt a b", "unexpected argument 'b'"),
+        ("--bold perhaps", "bold"),
+        ("stray", "unexpected argument 'stray'"),
+    ],
+)
+def test_one_flag_is_refused(words, message):
+    with pytest.raises(InputError, match=message):
+        parse(Arguments, words.split(), "usage")
+
+
+def test_yaml_below_flags(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    path = write(tmp_path, "count: null\noutput_dir: ~/runs\nmore: {a: 1}\nbold: no\nfiles: [no, 2]\n")
+    arguments = parse(Arguments, ["--config", path], "usage")
+    assert arguments.count is None and arguments.output_dir == "/home/me/runs" and not arguments.bold
+    assert arguments.more == '{"a": 1}' and arguments.files == ["no", "2"]  # YAML 1.2: `no` is a word
+    assert parse(Arguments, ["--config", path, "--count", "5"], "usage").count == 5
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("count: 1\nbold: true\ncount: 2\n", "`count` is given twice, in lines 1 and 3"),
+        ("more:\n  a: 1\n  a: 2\n", "`a` is given twice"),
+        ("output_dir: null\n", "`output_dir` needs a value, got null"),
+        ("output_dir: ''\n", "`output_dir` is empty"),
+        ("output_dir: {a: 1}\n", "takes one value"),
+    ],
+)
+def test_yaml_is_refused(tmp_path, content, message):
+    with pytest.raises(InputError, match=message):
+        parse(Arguments, ["--config", write(tmp_path, content)], "usage")
+
+
+def test_a_renamed_flag_works_with_a_warning(monkeypatch):
+    monkeypatch.setattr(command_line, "RENAMED", {"number": "count"})
+    with pytest.warns(FutureWarning, match="`number` is called `count` now"):
+        assert parse(Arguments, ["--number", "7"], "usage").count == 7
+    with pytest.raises(InputError, match="both are given"):
+        parse(Arguments, ["--number", "7", "--count", "7"], "usage")
 
 
 def test_defaults():
@@ -56,6 +146,50 @@ def test_the_other_kind_of_teacher():
     }
 
 
+def test_the_published_teacher_has_no_loss_of_its_own():
+    """The README's flags work as they stand, and say what follows from them."""
+    words = ["--teacher_model_type", "smt_windowed_teacher", "--smt_num_supervised_transitions", "1"]
+    parsed = parse_run(words)
+    assert parsed.phases[0].teacher_weight == 0.0
+    assert parsed.notes == ["smt: teacher_weight 1.0 -> 0.0 (smt_windowed_teacher has no next-token head)"]
+    assert parse_run([*words, "--teacher_weight", "0"]).notes == []
+
+
+@pytest.mark.parametrize(
+    "words, noted",
+    [
+        ("--phases bptt --predictive_weight 1", "`predictive_weight` does nothing here: no phase of bptt has it"),
+        ("--phases bptt --teacher_hidden_size 8", "`teacher_hidden_size` does nothing here"),
+        ("--lora_r 4", "`lora_r` does nothing here: it needs `use_peft`"),
+        ("--phases smt --bptt_max_steps 5", None),  # promised: the flags of a phase that does not run are accepted
+        ("--phases smt --compare_bptt --carries_memory true", None),
+    ],
+)
+def test_what_does_nothing_is_said(words, noted):
+    notes = parse_run(words.split()).notes
+    assert notes == [] if noted is None else noted in notes[0]
+
+
+def test_when_a_phase_is_evaluated():
+    """Ten times, unless the user says otherwise."""
+
+    def evaluation(words):
+        smt = parse_run(["--phases", "smt", "--max_steps", "50", *words.split()]).phases[0]
+        return smt.eval_strategy.value, smt.eval_steps, smt.evaluates_by_seconds
+
+    assert evaluation("") == ("steps", 5, True)
+    assert evaluation("--eval_steps 7") == ("steps", 7, True)
+    assert evaluation("--eval_strategy no")[0] == "no" and not evaluation("--eval_strategy no --max_seconds 3")[2]
+    assert evaluation("--eval_strategy steps --eval_steps 9")[:2] == ("steps", 9)
+    assert evaluation("--max_seconds 3")[2]
+    assert parse_run(["--compare_bptt"]).rival.eval_strategy.value == "no"
+
+
+def test_null_is_none(tmp_path):
+    (smt,) = parse_run(["--phases", "smt", "--config", write(tmp_path, "save_total_limit: null\n")]).phases
+    assert smt.save_total_limit is None
+
+
 def test_yaml_and_precedence(tmp_path):
     path = write(
         tmp_path,
@@ -75,7 +209,9 @@ def test_yaml_and_precedence(tmp_path):
 
 def test_booleans_and_bare_flags():
     parsed = parse_run(["--compare_bptt", "--resume_from_checkpoint", "--continue_previous_phase", "false"])
-    assert parsed.run.compare_bptt is True and parsed.run.resume_from_checkpoint == "True"
+    assert parsed.run.compare_bptt is True and parsed.run.resume is True
+    assert parse_run(["--resume_from_checkpoint", "x/checkpoint-3"]).run.resume == "x/checkpoint-3"
+    assert parse_run([]).run.resume is False is parse_run(["--resume_from_checkpoint", "False"]).run.resume
     assert not parsed.phases[-1].continue_previous_phase
 
 
@@ -93,6 +229,10 @@ def test_booleans_and_bare_flags():
         ("--teacher_kontext_length 7", "did you mean 'teacher_context_length'"),
         ("stray", "unexpected argument"),
         ("--config missing.yaml", "cannot read"),
+        ("--dmt_predictive_weight 1", "the dmt phase has no `predictive_weight`, only smt"),
+        ("--teacher_model_type windowed", "unknown teacher `model_type` 'windowed'"),
+        ("--teacher_model_type smt_windowed_teacher --teacher_weight 0.5", "has no next-token head"),
+        ("--optim sgdd", "optim"),
     ],
 )
 def test_refusals(words, message):
@@ -122,6 +262,11 @@ def test_help(capsys):
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert text.strip() == help_text().strip()
+    first = "\n".join(text.splitlines()[:15])
+    for name in ("--train_file", "--output_dir", "--phases", "--max_steps", "--hidden_size", "--compare_bptt"):
+        assert name in first
+    for name in ("--predictive_weight", "--aggregate_capacity", "--carries_memory", "--teacher_context_length"):
+        assert text.count(name + " ") == 1  # what is a phase's own is said once
     for name in ("--phases", "--updater_type", "--teacher_sliding_window", "--transition_steps", "--on_policy_mode"):
         assert name in text
 

@@ -4,9 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from smt_hf.evaluation import drift_by_position, geometry_of, gradient_norm_by_distance, score_student
-from smt_hf.evaluation.probes import score_student_probe, score_teacher_probe
-from smt_hf.evaluation.streams import score_teacher
+from smt_hf.evaluation import (
+    drift_by_position,
+    geometry_of,
+    gradient_norm_by_distance,
+    score_student,
+    score_teacher,
+)
 from tests.conftest import UPDATERS, VOCAB, make_composite, make_student
 from tests.pretended_device import DEVICE, moved, pretended, to_cpu, to_device
 from tests.unit.training.test_composite import EVERYTHING, make_windowed_composite, objective, rows
@@ -79,10 +83,8 @@ def test_scores():
 
     def scores(model):
         return [
-            score_student(model.student, streams, 100).bits_per_byte,
-            score_teacher(model, streams, 100).bits_per_byte,
-            score_student_probe(model.student, streams, streams).loss,
-            score_teacher_probe(model, streams, streams).loss,
+            score_student(model.student, streams, streams).loss,
+            score_teacher(model, streams, streams).loss,
             *drift_by_position(model, streams[:, :-1]),
             *gradient_norm_by_distance(model.student, streams, streams),
             *(part["spread"] for part in geometry_of(model, streams[:, :-1]).values()),

@@ -10,6 +10,7 @@ MAY_IMPORT = {
     "errors": set(),
     "command_line": {"errors"},
     "upload": {"errors"},
+    "recipe": {"errors", "training"},
     "student": set(),
     "teachers": {"errors", "student.configuration_smt_recurrent"},
     "data": {"errors", "student.configuration_smt_recurrent"},

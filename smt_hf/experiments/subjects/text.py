@@ -79,10 +79,13 @@ class TextSubject(Subject):
             self.num_train_tokens = int(sum(len(row) for row in train.with_format("numpy")["input_ids"]))
             lengths = {arguments.context_length for arguments in phases}
             self._rows = {length: pack(train, length, document_start_fraction, seed) for length in lengths}
-        self.streams = heldout_streams(heldout, _STREAMS, stream_length or _STREAM_LENGTH)
+        stream_length = _STREAM_LENGTH if stream_length is None else stream_length
+        if stream_length < 1:
+            raise InputError(f"held-out streams of text need at least 1 token, got {stream_length}.")
+        self.streams = heldout_streams(heldout, _STREAMS, stream_length)
         self.heldout = self.streams, stream_labels(self.streams)
         self.difficulty = self.streams.shape[1] - 1
-        self._check_heldout(stream_length or _STREAM_LENGTH, is_named=validation_file is not None)
+        self._check_heldout(stream_length, is_named=validation_file is not None)
         self.chance = uniform_bits()
         self.num_bytes = count_bytes(self.tokenizer, self.streams[:, 1:])
         self.bytes_per_token = self.num_bytes / self.streams[:, 1:].size

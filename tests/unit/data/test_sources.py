@@ -62,7 +62,7 @@ def rows(num=20, column="text"):
 @pytest.mark.parametrize(
     "name, content",
     [
-        ("rows.jsonl.gz", gzip.compress(rows())),
+        ("rows.jsonl.gz", gzip.compress(rows(), mtime=0)),
         ("rows.json.bz2", bz2.compress(rows())),
         ("rows.ndjson.xz", lzma.compress(rows())),
         ("rows.jsonl", b"\xef\xbb\xbf" + rows()),  # a byte order mark is no text
@@ -106,7 +106,7 @@ def test_several_files_and_a_changed_one(tmp_path):
         ('{"text": 3}', r"a\.jsonl, line 21: column 'text' holds '3' \(int\), not text"),
         ('{"text": null}', r"a\.jsonl, line 21: column 'text' holds null"),
         ('{"body": "a"}', r"a\.jsonl, line 21 has no column 'text'.*body"),
-        ('["a"]', r"a\.jsonl, line 21 holds no object"),
+        ('["a"]', r"a\.jsonl, line 21 holds a list, not an object"),
         ('{"text": "\\ud800"}', r"a\.jsonl, line 21: column 'text' holds half a character"),
         ('{"text": "\xe9"}'.encode("latin1"), r"a\.jsonl, line 21 is not valid JSON.*utf-8"),
     ],
@@ -188,6 +188,7 @@ def test_arguments_that_exclude_each_other(tmp_path):
         ({"train_file": "a", "dataset_name": "b"}, "not both"),
         ({"validation_file": "a"}, "goes with `train_file`"),
         ({"dataset_config_name": "a"}, "goes with `dataset_name`"),
+        ({"text_column": "a"}, "`text_column` goes with"),
         ({"train_file": str(tmp_path / "a.txt"), "text_column": "body"}, "plain text, which has no columns"),
         ({"dataset_name": "nobody/nothing"}, "nobody/nothing"),
     ):

@@ -7,6 +7,7 @@ import pytest
 from datasets import IterableDataset
 
 from smt_hf.data import StreamedRows, byte_tokenizer, stream_corpus
+from smt_hf.errors import InputError
 
 NUM = 24
 
@@ -92,6 +93,13 @@ def test_bad_streams():
         StreamedRows(documents(), tokenizer, 10)
     with pytest.raises(ValueError, match=r"too few documents.* each of 4"):
         StreamedRows(documents(3, 1), byte_tokenizer(), 4, rank=3, num_ranks=4)
+
+
+def test_all_ranks_hear_of_one_without_a_document(monkeypatch):
+    """Else the error of the one would be hidden by those of the others, which lose their connection."""
+    monkeypatch.setattr("smt_hf.data.streaming.gather_object", lambda own: [*own, False])
+    with pytest.raises(InputError, match="too few documents"):
+        stream(rank=0, num_ranks=2)
 
 
 def test_resumed_twice():

@@ -68,7 +68,7 @@ def stepwise(student, input_ids):
 def ranks_of(monkeypatch, score, num_processes):
     """What every rank returns where the sums of all ranks are gathered."""
     parts = []
-    monkeypatch.setattr("smt_hf.evaluation.scores.gather_object", lambda own: parts.extend(own) or own)
+    monkeypatch.setattr("smt_hf.evaluation.scores.gather_object", lambda own: parts.extend(own) or own * num_processes)
     for rank in range(num_processes):
         score(process_index=rank, num_processes=num_processes)
     monkeypatch.setattr("smt_hf.evaluation.scores.gather_object", lambda own: parts)

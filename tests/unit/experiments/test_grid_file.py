@@ -23,7 +23,7 @@ GRID = {
         ({}, ["--only", "task=retrival"], "no task 'retrival': did you mean 'retrieval'"),
         ({}, ["--only", "arm=smtdmt"], "no arm 'smtdmt': did you mean 'smt_dmt'"),
         ({}, ["--only", "difficulty=5.5"], "must be a whole number"),
-        ({}, ["--only", "task=retrieval", "difficulty=1"], "too small"),
+        ({}, ["--only", "task=retrieval", "difficulty=1"], "has no transitions"),
         ({}, ["--only", "variant=none"], "nothing of .* is left"),
         ({}, ["--jobs", "0"], "`jobs` must be at least 1"),
         ({}, ["--output"], "needs a value"),

@@ -135,6 +135,8 @@ def test_held_out_streams_are_the_same_whatever_is_trained(long_text):
         np.testing.assert_array_equal(subject.streams, subjects[0].streams)
         assert subject.num_bytes == subjects[0].num_bytes and subject.ngram_bits() == subjects[0].ngram_bits()
     assert TextSubject([smt], train_file=long_text, stream_length=300).difficulty == 300  # asked for
+    with pytest.raises(InputError, match="at least 1 token"):
+        TextSubject([smt], train_file=long_text, stream_length=0)
 
 
 def test_short_held_out_text_is_scored_as_far_as_it_goes(text_file):
@@ -211,15 +213,16 @@ def test_scores_after_a_phase(long_text):
 
 
 def test_the_rival_goes_through_all_levels_and_changes_none_of_the_pipeline():
-    from smt_hf.experiments.pretraining import _subject
+    from smt_hf.experiments.composition import resolve
+    from smt_hf.experiments.pretraining import make_subject
     from smt_hf.experiments.run_arguments import parse_run
 
     words = "--task retrieval --difficulty 16 --curriculum 4,8 --phases dmt,dmt --compare_bptt --num_heldout 8"
     words += " --curriculum_threshold 0.3 --on_policy_mode sequential --on_policy_warmup_ratio 0"
     words = words.split()
     parsed = parse_run([*words, "--bptt_curriculum_levels", "12"])
-    _subject(parsed.run, parsed.phases, parsed.rival)
+    resolve(parsed.phases, make_subject(parsed), parsed.rival)
     assert [arguments.levels for arguments in (*parsed.phases, parsed.rival)] == [[], [], [12]]
     parsed = parse_run([*words, "--dmt_curriculum_levels", "5", "6"])
-    _subject(parsed.run, parsed.phases, parsed.rival)
+    resolve(parsed.phases, make_subject(parsed), parsed.rival)
     assert [arguments.levels for arguments in (*parsed.phases, parsed.rival)] == [[5, 6], [5, 6], [5, 6, 16]]

@@ -1,6 +1,9 @@
 """Checkpoints: what is written, what loads, as which class, in which precision."""
 
 import json
+import os
+import re
+import stat
 from pathlib import Path
 
 import pytest
@@ -51,6 +54,39 @@ def test_shards(student, tokens, tmp_path):
     shards[0].unlink()
     with pytest.raises(OSError):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_files_have_the_permissions_of_the_user(student, tokens, tmp_path):
+    """safetensors makes files that their owner alone can read; servers and colleagues read them, too."""
+    before = os.umask(0o027)
+    try:
+        student.save_pretrained(tmp_path / "whole")
+        student.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+        getattr(student(tokens, use_cache=True), CACHE_NAME).save(tmp_path / "state.safetensors")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len([path for path in files if path.suffix == ".safetensors"]) > 3
+    assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in files} == {path.name: 0o640 for path in files}
+
+
+def test_weights_of_an_earlier_release(tokens, tmp_path):
+    """The projections of the GRU were once numbered by their lists."""
+    student = make_student(updater_type="gru")
+    student.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    old = {re.sub(r"\.(input|state)_proj_(\d)", r".\2", name): value for name, value in weights.items()}
+    assert old.keys() != weights.keys() and "model.updater.input_projs.0.weight" in old
+    save_file(old, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert torch.equal(loaded(tokens).logits, student(tokens).logits)
+    other = SMTRecurrentForCausalLM(student.config)
+    other.load_state_dict(old)
+    assert torch.equal(other(tokens).logits, student(tokens).logits)
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(tokens).logits, student(tokens).logits)
 
 
 def test_bfloat16(student, tokens, tmp_path):

@@ -70,14 +70,17 @@ def test_assisted_generation(student, tokens, helper):
     assert len(layer._history) <= 14  # of the last round, not of the whole text
 
 
-@pytest.mark.parametrize("num_beams", [1, 3])
-def test_generate_left_padded(student, tokens, num_beams):
-    settings = {"max_new_tokens": 6, "do_sample": False, "num_beams": num_beams, "pad_token_id": 0}
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("extra", [{}, {"num_beams": 3}, {"prefill_chunk_size": 3}], ids=str)
+def test_generate_padded(student, tokens, extra, side):
+    """Padding on either side, also where the prompt is read in chunks: as every row alone."""
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "num_beams": extra.get("num_beams", 1)}
     padded = torch.zeros(2, 8, dtype=torch.long)
     mask = torch.zeros_like(padded)
     for row, length in enumerate((8, 3)):
-        padded[row, 8 - length :], mask[row, 8 - length :] = tokens[row, :length], 1
-    together = student.generate(padded, attention_mask=mask, **settings)
+        place = slice(8 - length, 8) if side == "left" else slice(length)
+        padded[row, place], mask[row, place] = tokens[row, :length], 1
+    together = student.generate(padded, attention_mask=mask, **{**settings, **extra})
     for row, length in enumerate((8, 3)):
         alone = student.generate(tokens[row : row + 1, :length], **settings)
         assert torch.equal(together[row, 8:], alone[0, length:])
@@ -141,9 +144,21 @@ def test_a_long_prompt_is_not_held(student):
 
 
 def test_refused_caches(student, tokens):
-    for name in ("static", "quantized", "offloaded", "paged"):
+    for name in ("static", "quantized", "offloaded_static", "paged"):
         with pytest.raises(ValueError, match="cache_implementation"):
             generated(student, tokens, cache_implementation=name)
+
+
+def test_an_offloaded_cache_is_the_state(student, tokens):
+    """There is nothing to offload between layers; scripts that ask for it work, as they do with Mamba."""
+    expected = generated(student, tokens)
+    for name in ("offloaded", "dynamic"):
+        assert torch.equal(generated(student, tokens, cache_implementation=name), expected)
+
+
+def test_early_exit_is_refused(student, tokens):
+    with pytest.raises(ValueError, match=r"`assistant_early_exit` drafts with the first layers.*assistant_model"):
+        generated(student, tokens[:1], assistant_early_exit=1)
 
 
 def test_inputs_embeds(student, tokens):

@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from smt_hf import SMTRecurrentCache, SMTRecurrentConfig, SMTRecurrentForCausalLM
 from smt_hf.student.modeling_smt_recurrent import CACHE_NAME
@@ -62,7 +64,7 @@ def naive_step(model, memory, token):
     else:
         stream = memory.flatten(1)
         for input_proj, state_proj in zip(updater.input_projs.values(), updater.state_projs.values()):
-            cell = torch.nn.GRUCell(embeds.shape[1], stream.shape[1])
+            cell = nn.GRUCell(embeds.shape[1], stream.shape[1])
             cell.weight_ih, cell.bias_ih = input_proj.weight, input_proj.bias
             cell.weight_hh, cell.bias_hh = state_proj.weight, state_proj.bias
             stream = cell(embeds, stream)
@@ -177,33 +179,55 @@ def test_refusals(student, tokens):
         student(tokens, past_key_values=filled)
 
 
+def gradients_of(student, ids, mask):
+    """Loss, gradients, and numbers held for the backward pass."""
+    student.zero_grad()
+    held = []
+    keep = lambda tensor: (held.append(tensor.numel()), tensor)[1]  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = student(ids, attention_mask=mask, labels=ids).loss
+    loss.backward()
+    return loss.detach(), [parameter.grad.clone() for parameter in student.parameters()], sum(held)
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing(student, tokens, use_reentrant):
-    """The same gradients, with less held for the backward pass; 70 tokens are no multiple of a piece."""
+def test_gradient_checkpointing(student, use_reentrant):
+    """The same gradients, with less held for the backward pass; 70 tokens are no multiple of a stretch."""
     ids = torch.randint(1, VOCAB, (2, 70))
     mask = torch.ones_like(ids)
     mask[0, :3] = mask[1, 40:50] = 0
     student.train()
-
-    def gradients():
-        student.zero_grad()
-        held = []
-        keep = lambda tensor: (held.append(tensor.numel()), tensor)[1]  # noqa: E731
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = student(ids, attention_mask=mask, labels=ids).loss
-        loss.backward()
-        return loss.detach(), [parameter.grad.clone() for parameter in student.parameters()], sum(held)
-
-    loss, expected, plain = gradients()
+    loss, expected, plain = gradients_of(student, ids, mask)
+    assert [module for module in student.modules() if isinstance(module, GradientCheckpointingLayer)]
     student.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     student.enable_input_require_grads()
-    again, own, checkpointed = gradients()
+    again, own, checkpointed = gradients_of(student, ids, mask)
     torch.testing.assert_close(again, loss)
     for one, other in zip(own, expected):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
     assert checkpointed < 0.5 * plain
     student.gradient_checkpointing_disable()
-    assert gradients()[2] >= plain
+    assert gradients_of(student, ids, mask)[2] >= plain
+
+
+@pytest.mark.skipif(not hasattr(PreTrainedModel, "activation_checkpointing_enable"), reason="transformers is older")
+def test_every_second_stretch_is_checkpointed(student):
+    """`every_n_layers` counts stretches of 32 tokens: of four, two are held; the gradients do not change."""
+    ids = torch.randint(1, VOCAB, (2, 128))
+    mask = torch.ones_like(ids)
+    student.train()
+    held = {}
+    for every_n_layers in (1, 2, 5):
+        student.activation_checkpointing_enable(every_n_layers=every_n_layers)
+        _, own, held[every_n_layers] = gradients_of(student, ids, mask)
+        student.activation_checkpointing_disable()
+        _, expected, plain = gradients_of(student, ids, mask)
+        for one, other in zip(own, expected):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    # What is between the checkpointed and the plain run is held of 0, 2 and 3 of 4 stretches.
+    span = plain - held[1]
+    assert (held[2] - held[1]) / span == pytest.approx(2 / 4, abs=0.05)
+    assert (held[5] - held[1]) / span == pytest.approx(3 / 4, abs=0.05)
 
 
 def test_packed_documents(student, tokens):
@@ -265,7 +289,7 @@ def test_hidden_states(student, tokens):
 
 
 def test_embedding_accessors(student, tokens):
-    embeddings, head = torch.nn.Embedding(VOCAB, 16), torch.nn.Linear(16, VOCAB, bias=False)
+    embeddings, head = nn.Embedding(VOCAB, 16), nn.Linear(16, VOCAB, bias=False)
     before = student(tokens).logits
     student.set_input_embeddings(embeddings)
     student.set_output_embeddings(head)
@@ -297,16 +321,36 @@ def test_quantised(student, tokens, tmp_path):
     assert loaded(tokens.to(loaded.device)).logits.isfinite().all()
 
 
+def test_every_linear_layer_is_found_by_its_type(student, tokens):
+    """Quantisation by bitsandbytes, and torch's dynamic one, convert what is exactly an `nn.Linear`."""
+    names = {name for name, module in student.named_modules() if isinstance(module, nn.Linear)}
+    assert all(type(student.get_submodule(name)) is nn.Linear for name in names)
+    expected = student(tokens).logits
+    quantised = torch.ao.quantization.quantize_dynamic(student, {nn.Linear}, dtype=torch.qint8)
+    assert not [module for module in quantised.modules() if isinstance(module, nn.Linear)]
+    agree = (quantised(tokens).logits.argmax(-1) == expected.argmax(-1)).float().mean()
+    assert agree > 0.7
+
+
 @pytest.mark.parametrize(
-    "fields, word",
+    "fields, message",
     [
-        ({"num_memory_tokens": 0}, "num_memory_tokens"),
-        ({"hidden_size": 20, "num_attention_heads": 3}, "num_attention_heads"),
-        ({"updater_type": "lstm"}, "updater_type"),
-        ({"vocab_size": 0}, "vocab_size"),
-        ({"hidden_act": "nope"}, "hidden_act"),
+        ({"num_memory_tokens": 0}, "`num_memory_tokens` must be at least 1"),
+        ({"hidden_size": 20, "num_attention_heads": 3}, "`num_attention_heads` .3. must divide `hidden_size` .20."),
+        ({"updater_type": "lstm"}, "unknown `updater_type` 'lstm': choose one of transformer, mlp, gru"),
+        ({"vocab_size": 0}, "`vocab_size` must be at least 1"),
+        ({"hidden_size": 0}, "`hidden_size` must be at least 1, got 0"),
+        ({"hidden_size": -8}, "`hidden_size` must be at least 1, got -8"),
+        ({"num_hidden_layers": 0}, "`num_hidden_layers` must be at least 1"),
+        ({"num_readout_layers": -1}, "`num_readout_layers` must be at least 1"),
+        ({"intermediate_size": 0}, "`intermediate_size` must be at least 1"),
+        ({"num_attention_heads": 0}, "`num_attention_heads` must be at least 1"),
+        ({"initializer_range": -0.1}, "`initializer_range` must be at least 0, got -0.1"),
+        ({"rms_norm_eps": float("nan")}, "`rms_norm_eps` must be at least 0, got nan"),
+        ({"rope_theta": -1.0}, "`rope_theta` must be a number above 0"),
+        ({"hidden_act": "nope"}, "`hidden_act` 'nope' is unknown: choose one of .*gelu"),
     ],
 )
-def test_config_refuses(fields, word):
-    with pytest.raises(ValueError, match=word):
+def test_config_refuses(fields, message):
+    with pytest.raises(ValueError, match=message):
         SMTRecurrentConfig(**fields)

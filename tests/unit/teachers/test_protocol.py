@@ -47,6 +47,8 @@ def test_speaks_the_protocol(teacher):
 
 def test_saves_and_loads_by_auto_classes(teacher, tmp_path):
     teacher.save_pretrained(tmp_path)
+    modes = {path.name: path.stat().st_mode for path in tmp_path.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
     assert type(AutoConfig.from_pretrained(tmp_path)) is type(teacher.config)
     loaded = AutoModel.from_pretrained(tmp_path)
     assert type(loaded) is type(teacher)

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from smt_hf import DMTTrainingArguments, SMTTrainingArguments
+from smt_hf.errors import InputError
 from smt_hf.training.adapters import LORA_TARGET_MODULES, LoraSettings, add_lora, has_lora, merged_copy
 from smt_hf.training.phases import lay_out, run_phases
 from tests.conftest import make_composite
@@ -30,6 +31,15 @@ def test_targets_are_every_linear_layer_but_the_head(student):
     }
     assert adapted == names and all(name.startswith(("model.updater.", "model.readout.")) for name in names)
     assert all(parameter.requires_grad == ("lora_" in name) for name, parameter in student.named_parameters())
+
+
+def test_targets_by_the_last_part_of_a_name(student):
+    """As many scripts choose them; no such part is a number, which would be the name of whole blocks as well."""
+    names = {name for name, module in student.named_modules() if isinstance(module, nn.Linear)} - {"lm_head"}
+    last = {name.rpartition(".")[2] for name in names}
+    assert not [part for part in last if part.isdigit()]
+    adapted = get_peft_model(student, LoraConfig(target_modules=sorted(last), task_type="CAUSAL_LM"))
+    assert set(adapted.targeted_module_names) == names
 
 
 def test_train_save_load_merge(student, tokens, tmp_path):
@@ -76,7 +86,7 @@ def test_prompt_tuning_works_and_prefix_tuning_is_refused(student, tokens):
 
 def test_settings_are_checked():
     for settings in ({"rank": 0}, {"alpha": 0}, {"dropout": 1.0}):
-        with pytest.raises(ValueError, match="LoRA"):
+        with pytest.raises(InputError, match="LoRA"):
             LoraSettings(**settings)
 
 

@@ -5,8 +5,8 @@ import math
 import datasets
 import evaluate
 
-_DESCRIPTION = """Negative log-likelihood of texts in bits, divided by their bytes in UTF-8. It does not depend on the
-tokenizer, unlike the perplexity of tokens: a model that knows nothing of bytes has 8."""
+_DESCRIPTION = """Negative log-likelihood of texts in bits, divided by their bytes in UTF-8. Unlike the
+perplexity of tokens it does not depend on the tokenizer; a uniform distribution over bytes has 8."""
 
 _INPUTS = """
 Args:
@@ -28,14 +28,8 @@ class BitsPerByte(evaluate.Metric):
     """Sum of bits over sum of bytes; long texts count for more."""
 
     def _info(self):
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation="",
-            inputs_description=_INPUTS,
-            features=datasets.Features(
-                {"predictions": datasets.Value("float64"), "references": datasets.Value("string")}
-            ),
-        )
+        columns = {"predictions": datasets.Value("float64"), "references": datasets.Value("string")}
+        return evaluate.MetricInfo(_DESCRIPTION, "", datasets.Features(columns), _INPUTS)
 
     def _compute(self, predictions, references):
         num_bytes = sum(len(text.encode()) for text in references)

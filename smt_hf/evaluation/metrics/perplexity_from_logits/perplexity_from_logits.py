@@ -9,13 +9,13 @@ language model. It compares models with one tokenizer only; across tokenizers, t
 
 _INPUTS = """
 Args:
-    predictions: list of logits, (tokens, vocabulary) a text.
-    references: list of labels, (tokens) a text; -100 is ignored.
+    predictions: list of logits, (tokens, vocabulary) per text.
+    references: list of labels, (tokens) per text; -100 is ignored.
     shift: whether the logits at a token predict the next one, as those of transformers do. Default: true.
 
 Returns:
     perplexity: float, lower is better.
-    loss: float, nats a label.
+    loss: float, nats per label.
     num_labels: int.
 
 Examples:
@@ -29,24 +29,20 @@ class PerplexityFromLogits(evaluate.Metric):
     """Mean over all labels of all texts."""
 
     def _info(self):
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation="",
-            inputs_description=_INPUTS,
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Sequence(datasets.Sequence(datasets.Value("float32"))),
-                    "references": datasets.Sequence(datasets.Value("int64")),
-                }
-            ),
-        )
+        columns = {
+            "predictions": datasets.Sequence(datasets.Sequence(datasets.Value("float32"))),
+            "references": datasets.Sequence(datasets.Value("int64")),
+        }
+        return evaluate.MetricInfo(_DESCRIPTION, "", datasets.Features(columns), _INPUTS)
 
     def _compute(self, predictions, references, shift=True):
         total, num_labels = 0.0, 0
         for logits, labels in zip(predictions, references):
             logits, labels = np.asarray(logits, dtype=np.float64), np.asarray(labels)
             if len(logits) != len(labels):
-                raise ValueError(f"a text has {len(logits)} rows of logits and {len(labels)} labels: give as many.")
+                raise ValueError(
+                    f"a text has {len(logits)} rows of logits and {len(labels)} labels: give as many of each."
+                )
             if shift:
                 logits, labels = logits[:-1], labels[1:]
             logits, labels = logits[labels != -100], labels[labels != -100]
@@ -59,7 +55,7 @@ class PerplexityFromLogits(evaluate.Metric):
             total += float((normalizers - logits[np.arange(len(labels)), labels]).sum())
             num_labels += len(labels)
         if not num_labels:
-            raise ValueError("no label is left: all are -100, or every text has one token.")
+            raise ValueError("there is no label to score: all are -100, or every text has one token.")
         loss = total / num_labels
         return {
             "perplexity": round(float(np.exp(loss)), 6),

@@ -6,11 +6,11 @@ import datasets
 import evaluate
 
 _DESCRIPTION = """Share of answers that are exactly the value that was asked for, over all texts and, where distances
-are given, in bins of them: what a recurrent model forgets shows in the far ones."""
+are given, in bins of distance: the far bins show what a recurrent model forgets."""
 
 _INPUTS = """
 Args:
-    predictions: list of strings, the answers; space around them is ignored.
+    predictions: list of strings, the answers; surrounding white space is ignored.
     references: list of strings, the values.
     distances: list of ints, tokens between a value and the question. Optional.
 
@@ -30,14 +30,8 @@ class RetrievalAccuracy(evaluate.Metric):
     """Exact match after stripping."""
 
     def _info(self):
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation="",
-            inputs_description=_INPUTS,
-            features=datasets.Features(
-                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
-            ),
-        )
+        columns = dict.fromkeys(("predictions", "references"), datasets.Value("string"))
+        return evaluate.MetricInfo(_DESCRIPTION, "", datasets.Features(columns), _INPUTS)
 
     def _compute(self, predictions, references, distances=None):
         if not references:
@@ -46,7 +40,7 @@ class RetrievalAccuracy(evaluate.Metric):
         scores = {"accuracy": sum(hits) / len(hits), "n": len(hits)}
         if distances is not None:
             if len(distances) != len(hits) or min(distances) < 1:
-                raise ValueError("`distances` must be numbers from 1 on, one an answer.")
+                raise ValueError("`distances` must be numbers from 1 on, one per answer.")
             bins = defaultdict(list)
             for hit, distance in zip(hits, distances):
                 bins[1 << (distance - 1).bit_length()].append(hit)
