@@ -14,6 +14,8 @@ def read_lines(path: str | Path) -> list[dict]:
     """
     try:
         texts = Path(path).read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise InputError(f"there is no file {path}: run first what writes it, or name another.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the lines of {path}: {error}") from error
     lines = []

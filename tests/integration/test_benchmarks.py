@@ -266,7 +266,8 @@ def test_a_checkpoint(tmp_path):
         (TrainStepArguments, ["--bptt_window", "48"], "must divide"),
         (TrainStepArguments, ["--reach_seconds", "0"], "must be positive"),
         (TrainStepArguments, ["--device", "tpu"], "must be cpu, or cuda"),
-        (TrainStepArguments, ["--learning_rate", "0"], "rates must be positive"),
+        (TrainStepArguments, ["--learning_rate", "nan"], "`learning_rate` must be positive"),
+        (TrainStepArguments, ["--published_learning_rates", "0.1", "0"], "`published_learning_rates` must be positive"),
     ],
 )
 def test_bad_flags(dataclass, words, message):

@@ -1,6 +1,9 @@
 """Flags that all benchmarks share."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -49,11 +52,20 @@ class BenchmarkArguments:
         """Raises:
         InputError: one of the numbers, or of the lists of numbers, is smaller than 1, or a list is empty.
         """
+        self._check(names, "be at least 1", lambda value: value >= 1)
+
+    def positive(self, *names: str) -> None:
+        """Raises:
+        InputError: one of the numbers, or of the lists of numbers, is not positive or not finite; `None` is no number.
+        """
+        self._check(names, "be positive", lambda value: value is None or (value > 0 and math.isfinite(value)))
+
+    def _check(self, names: tuple[str, ...], what: str, is_right: Callable[[Any], bool]) -> None:
         for name in names:
-            values = getattr(self, name)
-            values = values if isinstance(values, list) else [values]
-            if not values or min(values) < 1:
-                raise InputError(f"`{name}` must be at least 1, got {values}.")
+            given = getattr(self, name)
+            values = given if isinstance(given, list) else [given]
+            if not values or not all(map(is_right, values)):
+                raise InputError(f"`{name}` must {what}, got {given}.")
 
     def among(self, name: str, choices: tuple[str, ...]) -> None:
         """Raises:

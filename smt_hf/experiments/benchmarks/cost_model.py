@@ -3,8 +3,9 @@
 FLOPs are those of matrix products, two per multiply-add, as `torch.utils.flop_counter` counts them; norms, activations
 and softmax are left out. Memory is what a GPU holds between steps (weights, gradients, two moments of AdamW, all
 float32) and what a step saves for its backward pass. Communication is what a GPU sends in a step over a ring, float32.
-What an updater computes and keeps is known to its class. The counts of FLOPs and of memory are checked against
-measured ones at small sizes (`tests/integration/test_cost_model.py`).
+What an updater computes and keeps is known to its class. The counts of FLOPs and of memory are checked against measured
+ones at small sizes
+(`tests/integration/test_cost_model.py`).
 
 Symbols: B rows, T transitions per row, K memory tokens, D width, k `transition_steps`, N GPUs.
 """

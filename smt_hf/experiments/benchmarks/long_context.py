@@ -41,8 +41,11 @@ class LongContextArguments(BenchmarkArguments):
         if not (self.text_students or self.retrieval_students):
             raise InputError("name at least one student: `--text_students smt8_bptt=runs/pretrain/student`.")
         for pair in (*self.text_students, *self.retrieval_students):
-            if not all(pair.partition("=")[::2]) or not Path(pair.partition("=")[2]).expanduser().is_dir():
+            name, _, folder = pair.partition("=")
+            if not name or not folder:
                 raise InputError(f"students are given as name=folder, got {pair!r}.")
+            if not Path(folder).expanduser().is_dir():
+                raise InputError(f"there is no folder {folder!r}: give one that `save_pretrained` has written.")
 
 
 def measure_long_context(arguments: LongContextArguments) -> list[dict]:

@@ -66,8 +66,7 @@ class MemoryWallArguments(BenchmarkArguments):
         self.among("arms", ARMS)
         if self.growth_factor < 2 or self.max_tokens < self.min_tokens:
             raise InputError("`growth_factor` must be at least 2 and `max_tokens` at least `min_tokens`.")
-        if self.memory_limit_gb <= 0 or self.seconds_limit <= 0:
-            raise InputError("`memory_limit_gb` and `seconds_limit` must be positive.")
+        self.positive("memory_limit_gb", "seconds_limit")
         if self.figure is not None and not self.figure.endswith(".png"):
             raise InputError(f"`figure` must be a file that ends in .png, got {self.figure!r}.")
 

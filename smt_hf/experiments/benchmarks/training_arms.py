@@ -76,10 +76,7 @@ class TrainStepArguments(BenchmarkArguments):
             raise InputError(f"`device` must be cpu, or cuda where there is one, got {self.device!r}.")
         if self.memory_steps < 0:
             raise InputError(f"`memory_steps` must not be negative, got {self.memory_steps}.")
-        if self.reach_interval <= 0 or (self.reach_seconds is not None and self.reach_seconds <= 0):
-            raise InputError("`reach_seconds` and `reach_interval` must be positive.")
-        if min([self.learning_rate, *self.published_learning_rates], default=0) <= 0:
-            raise InputError("learning rates must be positive.")
+        self.positive("reach_interval", "reach_seconds", "learning_rate", "published_learning_rates")
         if self.context_length % self.bptt_window:
             raise InputError(
                 f"`bptt_window` ({self.bptt_window}) must divide `context_length` ({self.context_length})."
