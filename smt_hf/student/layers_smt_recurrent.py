@@ -174,13 +174,13 @@ class SMTRecurrentUpdater(nn.Module, ABC):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, memory, embeds, layer_outputs: list | None = None):
-        """One transition: `(N, K, D)`, `(N, D)` -> `(N, K, D)`.
+        """One transition: `(N, K, D)`, `(N, D)` -> `(N, K, D)`, of the memory's precision.
 
         `layer_outputs`, if given, receives the stream of the last memory token after every layer but the last,
         each `(N, D)`.
         """
         stream = None
-        for index, stream in enumerate(self.layers_of(memory, embeds)):
+        for index, stream in enumerate(self.layers_of(memory.to(embeds.dtype), embeds)):
             if layer_outputs is not None and index < self.config.num_hidden_layers - 1:
                 layer_outputs.append(stream.reshape(memory.shape[0], -1, memory.shape[-1])[:, -1])
         change = self.out_proj(self.out_norm(stream)).view(memory.shape)
@@ -216,7 +216,7 @@ class SMTRecurrentReadout(nn.Module):
 
         `wanted`, `(N, M)` in 0 .. F: only those of them, `(N, M, D)`; the last layer then does no more than that.
         """
-        states = memories + self.slot_embeddings
+        states = memories.to(self.slot_embeddings.dtype) + self.slot_embeddings
         if future_embeds is not None:
             states = torch.cat([states, future_embeds], dim=1)
         num_memory_tokens, length = memories.shape[1], states.shape[1]

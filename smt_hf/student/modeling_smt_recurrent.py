@@ -21,7 +21,7 @@ from transformers.utils import can_return_tuple
 from .cache_smt_recurrent import SMTRecurrentCache, own_cache
 from .configuration_smt_recurrent import SMTRecurrentConfig, share_weights
 from .layers_smt_recurrent import SMTRecurrentReadout, SMTRecurrentUpdater
-from .recurrence_smt_recurrent import SMTRecurrentStretch, document_starts, unrolled
+from .recurrence_smt_recurrent import SMTRecurrentStretch, document_starts, state_dtype, unrolled
 from .updaters_smt_recurrent import UPDATERS
 
 # transformers 5.24 renamed the state's field from `past_key_values` to `cache`; both names are understood here.
@@ -216,7 +216,7 @@ class SMTRecurrentModel(SMTRecurrentPreTrainedModel):
             attention_mask = attention_mask[:, -length:].to(embeds.device)
         memory = None if state is None else state.layers[0].memory
         if memory is None:
-            memory = self.start_memory().expand(batch, -1, -1).to(embeds.dtype)
+            memory = self.start_memory().expand(batch, -1, -1)
         elif memory.shape[0] != batch:
             raise ValueError(
                 f"The state in `past_key_values` is of {memory.shape[0]} sequences, the input of {batch}: call "
@@ -228,9 +228,8 @@ class SMTRecurrentModel(SMTRecurrentPreTrainedModel):
         if output_hidden_states or (state is not None and state.layers[0].record_past):
             num_kept = None
         starts_document = None if document_ids is None else document_starts(document_ids)
-        memories = self.unroll(
-            memory.to(embeds.device, embeds.dtype), embeds, attention_mask, starts_document, layer_outputs, num_kept
-        )
+        memory = memory.to(embeds.device, state_dtype(embeds.dtype))
+        memories = self.unroll(memory, embeds, attention_mask, starts_document, layer_outputs, num_kept)
         if state is not None:
             state.layers[0].update_memory(memories, num_tokens=length)
         kept: torch.Tensor | slice
@@ -358,8 +357,9 @@ class SMTRecurrentStep(nn.Module):
         self.student = student
 
     def start(self, batch_size: int) -> torch.Tensor:
-        """The memory before the first token, `(B, K, D)`."""
-        return self.student.model.start_memory().expand(batch_size, -1, -1)
+        """The memory before the first token, `(B, K, D)`, at least float32."""
+        memory = self.student.model.start_memory()
+        return memory.expand(batch_size, -1, -1).to(state_dtype(memory.dtype))
 
     def forward(self, token_ids: torch.LongTensor, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`(B,)`, `(B, K, D)` -> logits of the next token `(B, V)`, the memory after this one `(B, K, D)`."""

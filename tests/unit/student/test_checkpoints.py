@@ -94,7 +94,7 @@ def test_bfloat16(student, tokens, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
     outputs = loaded(tokens, use_cache=True)
-    assert outputs.logits.isfinite().all() and getattr(outputs, CACHE_NAME).memory.dtype == torch.bfloat16
+    assert outputs.logits.dtype == torch.bfloat16 and getattr(outputs, CACHE_NAME).memory.dtype == torch.float32
     agree = (outputs.logits.argmax(-1) == student(tokens).logits.argmax(-1)).float().mean()
     assert agree > 0.7
     assert loaded.generate(tokens, max_new_tokens=3, pad_token_id=0).shape == (3, 15)

@@ -321,6 +321,18 @@ def test_quantised(student, tokens, tmp_path):
     assert loaded(tokens.to(loaded.device)).logits.isfinite().all()
 
 
+def test_slow_changes_of_a_half_precision_model_add_up(student):
+    """A model in bfloat16 whose transitions are below the resolution of bfloat16 ends where one in float32 does."""
+    nn.init.normal_(student.model.updater.out_proj.weight, std=0.003)
+    ids = torch.randint(1, VOCAB, (2, 400))
+    with torch.no_grad():
+        expected = student.model.final_memory(ids)
+        moved = (expected - student.model.start_memory()).square().mean().sqrt()
+        own = student.bfloat16().model.final_memory(ids)
+    assert own.dtype == torch.float32
+    assert (own - expected).square().mean().sqrt() < 0.05 * moved
+
+
 def test_every_linear_layer_is_found_by_its_type(student, tokens):
     """Quantisation by bitsandbytes, and torch's dynamic one, convert what is exactly an `nn.Linear`."""
     names = {name for name, module in student.named_modules() if isinstance(module, nn.Linear)}
