@@ -2,9 +2,10 @@
 
 import sys
 
+from measurements.cost_model import CostModelArguments, cost_lines, cost_table
+from measurements.results import write_lines
+
 from smt_hf.command_line import parse
-from smt_hf.experiments.benchmarks.cost_model import CostModelArguments, cost_lines, cost_table
-from smt_hf.experiments.benchmarks.results import write_lines
 from smt_hf.recipe import run_to_end
 
 

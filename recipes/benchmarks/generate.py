@@ -2,8 +2,9 @@
 
 import sys
 
+from measurements import GenerationArguments, measure_generation, print_table, write_lines
+
 from smt_hf.command_line import parse
-from smt_hf.experiments.benchmarks import GenerationArguments, measure_generation, print_table, write_lines
 from smt_hf.recipe import run_to_end
 
 

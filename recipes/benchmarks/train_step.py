@@ -7,9 +7,10 @@ The paper's sizes: `--hidden_size 256 --num_memory_tokens 16 --num_hidden_layers
 
 import sys
 
+from measurements import print_table, write_lines
+from measurements.train_step import TrainStepArguments, measure_train_step
+
 from smt_hf.command_line import parse
-from smt_hf.experiments.benchmarks import print_table, write_lines
-from smt_hf.experiments.benchmarks.train_step import TrainStepArguments, measure_train_step
 from smt_hf.recipe import run_to_end
 
 

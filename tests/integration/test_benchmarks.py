@@ -11,18 +11,16 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from smt_hf.command_line import parse
-from smt_hf.errors import InputError
-from smt_hf.experiments.benchmarks import (
+from recipes.benchmarks.measurements import (
     GenerationArguments,
     MemoryWallArguments,
     measure_generation,
     train_step,
 )
-from smt_hf.experiments.benchmarks.generation import by_forward, by_generate
-from smt_hf.experiments.benchmarks.long_context import needles
-from smt_hf.experiments.benchmarks.memory_wall import filled_cache
-from smt_hf.experiments.benchmarks.peers import (
+from recipes.benchmarks.measurements.generation import by_forward, by_generate
+from recipes.benchmarks.measurements.long_context import needles
+from recipes.benchmarks.measurements.memory_wall import filled_cache
+from recipes.benchmarks.measurements.peers import (
     STATE_NAMES,
     count_parameters,
     llama_config_like,
@@ -31,9 +29,11 @@ from smt_hf.experiments.benchmarks.peers import (
     rwkv_like,
     start_state,
 )
-from smt_hf.experiments.benchmarks.time_to_loss import heldout_losses
-from smt_hf.experiments.benchmarks.train_step import Stepper, measure_train_step
-from smt_hf.experiments.benchmarks.training_arms import ARMS, PUBLISHED, TrainStepArguments, build
+from recipes.benchmarks.measurements.time_to_loss import heldout_losses
+from recipes.benchmarks.measurements.train_step import Stepper, measure_train_step
+from recipes.benchmarks.measurements.training_arms import ARMS, PUBLISHED, TrainStepArguments, build
+from smt_hf.command_line import parse
+from smt_hf.errors import InputError
 from smt_hf.student.modeling_smt_recurrent import CACHE_NAME
 from tests.conftest import make_student
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from smt_hf import SMTForPreTraining
-from smt_hf.experiments.benchmarks.cost_model import (
+from recipes.benchmarks.measurements.cost_model import (
     STRATEGIES,
     CostModelArguments,
     cost_lines,
@@ -16,6 +15,7 @@ from smt_hf.experiments.benchmarks.cost_model import (
     state_bytes,
     step_flops,
 )
+from smt_hf import SMTForPreTraining
 from smt_hf.training import SMTPreTrainingConfig
 from smt_hf.training.objective import Objective
 from tests.conftest import UPDATERS, student_config, teacher_config

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
+from recipes.method_figure import plot_method
 from smt_hf.errors import InputError
-from smt_hf.publishing.method_figure import plot_method
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_recipe_draws_what_is_committed(tmp_path, monkeypatch, capsys):
