@@ -34,7 +34,7 @@ class SMTRecurrentStateLayer(CacheLayerMixin):
         self.memory: torch.Tensor | None = None
         self.cumulative_length = 0
         self.record_past = False
-        # Memories before and after every token since the last crop, oldest first; None in place of a start from
+        # Memories before and after every token since the last crop, oldest first; None stands for a start from
         # `initial_memory`. Only filled while `record_past`.
         self._history: list[torch.Tensor | None] = []
 
@@ -125,8 +125,7 @@ class SMTRecurrentStateLayer(CacheLayerMixin):
         self._map(torch.Tensor.detach)
 
     def __deepcopy__(self, memo):
-        # A state that carries a gradient is no leaf, which copy.deepcopy refuses; a copy of a prompt's state is a
-        # new start anyway.
+        # copy.deepcopy refuses tensors that carry a gradient.
         other = type(self)()
         other.__dict__.update({key: value for key, value in self.__dict__.items() if key not in ("memory", "_history")})
         clone = lambda memory: memory if memory is None else memory.detach().clone()  # noqa: E731
@@ -138,8 +137,8 @@ class SMTRecurrentStateLayer(CacheLayerMixin):
 class SMTRecurrentCache(Cache):
     """State of a batch: `layers[0].memory` is `(B, K, D)`, whatever the number of tokens read.
 
-    Made empty, it stands for "nothing read yet". `generate()` reorders, repeats, selects and crops it, and so may you:
-    `reorder`, `repeat`, `select` and `crop` change it in place, as their longer names in transformers do.
+    A new cache stands for "nothing read yet". `reorder`, `repeat`, `select` and `crop` change it in place, as the
+    methods with longer names do that `generate()` calls.
     """
 
     def __init__(self):
@@ -151,13 +150,13 @@ class SMTRecurrentCache(Cache):
         return self.layers[0].memory
 
     def detach_(self) -> "SMTRecurrentCache":
-        """Cut the gradient between what was read so far and what comes next; returns itself."""
+        """Cut the gradient between the tokens read so far and later ones. Returns the cache itself."""
         for layer in self.layers:
             layer.detach_()
         return self
 
     def detach(self) -> "SMTRecurrentCache":
-        """A copy without gradient: reading on from it changes nothing here."""
+        """A copy without gradient. Tokens read with the copy do not change this cache."""
         return copy.deepcopy(self)
 
     def reorder(self, indices: torch.LongTensor) -> None:
@@ -165,7 +164,7 @@ class SMTRecurrentCache(Cache):
         self.reorder_cache(indices)
 
     def repeat(self, repeats: int) -> None:
-        """Every row `repeats` times, side by side: one prompt's state for several continuations."""
+        """Repeat every row `repeats` times, side by side: the state of one prompt for several continuations."""
         self.batch_repeat_interleave(repeats)
 
     def select(self, indices: torch.Tensor) -> None:
@@ -173,20 +172,20 @@ class SMTRecurrentCache(Cache):
         self.batch_select_indices(indices)
 
     def save(self, path: str | os.PathLike, overwrite: bool = False) -> None:
-        """Write the state to a safetensors file, which is complete or absent.
+        """Write the state to a safetensors file. The file appears only when it is complete.
 
         Raises:
             ValueError: nothing has been read yet.
             FileExistsError: there is such a file, and `overwrite` is false.
         """
         if self.memory is None:
-            raise ValueError("The state is empty: read a text first, there is nothing to save.")
+            raise ValueError("The state is empty, there is nothing to save: read a text first.")
         if os.path.exists(path) and not overwrite:
             raise FileExistsError(f"{path} exists: name another file or pass `overwrite=True`.")
         facts = {"format": "pt", _VERSION_KEY: _VERSION, "num_tokens": str(self.get_seq_length())}
         written = f"{os.fspath(path)}.{os.getpid()}.part"
         try:
-            # By way of bytes: `save_file` would make it a file that its owner alone can read.
+            # `safetensors.torch.save_file` would make a file that only its owner can read.
             with open(written, "wb") as file:
                 file.write(save({"memory": self.memory.detach().cpu().contiguous()}, metadata=facts))
             os.replace(written, path)
@@ -199,7 +198,7 @@ class SMTRecurrentCache(Cache):
         """The state that `save` wrote, on the CPU; the model moves it to its own device.
 
         Args:
-            config: of the model that is to go on from it; the sizes are then compared.
+            config: configuration of the model that is to continue from the state; the sizes are then compared.
 
         Raises:
             ValueError: not such a file, of another version, or of another size than `config` says.

@@ -1,4 +1,4 @@
-"""Sizes of the recurrent student."""
+"""Sizes of the recurrent student, and what every saved model of this package needs."""
 
 import glob
 import os
@@ -22,19 +22,20 @@ class SMTRecurrentConfig(PreTrainedConfig):
         vocab_size: number of tokens [V].
         hidden_size: width of a memory token and of the embeddings [D, the paper's d_model].
         intermediate_size: width of the feed-forward layers; `None` means `4 * hidden_size`.
-        num_hidden_layers: blocks of the updater [f].
-        num_readout_layers: blocks of the readout [g, the paper's decoder].
+        num_hidden_layers: layers of the updater [f].
+        num_readout_layers: layers of the readout [g, the paper's decoder].
         num_attention_heads: heads of every attention; must divide `hidden_size` into even head widths (RoPE).
         num_memory_tokens: memory tokens [K], at least 1.
         updater_type: `"transformer"` (attention over the new token and the memory), `"mlp"` or `"gru"` (both work on
             the memory as one vector of `K * D`).
         hidden_act: activation of the feed-forward layers, a name known to `transformers.activations.ACT2FN`.
-        max_position_embeddings: window that evaluation tools use when they ask for one. It is **not** a limit: the
-            model has no positions in time.
+        max_position_embeddings: window for evaluation tools that ask for one. It is **not** a limit: the model has no
+            positions in time.
         rope_theta: base of the rotary positions inside the readout.
         rms_norm_eps: epsilon of every RMS normalisation.
-        initializer_range: standard deviation, at birth, of linear layers with `hidden_size` inputs (wider inputs get
-            less, by the square root); `None` means `(3 * hidden_size) ** -0.5`, which is 0.02 at 768.
+        initializer_range: standard deviation of the initial weights of linear layers with `hidden_size` inputs. It is
+            divided by the square root of how many times wider an input is. `None` means `(3 * hidden_size) ** -0.5`,
+            which is 0.02 at 768.
         tie_word_embeddings: whether `lm_head` shares the weight of the embeddings.
         use_cache: whether `forward` returns the state.
 

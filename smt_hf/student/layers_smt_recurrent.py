@@ -1,4 +1,4 @@
-"""The layers of the student: attention over a handful of positions, what updaters `f` share, the readout `g`.
+"""The layers of the student: attention over a handful of positions, the base class of updaters `f`, the readout `g`.
 
 Shapes: N sequences or chunks side by side, S positions, K memory tokens, D width, F future tokens, M wanted positions.
 Equations: arXiv:2606.06479.
@@ -37,7 +37,7 @@ def positions_of(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 
 class SMTRecurrentAttention(nn.Module):
-    """Multi-head attention in which only the last `num_queries` positions ask, or those at `places`."""
+    """Multi-head attention whose queries are the last `num_queries` positions, or those at `places`."""
 
     def __init__(self, config: "SMTRecurrentConfig"):
         super().__init__()
@@ -48,7 +48,7 @@ class SMTRecurrentAttention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, states, num_queries: int, is_causal: bool, rotary=None, places=None):
-        """`(N, S, D)` -> `(N, num_queries, D)`; with `places` `(N, num_queries)`, the positions that ask."""
+        """`(N, S, D)` -> `(N, num_queries, D)`; `places`, `(N, num_queries)`, are positions of the queries."""
         batch, length, width = states.shape
         queries = self.q_proj(states[:, length - num_queries :] if places is None else positions_of(states, places))
         queries = queries.view(batch, num_queries, self.num_heads, self.head_dim).transpose(1, 2)
@@ -123,10 +123,10 @@ class SMTRecurrentBlock(nn.Module):
 class SMTRecurrentUpdater(nn.Module, ABC):
     """`f(m, x) = RMSNorm(m + W_out h(m, x))` [Eq. 1]; subclasses compute `h`.
 
-    `W_out` is zero at birth, so that the first update keeps all information over any number of steps: without it,
-    gradients through eight steps learned nothing on retrieval.
+    `W_out` is zero when training begins, so that the memory keeps all information over any number of steps: with a
+    random `W_out`, gradients through eight steps learned nothing on the retrieval task.
 
-    A subclass that carries [`register_updater`] is all that a new updater needs.
+    A new updater is one subclass with the decorator [`register_updater`].
     """
 
     # The value of the configuration's `updater_type` that stands for the subclass.
@@ -143,12 +143,12 @@ class SMTRecurrentUpdater(nn.Module, ABC):
 
     @classmethod
     def stream_width(cls, config: "SMTRecurrentConfig") -> int:
-        """Width of the stream between the layers; here that of the whole memory as one vector."""
+        """Width of the stream between the layers. The default is that of the whole memory as one vector."""
         return config.num_memory_tokens * config.hidden_size
 
     @classmethod
     def check_config(cls, config: "SMTRecurrentConfig") -> None:
-        """Refuse sizes that this updater cannot be built from, by a ValueError; most take any."""
+        """Raise a ValueError for sizes that this updater cannot be built from. The default accepts all sizes."""
 
     @classmethod
     @abstractmethod
@@ -165,7 +165,7 @@ class SMTRecurrentUpdater(nn.Module, ABC):
         """Yield the stream after every layer, `(N, K, D)` or `(N, K * D)`."""
 
     def init_own_weights(self) -> None:
-        """Initialise the parameters that the updater holds itself; its layers have theirs already."""
+        """Initialise the parameters that the updater holds outside its layers, which are initialised before."""
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for pattern, now in self.renamed_weights.items():
@@ -200,8 +200,8 @@ def register_updater(updater: type[SMTRecurrentUpdater]) -> type[SMTRecurrentUpd
 class SMTRecurrentReadout(nn.Module):
     """The decoder `g`: a causal Transformer over `[memory tokens, future tokens]` [Sec. 3.1].
 
-    The last memory position predicts the next token; fed with the true future tokens, the positions after it predict
-    the tokens further on (the predictive state loss, Eq. 2).
+    The last memory position predicts the next token. The true future tokens are further inputs, and their positions
+    predict the tokens after them (the predictive state loss, Eq. 2).
     """
 
     def __init__(self, config: "SMTRecurrentConfig"):
@@ -214,7 +214,7 @@ class SMTRecurrentReadout(nn.Module):
     def forward(self, memories, future_embeds=None, wanted=None):
         """`(N, K, D)`, `(N, F, D)` -> `(N, 1 + F, D)`: the states that predict the next token and the F after it.
 
-        `wanted`, `(N, M)` in 0 .. F: only those of them, `(N, M, D)`; the last layer then does no more than that.
+        `wanted`, `(N, M)` in 0 .. F: only those of them, `(N, M, D)`; the last layer computes no others.
         """
         states = memories.to(self.slot_embeddings.dtype) + self.slot_embeddings
         if future_embeds is not None:

@@ -78,8 +78,8 @@ class SMTRecurrentPreTrainedModel(PreTrainedModel):
         share_weights(save_directory)
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, every_n_layers=1, **kwargs):
-        """As in transformers; `every_n_layers` counts stretches of `CHECKPOINT_EVERY` tokens, since the depth of a
-        recurrent model is its time."""
+        """As in transformers, with stretches of `CHECKPOINT_EVERY` tokens in the place of layers: every
+        `every_n_layers`-th is checkpointed."""
         super().activation_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, **kwargs)
         for module in self.modules():
             if isinstance(module, SMTRecurrentStretch):
@@ -135,7 +135,7 @@ class SMTRecurrentModel(SMTRecurrentPreTrainedModel):
         """
         start = None if starts_document is None else self.start_memory()
         inputs = (memory, embeds, attention_mask, starts_document, start)
-        # The streams of the layers are for looking at; they are held, not computed again.
+        # `output_hidden_states` is for inspection: the streams of the layers are held, not computed again.
         checkpoints = self.stretch.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if not checkpoints or layer_outputs is not None:
             return unrolled(*inputs, updater=self.updater, layer_outputs=layer_outputs, num_kept=num_kept)
@@ -154,6 +154,38 @@ class SMTRecurrentModel(SMTRecurrentPreTrainedModel):
         outputs = self(input_ids, attention_mask, inputs_embeds=inputs_embeds, use_cache=True, logits_to_keep=1)
         return getattr(outputs, CACHE_NAME).layers[0].memory
 
+    @staticmethod
+    def _mask_of(embeds: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """The part of a mask that covers the embedded tokens, `(B, T)`; refuses what does not cover them."""
+        length = embeds.shape[1]
+        if not length:
+            raise ValueError(
+                "The input has no tokens: give at least one, the beginning-of-text token for an empty prompt."
+            )
+        if attention_mask is None:
+            return None
+        if attention_mask.dim() != 2:
+            raise ValueError(f"`attention_mask` must be (batch, tokens), got {tuple(attention_mask.shape)}.")
+        if attention_mask.shape[1] < length:
+            raise ValueError(
+                f"`attention_mask` covers {attention_mask.shape[1]} tokens, the input has {length}: give as many, "
+                "or those of all tokens so far."
+            )
+        return attention_mask[:, -length:].to(embeds.device)
+
+    def _memory_before(self, embeds: torch.Tensor, state: SMTRecurrentCache | None) -> torch.Tensor:
+        """The memory before the first of the embedded tokens, `(B, K, D)`."""
+        batch = embeds.shape[0]
+        memory = None if state is None else state.layers[0].memory
+        if memory is None:
+            memory = self.start_memory().expand(batch, -1, -1)
+        elif memory.shape[0] != batch:
+            raise ValueError(
+                f"The state in `past_key_values` is of {memory.shape[0]} sequences, the input of {batch}: call "
+                "`past_key_values.batch_repeat_interleave(n)` or `.batch_select_indices(indices)` first."
+            )
+        return memory.to(embeds.device, state_dtype(embeds.dtype))
+
     @can_return_tuple
     def forward(
         self,
@@ -169,7 +201,8 @@ class SMTRecurrentModel(SMTRecurrentPreTrainedModel):
         document_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """
+        """Read the tokens and return what predicts the next one after each of them.
+
         Args:
             input_ids: `(B, T)`.
             attention_mask: `(B, T)` or `(B, tokens so far + T)`; a token with 0 leaves the memory unchanged.
@@ -200,35 +233,15 @@ class SMTRecurrentModel(SMTRecurrentPreTrainedModel):
         if state is None and use_cache:
             state = SMTRecurrentCache()
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        batch, length = embeds.shape[:2]
-        if not length:
-            raise ValueError(
-                "The input has no tokens: give at least one, the beginning-of-text token for an empty prompt."
-            )
-        if attention_mask is not None:
-            if attention_mask.dim() != 2:
-                raise ValueError(f"`attention_mask` must be (batch, tokens), got {tuple(attention_mask.shape)}.")
-            if attention_mask.shape[1] < length:
-                raise ValueError(
-                    f"`attention_mask` covers {attention_mask.shape[1]} tokens, the input has {length}: give as many, "
-                    "or those of all tokens so far."
-                )
-            attention_mask = attention_mask[:, -length:].to(embeds.device)
-        memory = None if state is None else state.layers[0].memory
-        if memory is None:
-            memory = self.start_memory().expand(batch, -1, -1)
-        elif memory.shape[0] != batch:
-            raise ValueError(
-                f"The state in `past_key_values` is of {memory.shape[0]} sequences, the input of {batch}: call "
-                "`past_key_values.batch_repeat_interleave(n)` or `.batch_select_indices(indices)` first."
-            )
+        length = embeds.shape[1]
+        attention_mask = self._mask_of(embeds, attention_mask)
+        memory = self._memory_before(embeds, state)
         layer_outputs: list | None = [] if output_hidden_states else None
-        # A prompt of any length is read in the memory of what is kept of it; a state that may be cropped needs it all.
+        # Only the memories that are read out are held, except for a state that may be cropped.
         num_kept = logits_to_keep if isinstance(logits_to_keep, int) and 0 < logits_to_keep < length else None
         if output_hidden_states or (state is not None and state.layers[0].record_past):
             num_kept = None
         starts_document = None if document_ids is None else document_starts(document_ids)
-        memory = memory.to(embeds.device, state_dtype(embeds.dtype))
         memories = self.unroll(memory, embeds, attention_mask, starts_document, layer_outputs, num_kept)
         if state is not None:
             state.layers[0].update_memory(memories, num_tokens=length)
@@ -324,7 +337,7 @@ class SMTRecurrentForCausalLM(SMTRecurrentPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Hands `generate()` an [`SMTRecurrentCache`] where it would make a cache of keys and values."""
-        # "offloaded" moves keys and values off the device between layers; a state is as large as one token's.
+        # "offloaded" moves keys and values off the device between layers. One small state needs no offloading.
         if generation_config.cache_implementation not in (None, "dynamic", "offloaded"):
             raise ValueError(
                 f"`cache_implementation={generation_config.cache_implementation!r}` is for attention models. The state "
@@ -368,7 +381,7 @@ class SMTRecurrentStep(nn.Module):
 
 
 class SMTRecurrentForSequenceClassification(SMTRecurrentPreTrainedModel):
-    """A class, or a number, for every text: a linear layer on what is read out of the memory after its last token."""
+    """Classification or regression of texts: a linear layer on what is read out of the memory after the last token."""
 
     def __init__(self, config: SMTRecurrentConfig):
         super().__init__(config)
@@ -387,7 +400,7 @@ class SMTRecurrentForSequenceClassification(SMTRecurrentPreTrainedModel):
         labels: torch.Tensor | None = None,
         **kwargs,
     ) -> SequenceClassifierOutputWithPast:
-        """As [`SMTRecurrentModel.forward`], whose other arguments are taken as well, one row of logits per sequence.
+        """As [`SMTRecurrentModel.forward`], whose other arguments are taken as well; one row of logits per sequence.
 
         Args:
             attention_mask: as there; without one, trailing `pad_token_id`s of `input_ids` are taken for padding.

@@ -12,7 +12,7 @@ CHECKPOINT_EVERY = 32
 
 
 def document_starts(document_ids: torch.Tensor) -> torch.Tensor:
-    """Where a row of packed documents goes on to another: `(B, T)` -> `(B, T)` bool, false at the first token."""
+    """Where another document starts inside a packed row: `(B, T)` -> `(B, T)` bool, false at the first token."""
     changes = document_ids[:, 1:] != document_ids[:, :-1]
     return F.pad(changes, (1, 0))
 
@@ -20,7 +20,7 @@ def document_starts(document_ids: torch.Tensor) -> torch.Tensor:
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision of a state that a model of precision `dtype` carries from token to token: at least float32.
 
-    A half-precision state loses every change below its resolution (0.4 % in bfloat16), token after token.
+    A half-precision state loses every change below its resolution (0.4 % in bfloat16), at every token anew.
     """
     return torch.promote_types(dtype, torch.float32)
 
@@ -60,11 +60,11 @@ def unrolled(
 
 
 class SMTRecurrentStretch(GradientCheckpointingLayer):
-    """A stretch of tokens, the unit of gradient checkpointing. It has no weights: the updater is an argument."""
+    """A stretch of tokens, the unit of gradient checkpointing. The layer has no weights: the updater is an argument."""
 
     def __init__(self):
         super().__init__()
-        # Of the stretches of a row, every so-manieth is checkpointed and the others keep their activations.
+        # One of so many stretches of a row is checkpointed, the others keep their activations.
         self.every_n = 1
 
     def forward(self, memory, embeds, attention_mask=None, starts_document=None, start=None, *, updater):
@@ -72,7 +72,7 @@ class SMTRecurrentStretch(GradientCheckpointingLayer):
         return unrolled(memory, embeds, attention_mask, starts_document, start, updater=updater)
 
     def checkpointed(self, memory, embeds, attention_mask=None, starts_document=None, start=None, *, updater):
-        """As `unrolled`, holding one memory per `CHECKPOINT_EVERY` tokens and what the others need in one stretch."""
+        """As `unrolled`, in stretches of `CHECKPOINT_EVERY` tokens whose activations are computed again when needed."""
         pieces = []
         for index, begin in enumerate(range(0, embeds.shape[1], CHECKPOINT_EVERY)):
             part = slice(begin, begin + CHECKPOINT_EVERY)

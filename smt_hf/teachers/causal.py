@@ -35,7 +35,7 @@ class SMTTeacherConfig(SMTTeacherSizes):
         rotary_values: rotate the values by their distance to the query, as RoPE does queries and keys, so that one
             head can hold several tokens in their order.
         memory_readout: `"projection"`: a linear map of all layers' states at a position; `"registers"`: K register
-            tokens a position that look at the tokens read.
+            tokens per position that attend to the tokens read.
         num_memory_tokens, memory_size: shape of a memory [K, D]; must be the student's.
         hidden_act, rope_theta, rms_norm_eps, initializer_range: as in `SMTRecurrentConfig`.
 
@@ -117,10 +117,10 @@ def rotate(heads, position_ids, theta: float, sign: int = 1) -> torch.Tensor:
 
 class SMTTeacherConvolution(nn.Module):
     """Every channel of a token mixed with the same channel of the `conv_kernel - 1` tokens before it, of the same
-    document. At birth it changes nothing.
+    document. Its initial weights change nothing.
 
-    What a token says then holds what came before it, which attention alone needs a layer to find out: the pairs of a
-    key and a value are such a case.
+    Keys and values of attention then depend on the tokens before theirs, as in pairs of a key and a value. Attention
+    alone needs a further layer for that.
     """
 
     def __init__(self, width: int, kernel: int):

@@ -1,8 +1,8 @@
 """The teacher as published: a bidirectional Transformer over the window of tokens that ends at a position.
 
-Shapes: B sequences, T tokens, S supervised positions, N = B x S windows, W tokens a window, K memory tokens, D width of
-a memory token (the student's `hidden_size`), E width of the teacher, H heads. A *position* is a number of tokens read,
-0 .. T; a *place* is a token's number inside its window. Symbols: arXiv:2606.06479 [T_c is `context_length`].
+Shapes: B sequences, T tokens, S supervised positions, N = B x S windows, W tokens per window, K memory tokens, D width
+of a memory token (the student's `hidden_size`), E width of the teacher, H heads. A *position* is a number of tokens
+read, 0 .. T; a *place* is a token's number inside its window. Symbols: arXiv:2606.06479 [T_c is `context_length`].
 """
 
 import torch
@@ -29,9 +29,9 @@ class SMTWindowedTeacherConfig(SMTTeacherSizes):
     """
 
     model_type = "smt_windowed_teacher"
-    # The name under which `SMTTeacherBlock` knows the number of tokens that are seen.
+    # `SMTTeacherBlock` reads the number of visible tokens by this name.
     attribute_map = {"sliding_window": "context_length"}
-    # What the block of the causal teacher has beyond the published one.
+    # Parts of `SMTTeacherBlock` that the published block does not have.
     conv_kernel, rotary_values = 1, False
 
     context_length: int = 64
@@ -41,7 +41,7 @@ class SMTWindowedTeacherConfig(SMTTeacherSizes):
 
 class SMTWindowedTeacherBlock(SMTTeacherBlock):
     def forward(self, states, places, visible, num_queries=None):
-        """One block in which everything sees everything that is there.
+        """One block with bidirectional attention over the tokens of a window and its registers.
 
         Args:
             states: `(N, W + K, E)`, tokens and then registers.
@@ -62,10 +62,10 @@ class SMTWindowedTeacherBlock(SMTTeacherBlock):
 class SMTWindowedTeacher(SMTTeacher):
     """`m_t = E(x_{t-T_c}, .., x_{t-1})`: K learned registers behind the window become the memory [Sec. 3.1].
 
-    Every (row, position) is a window of its own, `S * (context_length + K)` tokens a row: supervise few positions. A
-    prefix shorter than the window is encoded as it is, and the label of the empty one is the student's learned
-    `initial_memory`; the paper, whose windows are always full, has neither. Rotary positions are relative, so that a
-    label does not know where in the text its window stands.
+    Every position of every row has a window of its own, `S * (context_length + K)` tokens per row: supervise few
+    positions. A prefix shorter than the window is encoded as it is, and the label of the empty prefix is the student's
+    learned `initial_memory`; in the paper all windows are full. Rotary positions are relative, so that a label does not
+    depend on where in the text its window stands.
     """
 
     config_class = SMTWindowedTeacherConfig
