@@ -41,7 +41,7 @@ class LossTerm:
 
     name: str
     meaning: str
-    compute: Callable[[Any, "Supervision", "Objective"], torch.Tensor]
+    compute: Callable[[Any, Any, "Objective"], torch.Tensor]
     needs: str
     weights: dict[str, tuple[float, str]]
     trains: tuple[str, ...]
@@ -49,57 +49,21 @@ class LossTerm:
     is_always_logged: bool = False
 
 
-def _readout(student, supervision, objective):
-    return supervision.readout_loss(student, supervision.read, supervision.read_targets)
-
-
-def _dynamics(student, supervision, objective):
-    return dynamics_loss(supervision.reached, supervision.reached_labels, supervision.reached_mask)
-
-
-def _normalized_dynamics(student, supervision, objective):
-    return masked_mean(supervision.errors, supervision.reached_mask)
-
-
-def _predictive(student, supervision, objective):
-    picked, positions, is_real = supervision.picked
-    return supervision.future_loss(student, picked, positions, objective.future_length, is_real)
-
-
-def _consistency(student, supervision, objective):
-    memories, ends, is_real = supervision.chunk_ends
-    return supervision.future_loss(student, memories, ends, objective.future_length, is_real)
-
-
-def _teacher_readout(student, supervision, objective):
-    return supervision.readout_loss(student, supervision.labels, supervision.batch.labels)
-
-
-def _uniformity(student, supervision, objective):
-    picked, _, is_real = supervision.picked
-    return uniformity_loss(picked, is_real)
-
-
-def _teacher(student, supervision, objective):
-    return next_token_loss(supervision.teacher_logits[:, 1:], supervision.batch.labels[:, 1:])
-
-
-_ALL = PARTS
 LOSS_TERMS = {
     term.name: term
     for term in (
         LossTerm(
             "readout",
             "the next-token loss of the readout on the student's memories",
-            _readout,
+            lambda student, seen, _: seen.readout_loss(student, seen.read, seen.read_targets),
             needs="read",
             weights={phase: (1.0, "Ours.") for phase in PHASES},
-            trains=_ALL,
+            trains=PARTS,
         ),
         LossTerm(
             "dynamics",
             "the squared error of the student's memories against the teacher's, no unit [Eq. 3; in dmt Eq. 6]",
-            _dynamics,
+            lambda student, seen, _: dynamics_loss(seen.reached, seen.reached_labels, seen.reached_mask),
             needs="reached",
             weights={
                 "smt": (0.1, "Paper."),
@@ -112,7 +76,7 @@ LOSS_TERMS = {
         LossTerm(
             "normalized_dynamics",
             "the same squared error divided by the variance of the labels per coordinate, no unit",
-            _normalized_dynamics,
+            lambda student, seen, _: masked_mean(seen.errors, seen.reached_mask),
             needs="errors",
             weights={
                 phase: (
@@ -130,7 +94,7 @@ LOSS_TERMS = {
         LossTerm(
             "predictive",
             "the next-token loss of the future that is decoded from the teacher's memory [Eq. 2]",
-            _predictive,
+            lambda student, seen, objective: seen.future_loss(student, seen.picked, objective.future_length),
             needs="picked",
             weights={"smt": (1.0, "Paper.")},
             trains=("teacher", "embeddings", "updater", "readout"),
@@ -138,15 +102,15 @@ LOSS_TERMS = {
         LossTerm(
             "consistency",
             "the next-token loss of the future that is decoded from the student's memory at chunk ends",
-            _consistency,
+            lambda student, seen, objective: seen.future_loss(student, seen.chunk_ends, objective.future_length),
             needs="chunk_ends",
             weights={"smt": (0.0, "Ours.")},
-            trains=_ALL,
+            trains=PARTS,
         ),
         LossTerm(
             "teacher_readout",
             "the next-token loss of the student's readout on all memories of the teacher",
-            _teacher_readout,
+            lambda student, seen, _: seen.readout_loss(student, seen.labels, seen.batch.labels),
             needs="labels",
             weights={"smt": (0.0, "Ours.")},
             trains=("teacher", "updater", "readout"),
@@ -154,7 +118,7 @@ LOSS_TERMS = {
         LossTerm(
             "uniformity",
             "the spread of the teacher's memory tokens, no unit [Eq. 4]",
-            _uniformity,
+            lambda student, seen, _: uniformity_loss(seen.picked[0], seen.picked[2]),
             needs="picked",
             weights={"smt": (0.001, "Paper.")},
             trains=("teacher", "updater"),
@@ -162,7 +126,7 @@ LOSS_TERMS = {
         LossTerm(
             "teacher",
             "the next-token loss of the teacher's own head",
-            _teacher,
+            lambda student, seen, _: next_token_loss(seen.teacher_logits[:, 1:], seen.batch.labels[:, 1:]),
             needs="teacher_logits",
             weights={"smt": (1.0, "Ours: it helps and costs little.")},
             trains=("teacher",),

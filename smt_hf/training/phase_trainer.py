@@ -288,8 +288,12 @@ class PhaseTrainer(StudentPushingTrainer, CheckpointingTrainer):
         self._term_sums["eval"], self._num_items["eval"] = {}, 0.0
         self._scored_rows = set()
         output = super().evaluation_loop(*args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        output.metrics.update({f"{prefix}_{name}": value for name, value in self._mean_terms("eval").items()})
+        prefix, terms = kwargs.get("metric_key_prefix", "eval"), self._mean_terms("eval")
+        scale = self.pace.dynamics_scale(self.args.dynamics_starts_below, self.args.dynamics_full_below)
+        # transformers averages the losses of batches, whose numbers of labels may differ.
+        weights = {name: self.objective.weight_at(name, self._progress(), scale) for name in self.objective.weights}
+        terms["loss"] = sum(weight * terms[name] for name, weight in weights.items() if name in terms)
+        output.metrics.update({f"{prefix}_{name}": value for name, value in terms.items()})
         return output
 
     def floating_point_ops(self, inputs) -> int:

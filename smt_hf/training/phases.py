@@ -23,7 +23,7 @@ from smt_hf.errors import InputError
 
 from .adapters import LoraSettings, add_lora
 from .arguments import BPTTTrainingArguments, DMTTrainingArguments, PhaseArguments, SMTTrainingArguments, refuse
-from .checkpoints import newest_checkpoint, step_of, what_is_missing
+from .checkpoints import aside, newest_checkpoint, step_of, what_is_missing
 from .composite import SMTForPreTraining
 from .pacing import VIRTUAL_STEPS_PER_SECOND, Pace, TrainingCost
 from .phase_trainer import PhaseTrainer
@@ -163,9 +163,10 @@ def _check_phase(arguments: PhaseArguments) -> None:
 def _check_continuation(before: PhaseArguments, arguments: PhaseArguments) -> None:
     if not arguments.continue_previous_phase:
         return
+    optim = getattr(arguments.optim, "value", arguments.optim)
     refuse(
-        not str(arguments.optim).lower().split(".")[-1].startswith(_CARRIED_OPTIMIZERS),
-        f"the optimiser state of `optim={arguments.optim}` is not handed from phase to phase: set "
+        not str(optim).startswith(_CARRIED_OPTIMIZERS),
+        f"the optimiser state of `optim={optim}` is not handed from phase to phase: set "
         "`continue_previous_phase` to false.",
     )
     refuse(
@@ -288,8 +289,10 @@ def _trained(
 def _restore(model: SMTForPreTraining, checkpoint: str, folder: Path, is_main: bool) -> None:
     """Take over a phase that an earlier run has completed."""
     _load_weights(model, checkpoint)
-    if is_main and not (folder / _LOG).exists():  # killed between the two
-        shutil.copyfile(Path(checkpoint) / _LOG, folder / _LOG)
+    if is_main:  # what a run leaves that is killed between two steps of saving
+        shutil.rmtree(aside(folder), ignore_errors=True)
+        if not (folder / _LOG).exists():
+            shutil.copyfile(Path(checkpoint) / _LOG, folder / _LOG)
 
 
 def _merge(adapted, folder: Path, is_main: bool, is_new: bool) -> None:
@@ -312,9 +315,9 @@ def _scored(model: SMTForPreTraining, arguments: PhaseArguments, evaluate, path:
         return known[0]
     scores = evaluate(model, arguments)
     if arguments.process_index == 0:
-        aside = path.with_name(path.name + ".new")
-        aside.write_text(json.dumps(scores))
-        aside.replace(path)
+        new = path.with_name(path.name + ".new")
+        new.write_text(json.dumps(scores))
+        new.replace(path)
     return scores
 
 

@@ -63,6 +63,11 @@ class TransitionBatch:
     def num_chunks(self) -> int:
         return self.inputs.shape[1] // self.steps
 
+    @property
+    def num_transitions(self) -> int:
+        """Real ones, all rows together."""
+        return self.size * self.length if self.transition_mask is None else int(self.transition_mask.sum())
+
     def read(self, rows=slice(None), length: int | None = None) -> tuple:
         """`input_ids`, mask and documents of some rows, up to `length` tokens, as the rollout takes them."""
         return tuple(None if part is None else part[rows, :length] for part in (self.inputs, self.mask, self.documents))
@@ -119,12 +124,15 @@ class Supervision:
         losses = losses.new_zeros(targets.shape).masked_scatter(is_labelled, losses)
         return masked_mean(losses, is_labelled)
 
-    def future_loss(self, student, memories, positions, future_length: int, is_real=None) -> torch.Tensor:
-        """Cross-entropy of the tokens after `positions` `(B, S)`, decoded from the memories there `(B, S, K, D)`.
+    def future_loss(self, student, decoded: tuple, future_length: int) -> torch.Tensor:
+        """Cross-entropy of the tokens after some positions, decoded from the memories there: nats, `(B,)`.
 
-        Tokens past the end of the row, or without a label, are not predicted. Returns nats, `(B,)`.
+        Tokens past the end of the row, or without a label, are not predicted.
+
+        Args:
+            decoded: memories `(B, S, K, D)`, positions `(B, S)`, and whether they count `(B, S)` or `None`.
         """
-        batch = self.batch
+        batch, (memories, positions, is_real) = self.batch, decoded
         future_length = min(future_length, batch.length + 1 - int(positions.min()))
         ahead = positions[..., None] + torch.arange(future_length, device=positions.device)
         future_ids = F.pad(batch.input_ids, (0, future_length)).gather(1, ahead.flatten(1))
@@ -155,7 +163,7 @@ def backpropagated(
     return Supervision(
         batch,
         depth=batch.inputs.shape[1],
-        transitions=batch.size * batch.length,
+        transitions=batch.num_transitions,
         read=torch.cat([start[:, None], memories[:, : batch.length]], dim=1),
         read_targets=batch.labels,
         memory=memories[:, -1],
@@ -173,7 +181,7 @@ def teacher_alone(model: "SMTForPreTraining", batch: TransitionBatch, objective:
     return Supervision(
         batch,
         depth=1,
-        transitions=batch.size * batch.length,
+        transitions=batch.num_transitions,
         labels=labels,
         teacher_logits=logits,
         picked=_picked(batch, objective, labels),
@@ -237,7 +245,7 @@ def supervised(
     return Supervision(
         batch,
         depth=depth,
-        transitions=batch.size * batch.length,
+        transitions=batch.num_transitions,
         reached=reached,
         reached_labels=labels[:, 1:],
         reached_mask=mask,
@@ -380,8 +388,12 @@ def rollout_scores(model: "SMTForPreTraining", batch: TransitionBatch, with_teac
     if with_teacher and model.teacher is not None and model.teacher.labels_all_positions:
         positions = torch.arange(1, batch.length + 1, device=memories.device)
         labels, _ = model.memory_labels(batch, positions, trains_teacher=False)
-        spread = dynamics_loss(labels, labels.mean(1, keepdim=True), batch.transition_mask)
-        terms["drift"] = dynamics_loss(memories, labels, batch.transition_mask) / spread.clamp(min=1e-6)
+        mask = batch.transition_mask
+        counts = torch.ones_like(batch.inputs[:, : batch.length]) if mask is None else mask
+        weights = (counts / counts.sum(1, keepdim=True).clamp(min=1))[..., None, None]
+        centre = (labels * weights).sum(1, keepdim=True)
+        spread = dynamics_loss(labels, centre, mask)
+        terms["drift"] = dynamics_loss(memories, labels, mask) / spread.clamp(min=1e-6)
     return terms
 
 

@@ -584,3 +584,33 @@ def test_labels_that_cannot_be_cached(tmp_path):
     rows = [{**row, "document_ids": row["input_ids"] * 0} for row in some_rows()]
     with pytest.raises(ValueError, match="without padding"):
         make_trainer("dmt", tmp_path, rows=rows, **words)
+
+
+@pytest.mark.parametrize("kind", ["smt", "dmt", "bptt_rows"])
+def test_scores_do_not_depend_on_the_evaluation_batch(kind, tmp_path):
+    uneven = [row for length in (13, 5, 9, 13, 7) for row in some_rows(2, length, length)]
+    scores = []
+    for size in (1, 4, 16):
+        trainer = make_trainer(kind, tmp_path, per_device_eval_batch_size=size)
+        metrics = trainer.evaluate(uneven)
+        scores.append(
+            {name: value for name, value in metrics.items() if "per_second" not in name and "time" not in name}
+        )
+    for other in scores[1:]:
+        assert other == pytest.approx(scores[0], rel=1e-5)
+
+
+def test_rows_that_are_served_twice_count_once(tmp_path, monkeypatch):
+    """accelerate fills the last batches of an evaluation with rows from its beginning."""
+    trainer = make_trainer("bptt_rows", tmp_path)
+    batches = [torch.tensor([0, 1]), torch.tensor([2, 3]), torch.tensor([4, 0])]
+    labels = torch.ones(2, 13, dtype=torch.long)
+    counted = [trainer._counted_once({"row_ids": ids, "labels": labels})["labels"] for ids in batches]
+    assert [int((part != -100).any(1).sum()) for part in counted] == [2, 2, 1]
+    assert (counted[2][1] == -100).all() and (counted[2][0] == 1).all()
+    # On the second of two processes, the rows that the first one has in the same step come before its own.
+    trainer._scored_rows = set()
+    monkeypatch.setattr(type(trainer.args), "process_index", property(lambda self: 1))
+    monkeypatch.setattr(trainer.accelerator, "gather", lambda own: torch.cat([torch.tensor([7, 5]), own]))
+    second = trainer._counted_once({"row_ids": torch.tensor([7, 6]), "labels": labels})["labels"]
+    assert (second[0] == -100).all() and (second[1] == 1).all()
