@@ -1,8 +1,11 @@
 """Tiny models and texts; everything offline."""
 
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers would write each other's copies of remote code
+    os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules")
 
 import datasets
 import pytest
