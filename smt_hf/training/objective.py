@@ -193,6 +193,10 @@ class Objective:
         weight = warmed_up(self.weight(name), progress, self.warmup_ratios.get(name, 0.0))
         return weight * dynamics_scale if LOSS_TERMS[name].waits_for_teacher else weight
 
+    def needs(self, attribute: str) -> bool:
+        """Whether a term with a weight is computed from this attribute of `Supervision`."""
+        return any(term.needs == attribute and self.weight(term.name) for term in terms_of(self.phase))
+
     def terms(self, supervision: "Supervision") -> list[LossTerm]:
         """The terms to compute for a batch: those with a weight, and those that are always logged."""
         return [

@@ -176,7 +176,7 @@ def teacher_alone(model: "SMTForPreTraining", batch: TransitionBatch, objective:
     positions = torch.arange(0, batch.length + 1, device=batch.inputs.device)
     trains_teacher = model.trains_teacher
     labels, logits = model.memory_labels(
-        batch, positions, trains_teacher, with_logits=trains_teacher and objective.weight("teacher") > 0
+        batch, positions, trains_teacher, with_logits=trains_teacher and objective.needs("teacher_logits")
     )
     return Supervision(
         batch,
@@ -234,10 +234,10 @@ def supervised(
     reached = memories[:, : batch.length][:, stride - 1 :: stride]
     mask = None if batch.transition_mask is None else batch.transition_mask[:, stride - 1 :: stride]
     moments = errors = chunk_ends = None
-    if objective.weight("normalized_dynamics") or objective.weight("consistency"):
+    if objective.needs("errors") or objective.needs("chunk_ends"):
         errors = normalized_errors(reached, labels[:, 1:], model.label_variance())
         moments = _moments(labels[:, 1:].detach(), mask)
-    if objective.weight("consistency"):
+    if objective.needs("chunk_ends"):
         assert errors is not None
         ends, is_real = _consistency_positions(batch, objective, errors.detach())
         chunk_ends = (_gathered(memories, ends - 1), ends, is_real)
@@ -271,7 +271,7 @@ def _labels_of_rows(model, batch: TransitionBatch, objective: Objective, memory_
     positions = torch.arange(0, batch.length + 1, objective.label_stride, device=batch.inputs.device)
     trains_teacher = objective.phase == "smt" and model.trains_teacher
     return model.memory_labels(
-        batch, positions, trains_teacher, with_logits=trains_teacher and objective.weight("teacher") > 0
+        batch, positions, trains_teacher, with_logits=trains_teacher and objective.needs("teacher_logits")
     )
 
 
@@ -337,7 +337,7 @@ def _own_starts(model, batch: TransitionBatch, objective: Objective, starts, sto
 
 def _picked(batch: TransitionBatch, objective: Objective, labels: torch.Tensor):
     """Random positions of each row: the teacher's memories there, the positions, and whether they count."""
-    if not (objective.weight("predictive") or objective.weight("uniformity")):
+    if not objective.needs("picked"):
         return None
     # As many tokens ahead as the row has left, anywhere if the future is longer than the row; in a padded row,
     # positions past its own last one do not count, so that nothing depends on the width of the batch.

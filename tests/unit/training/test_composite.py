@@ -42,7 +42,7 @@ OURS = {
     "teacher_readout_weight": 0.3,
 }
 # Of the terms alone: all of them, or what is named.
-NOTHING = {f"{name}_weight": 0.0 for name in ("readout", "dynamics", "predictive", "uniformity", "teacher")}
+NOTHING = {f"{name}_weight": 0.0 for name in LOSS_TERMS}
 
 
 def objective(phase, **settings):
@@ -923,11 +923,14 @@ def test_a_phase_has_no_argument_that_it_never_computes(kind):
 
 
 def test_what_a_term_trains():
-    """The table's `trains` against gradients: each term alone, chunks from the teacher's memories."""
+    """The table's `trains` against gradients: each term alone, in smt from the teacher's memories."""
     for name, term in LOSS_TERMS.items():
         model = make_composite().train()
-        alone = {**NOTHING, f"{name}_weight": 1.0, "on_policy_fraction": 0.0}
-        model(**rows(), objective=objective("smt", **alone)).loss.backward()
+        phase = "smt" if "smt" in term.weights else next(iter(term.weights))
+        alone = {**NOTHING, f"{name}_weight": 1.0} | ({"on_policy_fraction": 0.0} if phase == "smt" else {})
+        outputs = model(**rows(), objective=objective(phase, **alone))
+        assert outputs.term_sums.keys() == {name} | {other for other, row in LOSS_TERMS.items() if row.is_always_logged}
+        outputs.loss.backward()
         reached = {part_of(entry) for entry, p in model.named_parameters() if p.grad is not None and p.grad.any()}
         assert reached == set(term.trains), name
 
