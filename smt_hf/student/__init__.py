@@ -1,4 +1,4 @@
-"""The recurrent model. The four sibling files travel inside every checkpoint as its custom code."""
+"""The recurrent model. The sibling files travel inside every checkpoint as its custom code."""
 
 from .cache_smt_recurrent import SMTRecurrentCache
 from .configuration_smt_recurrent import SMTRecurrentConfig

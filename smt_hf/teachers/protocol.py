@@ -7,11 +7,14 @@ A teacher is a `PreTrainedModel` that carries the decorator [`register_teacher`]
 its configuration (`vocab_size`, `num_memory_tokens` [K], `memory_size` [D]), by two attributes and by one call:
 
 - `has_next_token_head`: whether it predicts tokens itself. The head is then `get_output_embeddings()`.
-- `labels_all_positions`: whether one pass makes the memories of all positions. A teacher without it computes every
-  position from tokens of its own, so that callers ask for few positions per pass.
+- `labels_all_positions`: whether one pass makes the memories of all positions. Where it is false, every position has a
+  pass of its own, so that callers ask for few positions at a time.
 - `teacher(input_ids, positions, initial_memory, attention_mask=None, document_ids=None, return_logits=False)` returns
   memories `(B, S, K, D)`, each memory token RMS-normalised, and with `return_logits` also next-token logits
   `(B, S, V)`. [`SMTTeacher.forward`] describes the arguments.
+
+A subclass of [`SMTTeacher`] sets the two attributes and `_no_split_modules` (the names of its block classes, for FSDP),
+implements `encode`, and returns its embeddings of tokens from `get_input_embeddings()`.
 """
 
 from collections.abc import Mapping
@@ -127,7 +130,7 @@ class SMTTeacher(PreTrainedModel):
 
         Returns:
             The memories before normalisation, viewable as `(B, S, K, D)`, and the states `(B, S, E)` that the
-            next-token head reads (`None` for a teacher without one).
+            next-token head reads, or `None` if `with_states` is false.
         """
         raise NotImplementedError
 

@@ -32,9 +32,11 @@ class LossTerm:
         meaning: for the help text, after "Weight of".
         compute: `(student, supervision, objective) -> (B,)`, the mean of the term inside each example, in nats unless
             `meaning` says otherwise.
-        needs: the attribute of `Supervision` that the term is computed from; without it the batch has no such term.
+        needs: the attribute of `Supervision` that the term is computed from. A batch where it is `None` is trained
+            without the term.
         weights: phase -> default weight and the source of that default. Other phases do not have the term.
-        trains: of `PARTS`, those that the term's gradient reaches in the smt phase at `on_policy_fraction` 0.
+        trains: of `PARTS`, those that the gradient of the term reaches in the smt phase at `on_policy_fraction` 0. The
+            learned initial memory counts as a part of the updater.
         waits_for_teacher: `dynamics_starts_below` holds the term back while the teacher is poor.
         is_always_logged: computed, and shown in the log, at weight 0 too.
     """

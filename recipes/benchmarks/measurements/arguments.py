@@ -32,7 +32,7 @@ class BenchmarkArguments:
     num_readout_layers: int | None = argument(None, "Blocks of the readout.")
     num_attention_heads: int | None = argument(None, "Heads of every attention.")
     num_memory_tokens: int | None = argument(None, "Memory tokens.")
-    updater_type: str | None = argument(None, "transformer, mlp or gru.")
+    updater_type: str | None = argument(None, "Name of an updater, as `mlp`.")
     output: str | None = argument(
         None, "File to which the results are appended, one JSON line each; default: print them."
     )

@@ -5,7 +5,7 @@ import torch
 
 from smt_hf.training.adapters import LoraSettings, add_lora
 from smt_hf.training.objective import PARTS, part_of
-from tests.conftest import make_composite, make_student
+from tests.conftest import UPDATERS, make_composite, make_student
 from tests.unit.training.test_trainers import make_trainer, weights_of
 
 CASES = {
@@ -71,7 +71,7 @@ def test_a_list_of_parts_is_read_as_words_or_with_commas(tmp_path):
 
 
 @pytest.mark.parametrize("part", ["updater", "readout"])
-@pytest.mark.parametrize("updater_type", ["transformer", "mlp", "gru"])
+@pytest.mark.parametrize("updater_type", UPDATERS)
 def test_lora_in_one_part(part, updater_type):
     student = make_student(updater_type=updater_type)
     add_lora(student, LoraSettings(parts=(part,)))
