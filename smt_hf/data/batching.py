@@ -4,6 +4,7 @@ Every row that is drawn carries a number that is unique over the run (row and ep
 an example depends on nothing but that number and the seed.
 """
 
+import functools
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,6 +14,15 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from smt_hf.errors import InputError
+
+# What rows are filled up with at their end.
+_FILLS = {"input_ids": 0, "attention_mask": 0, "labels": -100, "document_ids": -1}
+
+
+@functools.lru_cache(maxsize=2)
+def _order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of the rows in one epoch."""
+    return np.random.default_rng((seed, epoch)).permutation(num_rows)
 
 
 def rows_at(rows: Sequence[dict], indices: list[int]) -> list[dict]:
@@ -85,8 +95,7 @@ class EpochSampler(Sampler):
         return self.num_rows
 
     def __iter__(self) -> Iterator[int]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_rows)
-        return iter((self.epoch * self.num_rows + order).tolist())
+        return iter((self.epoch * self.num_rows + _order(self.num_rows, self.seed, self.epoch)).tolist())
 
 
 class CarriedWindows(Dataset):
@@ -123,20 +132,11 @@ class CarriedWindows(Dataset):
                 f"multiple of {window}, plus one."
             )
         self.rows, self.num_streams, self.window, self.num_steps = rows, num_streams, window, num_steps
-        self.windows_per_row = length // window
-        self.seed = seed
+        self.windows_per_row, self.seed = length // window, seed
         self._open: dict[int, tuple[int, np.ndarray, np.ndarray]] = {}
-        self._order_epoch: int | None = None
 
     def __len__(self) -> int:
         return self.num_streams * self.num_steps
-
-    def _row_of(self, turn: int) -> int:
-        epoch, place = divmod(turn, len(self.rows))
-        if self._order_epoch != epoch:
-            self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
-            self._order_epoch = epoch
-        return int(self._order[place])
 
     def __getitem__(self, index: int) -> dict:
         step, stream = divmod(index, self.num_streams)
@@ -144,7 +144,8 @@ class CarriedWindows(Dataset):
         turn, window = divmod(at, self.windows_per_row)
         number = turn * self.num_streams + stream
         if self._open.get(stream, (None,))[0] != number:
-            row = self.rows[self._row_of(number)]
+            epoch, place = divmod(number, len(self.rows))
+            row = self.rows[int(_order(len(self.rows), self.seed, epoch)[place])]
             if len(row["input_ids"]) != self.windows_per_row * self.window + 1:
                 raise InputError("rows to be read with a carried memory must all have the same number of tokens.")
             tokens = np.asarray(row["input_ids"])
@@ -154,13 +155,7 @@ class CarriedWindows(Dataset):
         fresh = window == 0 or step == 0
         if not fresh:
             labels[0] = -100  # the window before has predicted it
-        return {
-            "input_ids": tokens,
-            "labels": labels,
-            "example_ids": index,
-            "stream_ids": stream,
-            "is_fresh": fresh,
-        }
+        return {"input_ids": tokens, "labels": labels, "example_ids": index, "stream_ids": stream, "is_fresh": fresh}
 
 
 def collate(examples: list[dict]) -> dict[str, Any]:
@@ -191,25 +186,17 @@ def collate(examples: list[dict]) -> dict[str, Any]:
             row[: len(example[name])] = example[name]
         return torch.from_numpy(rows)
 
-    batch = {"input_ids": padded("input_ids", 0)}
-    if "attention_mask" in examples[0]:
-        batch["attention_mask"] = padded("attention_mask", 0)
-    elif min(lengths) != longest:
+    batch = {name: padded(name, fill) for name, fill in _FILLS.items() if name in examples[0]}
+    if "attention_mask" not in batch and min(lengths) != longest:
         batch["attention_mask"] = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
-    if "labels" in examples[0]:
-        batch["labels"] = padded("labels", -100)
-    elif "attention_mask" in batch:
-        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    else:
+    if "labels" not in batch:
         batch["labels"] = batch["input_ids"].clone()
-    if "document_ids" in examples[0]:
-        batch["document_ids"] = padded("document_ids", -1)
-    if "example_ids" in examples[0]:
-        batch["example_ids"] = torch.tensor([example["example_ids"] for example in examples])
-    else:
-        contents = (np.asarray(example["input_ids"], dtype=np.int64).tobytes() for example in examples)
-        batch["example_ids"] = torch.tensor([zlib.crc32(content) for content in contents])
-    for name in ("stream_ids", "is_fresh", "row_ids"):
+        if "attention_mask" in batch:
+            batch["labels"].masked_fill_(batch["attention_mask"] == 0, -100)
+    for name in ("example_ids", "stream_ids", "is_fresh", "row_ids"):
         if name in examples[0]:
             batch[name] = torch.tensor([example[name] for example in examples])
+    if "example_ids" not in batch:
+        contents = (np.asarray(example["input_ids"], dtype=np.int64).tobytes() for example in examples)
+        batch["example_ids"] = torch.tensor([zlib.crc32(content) for content in contents])
     return batch

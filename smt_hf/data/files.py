@@ -47,9 +47,9 @@ def find_files(pattern: str | Sequence[str]) -> tuple[list[Path], str | None]:
     if not filled:
         raise InputError(f"all files in {shown(pattern)} are empty: there is nothing to train on.")
     endings = {_ending(path): path for path in filled}
-    packed = next((path for ending, path in endings.items() if ending in _PACKED), None)
-    if packed is not None:
-        raise InputError(f"{packed} is packed: unpack it first. Only .gz, .bz2 and .xz are read as they are.")
+    packed = [path for ending, path in endings.items() if ending in _PACKED]
+    if packed:
+        raise InputError(f"{packed[0]} is packed: unpack it first. Only .gz, .bz2 and .xz are read as they are.")
     formats = {_TABLES.get(ending) for ending in endings}
     if len(formats) > 1:
         raise InputError(
@@ -77,9 +77,7 @@ def _as_list(pattern: str | Sequence[str]) -> list[str]:
 def _named(name: str) -> list[Path]:
     path = Path(name).expanduser()
     if os.path.isdir(path):
-        visible = (
-            entry for entry in path.rglob("*") if not any(p.startswith(".") for p in entry.relative_to(path).parts)
-        )
+        visible = (entry for entry in path.rglob("*") if "/." not in f"/{entry.relative_to(path).as_posix()}")
         found = sorted(entry for entry in visible if entry.is_file())
     elif os.path.isfile(path):  # before it is taken for a glob: `[2024] notes.txt` is the name of a file
         found = [path]
@@ -94,8 +92,7 @@ def _named(name: str) -> list[Path]:
 
 def _ending(path: Path) -> str:
     """The suffix that says what a file holds: `.jsonl` of `notes.jsonl.gz`."""
-    name = path.with_suffix("") if path.suffix.lower() in _UNPACKED else path
-    return name.suffix.lower()
+    return (path.with_suffix("") if path.suffix.lower() in _UNPACKED else path).suffix.lower()
 
 
 def rows_of(path: Path, table_format: str | None, column: str | None = None) -> Iterator[Row]:
@@ -188,14 +185,12 @@ def _csv_rows(path: Path, file: BinaryIO, dialect: type[csv.Dialect]) -> Iterato
 
 
 def _parquet_rows(path: Path, file: BinaryIO, column: str | None) -> Iterator[Row]:
-    number = 0
     try:
         table = pq.ParquetFile(file)
         chosen = [column] if column in table.schema_arrow.names else None
-        for batch in table.iter_batches(batch_size=1000, columns=chosen):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}, row {number}", row
+        batches = table.iter_batches(batch_size=1000, columns=chosen)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
     except pa.ArrowException as error:
         raise InputError(f"{path} cannot be read as parquet: {error}") from error
 

@@ -12,19 +12,16 @@ from jinja2 import TemplateError
 
 from smt_hf.errors import InputError
 
+from .batching import collate
+from .packing import token_ids
+
 # Columns of other conventions, and what to make of them.
-_CONVERSIONS = (
-    (
-        {"conversations"},
-        "they look like ShareGPT's, so write each entry of `conversations` with `role` (`user` for `human`, "
-        "`assistant` for `gpt`) and `content`, and name the column `messages`",
-    ),
-    (
-        {"instruction", "output"},
-        "they look like Alpaca's, so join `instruction` and `input` in a column `prompt`, and name `output` "
-        "`completion`",
-    ),
-)
+_CONVERSIONS = {
+    ("conversations",): "they look like ShareGPT's, so write each entry of `conversations` with `role` (`user` for "
+    "`human`, `assistant` for `gpt`) and `content`, and name the column `messages`",
+    ("instruction", "output"): "they look like Alpaca's, so join `instruction` and `input` in a column `prompt`, and "
+    "name `output` `completion`",
+}
 _Tokens = tuple[list[int], list[int]]  # `input_ids` and `labels`
 
 
@@ -58,10 +55,10 @@ def check_columns(column_names: Iterable[str], text_column: str) -> None:
     names = list(column_names)
     if text_column in names or holds_instructions(names):
         return
-    advice = next((advice for columns, advice in _CONVERSIONS if columns <= set(names)), "rename or convert yours")
+    advices = [advice for columns, advice in _CONVERSIONS.items() if set(columns) <= set(names)]
     raise InputError(
         f"a table needs a column {text_column!r}, or `messages`, or `prompt` and `completion`; there are "
-        f"{', '.join(names)}: {advice}."
+        f"{', '.join(names)}: {(advices or ['rename or convert yours'])[0]}."
     )
 
 
@@ -106,7 +103,6 @@ def tokenize_instructions(examples: Iterable[tuple[str, dict]], tokenizer, max_t
 
 
 def _tokenized(place: str, example: dict, tokenizer) -> _Tokens:
-    has_template = tokenizer.chat_template is not None
     tools = _tools(place, example.get("tools"))
     if "messages" in example:
         prompt, completion = [], _messages(place, example, "messages")
@@ -119,7 +115,7 @@ def _tokenized(place: str, example: dict, tokenizer) -> _Tokens:
         raise InputError(
             f"{place} has neither `messages` nor `prompt` and `completion`, but {', '.join(map(str, example))}."
         )
-    if not has_template:
+    if tokenizer.chat_template is None:
         raise InputError(
             f"{place} holds messages, which a chat template writes, and the tokenizer has none: set "
             "`tokenizer.chat_template` and save it with the checkpoint, or give `prompt` and `completion` as texts."
@@ -164,16 +160,14 @@ def _tools(place: str, tools: Any) -> list | None:
 def _from_texts(place: str, prompt: str | None, completion: str | None, tools: list | None, tokenizer) -> _Tokens:
     if prompt is None:
         raise InputError(f"{place}: `prompt` is null. Give an empty text where there is no prompt.")
-    if not _says_something(completion):
+    if completion is None or not completion.strip():
         return [], []
     if tokenizer.chat_template is not None:
         messages = [{"role": "user", "content": prompt}], [{"role": "assistant", "content": completion}]
         return _from_messages(place, *messages, tools, tokenizer)
     if tools is not None:
         raise InputError(f"{place} has `tools`, which a chat template writes, and the tokenizer has none.")
-    plain = {"add_special_tokens": False, "return_attention_mask": False, "split_special_tokens": True}
-    before, after = (tokenizer(text, **plain)["input_ids"] for text in (prompt, completion))
-    after = after + [tokenizer.eos_token_id]
+    (*before, _), after = token_ids([prompt, completion], tokenizer)["input_ids"]  # no end of text after the prompt
     return before + after, [-100] * len(before) + after
 
 
@@ -187,21 +181,18 @@ def _from_messages(place: str, prompt: list, completion: list, tools: list | Non
     ids: list[int] = []
     labels: list[int] = []
     written = ""
-    for end in range(len(prompt) + 1, len(messages) + 1):
-        message = messages[end - 1]
+    for number, message in enumerate(completion, start=len(prompt)):
         if message["role"] != "assistant" or not (_says_something(message["content"]) or message.get("tool_calls")):
             continue
-        opened = _written(place, messages[: end - 1], tools, tokenizer, add_generation_prompt=True)
-        closed = _written(place, messages[:end], tools, tokenizer)
+        opened = _written(place, messages[:number], tools, tokenizer, add_generation_prompt=True)
+        closed = _written(place, messages[: number + 1], tools, tokenizer)
         if not closed.startswith(opened) or not opened.startswith(written):
             raise InputError(
                 f"{place}: the chat template writes earlier turns otherwise once later ones follow, so that answers "
                 "cannot be told apart. Give `prompt` and `completion`, one row per answer."
             )
-        read, learned = (
-            tokenizer(text, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-            for text in (opened[len(written) :], closed[len(opened) :])
-        )
+        pieces = [opened[len(written) :], closed[len(opened) :]]
+        read, learned = tokenizer(pieces, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         ids += read + learned
         labels += [-100] * len(read) + learned
         written = closed
@@ -225,10 +216,5 @@ def _written(place: str, messages: list[dict], tools: list | None, tokenizer, **
 
 def padded(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """`input_ids` and `labels` `(N, longest)`, filled up at the end with 0 and -100."""
-    longest = max(len(ids) for ids in rows["input_ids"])
-    ids = np.zeros((len(rows), longest), dtype=np.int64)
-    labels = np.full_like(ids, -100)
-    for number, row in enumerate(rows):
-        ids[number, : len(row["input_ids"])] = row["input_ids"]
-        labels[number, : len(row["labels"])] = row["labels"]
-    return ids, labels
+    batch = collate(list(rows))
+    return batch["input_ids"].numpy(), batch["labels"].numpy()

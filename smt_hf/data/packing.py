@@ -20,14 +20,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|endoftext|>",
-        eos_token="<|endoftext|>",
-        pad_token="<|pad|>",
-        model_input_names=["input_ids", "attention_mask"],
-        clean_up_tokenization_spaces=False,
-    )
+    return _fast(tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|pad|>")
 
 
 def number_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
@@ -36,11 +29,12 @@ def number_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     vocabulary = {str(number): number for number in range(vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        model_input_names=["input_ids", "attention_mask"],
-        clean_up_tokenization_spaces=False,
-    )
+    return _fast(tokenizer)
+
+
+def _fast(tokenizer: Tokenizer, **special_tokens: str) -> PreTrainedTokenizerFast:
+    settings = {"model_input_names": ["input_ids", "attention_mask"], "clean_up_tokenization_spaces": False}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings, **special_tokens)
 
 
 def tokenize(documents: Dataset, tokenizer) -> Dataset:
@@ -51,26 +45,16 @@ def tokenize(documents: Dataset, tokenizer) -> Dataset:
     """
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no `eos_token`, which goes between documents: set one before training.")
-    return documents.map(
-        _tokenize_batch,
-        batched=True,
-        batch_size=100,
-        fn_kwargs={"tokenizer": tokenizer},
-        remove_columns=documents.column_names,
-        features=_TOKENS,
-        desc="tokenizing",
-    )
+    settings = {"input_columns": "text", "remove_columns": documents.column_names, "features": _TOKENS}
+    fixed = {"tokenizer": tokenizer}
+    return documents.map(token_ids, batched=True, batch_size=100, fn_kwargs=fixed, desc="tokenizing", **settings)
 
 
-def _tokenize_batch(batch, tokenizer):
-    encoded = tokenizer(
-        batch["text"],
-        add_special_tokens=False,
-        return_attention_mask=False,
-        verbose=False,
-        split_special_tokens=True,  # a text that spells a special token is text
-    )
-    return {"input_ids": [ids + [tokenizer.eos_token_id] for ids in encoded["input_ids"]]}
+def token_ids(texts: list[str], tokenizer) -> dict[str, list[list[int]]]:
+    """`input_ids` of each text, the end-of-text token after it. A text that spells a special token is text."""
+    plain = {"add_special_tokens": False, "return_attention_mask": False, "split_special_tokens": True}
+    encoded = tokenizer(texts, verbose=False, **plain)["input_ids"]
+    return {"input_ids": [ids + [tokenizer.eos_token_id] for ids in encoded]}
 
 
 def pack(documents: Dataset, context_length: int, document_start_fraction: float = 0.0, seed: int = 0) -> Dataset:
@@ -91,14 +75,10 @@ def pack(documents: Dataset, context_length: int, document_start_fraction: float
     documents = documents.with_format("numpy")
 
     def rows(at_starts: bool) -> Dataset:
-        return documents.map(
-            _pack_batch,
-            batched=True,
-            batch_size=1000,
-            fn_kwargs={"context_length": context_length, "at_starts": at_starts},
-            features=_TOKENS,
-            desc=f"packing to {context_length} + 1 tokens",
-        ).with_format("numpy")
+        fixed = {"context_length": context_length, "at_starts": at_starts}
+        title = f"packing to {context_length} + 1 tokens"
+        packed = documents.map(_pack_batch, batched=True, fn_kwargs=fixed, features=_TOKENS, desc=title)
+        return packed.with_format("numpy")
 
     blocks = rows(at_starts=False)
     if not len(blocks):

@@ -15,8 +15,6 @@ from smt_hf.errors import InputError
 
 from .tasks import labelled_rows
 
-_HELDOUT_SHARE = 0.1
-_MNIST_LEVELS = 16
 _IMAGES_MAGIC = 2051  # unsigned bytes in three dimensions
 
 
@@ -53,7 +51,7 @@ def load_pixels(mnist_dir: str | os.PathLike | None = None) -> tuple[Dataset, Da
     if mnist_dir is None:
         images, levels = _digits(), 17
         order = np.random.default_rng([zlib.crc32(b"digits")]).permutation(len(images))
-        num_heldout = round(_HELDOUT_SHARE * len(images))
+        num_heldout = round(len(images) / 10)
         train, heldout = images[order[num_heldout:]], images[order[:num_heldout]]
     else:
         train, heldout = (_idx_images(Path(mnist_dir), f"{part}-images-idx3-ubyte") for part in ("train", "t10k"))
@@ -62,15 +60,11 @@ def load_pixels(mnist_dir: str | os.PathLike | None = None) -> tuple[Dataset, Da
                 f"the images of {mnist_dir} differ in size, {train.shape[1:]} for training and {heldout.shape[1:]} "
                 "held out: put both files of one dataset there."
             )
-        levels = _MNIST_LEVELS
+        levels = 16
         train, heldout = train // (256 // levels), heldout // (256 // levels)
     facts = PixelFacts(levels, train.shape[1], train.shape[2], math.log2(levels))
-    return _rows(train), _rows(heldout), facts
-
-
-def _rows(images: np.ndarray) -> Dataset:
-    tokens = images.reshape(len(images), -1)
-    return labelled_rows(tokens, tokens)
+    train, heldout = (images.reshape(len(images), -1) for images in (train, heldout))
+    return labelled_rows(train, train), labelled_rows(heldout, heldout), facts
 
 
 def _digits() -> np.ndarray:

@@ -1,11 +1,13 @@
 """Where text comes from: the embedded corpus, files, or a dataset of the Hub. All end as documents in `datasets`."""
 
+import contextlib
 import hashlib
 import os
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,6 @@ class Corpus:
             `train` is an `IterableDataset`.
         digest: SHA-256 over all documents in order, the first 16 hex digits; names what was trained on. Of a stream,
             over the held-out documents.
-        heldout_bytes: of the held-out documents in UTF-8.
         hub_name: of a dataset of the Hub.
     """
 
@@ -46,8 +47,12 @@ class Corpus:
     train: Dataset | IterableDataset
     heldout: Dataset
     digest: str
-    heldout_bytes: int
-    hub_name: str | None = None
+    hub_name: str | None
+
+    @property
+    def heldout_bytes(self) -> int:
+        """Of the held-out documents in UTF-8."""
+        return sum(len(text.encode()) for text in self.heldout["text"])
 
 
 def load_corpus(
@@ -80,19 +85,21 @@ def load_corpus(
     ):
         if is_given and not is_there:
             raise InputError(f"`{name}` goes with `{needed}`.")
+    hub_name = None
     if dataset_name:
         name, hub_name = _names_of_dataset(dataset_name)
-        splits, heldout_split = _splits(dataset_name, dataset_config_name)
-        heldout = _text_only(splits[heldout_split], text_column, dataset_name) if heldout_split else None
-        return _corpus(name, _text_only(splits["train"], text_column, dataset_name), heldout, hub_name)
-    if train_file:
-        train = _from_files(train_file, text_column)
-        heldout = _from_files(validation_file, text_column) if validation_file else None
-        if heldout is not None:
-            _check_heldout(train, heldout)
-        return _corpus(name_of_files(train_file), train, heldout)
-    name = f"python {sysconfig.get_python_version()} standard library"
-    return _corpus(name, _documents(standard_library_files(), None, "text", name), None)
+        parts = [_text_only(split, text_column, dataset_name) for split in _splits(dataset_name, dataset_config_name)]
+    elif train_file:
+        name = name_of_files(train_file)
+        parts = [_from_files(files, text_column) for files in (train_file, validation_file) if files]
+        if validation_file:
+            _check_heldout(*parts)
+    else:
+        name = f"python {sysconfig.get_python_version()} standard library"
+        parts = [_from_files([str(path) for path in standard_library_files()], text_column)]
+    train, heldout = parts if len(parts) == 2 else _divided(parts[0])
+    digest = _digest(text for part in (train, heldout) for text in part["text"])
+    return Corpus(name, train, heldout, digest, hub_name)
 
 
 def stream_corpus(
@@ -121,26 +128,22 @@ def stream_corpus(
     """
     if bool(train_file) == bool(dataset_name):
         raise InputError("a stream needs a `train_file` or a `dataset_name`, one of the two.")
-    heldout: Dataset | None = None
+    hub_name = None
     if train_file:
-        name, hub_name = name_of_files(train_file), None
-        train = _streamed_files(train_file, text_column)
-        if validation_file:
-            heldout = _from_files(validation_file, text_column)
-            heldout = heldout.select(range(min(num_heldout, len(heldout))))
-    else:
-        name, hub_name = _names_of_dataset(str(dataset_name))
-        splits, heldout_split = _splits(str(dataset_name), dataset_config_name, streaming=True)
-        train = _streamed_text(splits["train"], text_column, name)
-        if heldout_split is not None:
-            heldout = _taken(_streamed_text(splits[heldout_split], text_column, name), num_heldout)
-    if heldout is None:
-        heldout = _taken(train, num_heldout)
-        if len(heldout) < num_heldout:
-            raise InputError(
-                f"{name} has only {len(heldout)} document(s), too few to stream and to hold {num_heldout} out: leave "
-                "`--streaming` out, or name a `validation_file`."
-            )
+        name = name_of_files(train_file)
+        parts = [_streamed_files(train_file, text_column)]
+        parts += [_from_files(validation_file, text_column)] if validation_file else []
+    elif dataset_name:
+        name, hub_name = _names_of_dataset(dataset_name)
+        splits = _splits(dataset_name, dataset_config_name, streaming=True)
+        parts = [_streamed_text(split, text_column, name) for split in splits]
+    train, is_named = parts[0], len(parts) == 2
+    heldout = Dataset.from_dict({"text": [row["text"] for row in islice(parts[-1], num_heldout)]}, features=_TEXT)
+    if len(heldout) < num_heldout and not is_named:
+        raise InputError(
+            f"{name} has only {len(heldout)} document(s), too few to stream and to hold {num_heldout} out: leave "
+            "`--streaming` out, or name a `validation_file`."
+        )
     kept_out = {_digest([text]) for text in heldout["text"]}
     train = train.filter(lambda row: _digest([row["text"]]) not in kept_out)
     num_left = sum(1 for _ in train.take(num_ranks))
@@ -150,7 +153,7 @@ def stream_corpus(
             f"out, and {num_ranks} process(es) need one each: bring more documents, leave `--streaming` out, or start "
             "fewer processes."
         )
-    return Corpus(name, train, heldout, _digest(heldout["text"]), _num_bytes(heldout), hub_name)
+    return Corpus(name, train, heldout, _digest(heldout["text"]), hub_name)
 
 
 def _names_of_dataset(dataset_name: str) -> tuple[str, str | None]:
@@ -160,8 +163,8 @@ def _names_of_dataset(dataset_name: str) -> tuple[str, str | None]:
     return dataset_name, dataset_name
 
 
-def _splits(name: str, config_name: str | None, **settings) -> tuple[Any, str | None]:
-    """All splits of a dataset, and the name of the one to hold out, if there is one."""
+def _splits(name: str, config_name: str | None, **settings) -> list:
+    """The split to train on, and the one to hold out, if there is one."""
     try:
         splits = load_dataset(name, config_name, **settings)
     except Exception as error:  # it raises whatever its readers and the network raise
@@ -169,29 +172,27 @@ def _splits(name: str, config_name: str | None, **settings) -> tuple[Any, str | 
         raise InputError(f"dataset {name!r} could not be read: {reason}") from error
     if "train" not in splits:
         raise InputError(f"dataset {name!r} has no split `train`, only {', '.join(splits)}.")
-    return splits, next((split for split in ("validation", "test") if split in splits), None)
+    heldout = next((split for split in ("validation", "test") if split in splits), None)
+    return [splits[split] for split in ("train", heldout) if split]
 
 
-def _found(pattern: str | Sequence[str], text_column: str) -> tuple[list[Path], str | None]:
+def _reading(pattern: str | Sequence[str], text_column: str) -> dict[str, Any]:
+    """Arguments of the functions that read files."""
     paths, table_format = find_files(pattern)
     if table_format is None and text_column != "text":
         raise InputError(f"{shown(pattern)} is plain text, which has no columns: leave `text_column` out.")
-    return paths, table_format
+    # A list is what `datasets` shares out among processes and counts a position in.
+    return {"paths": [str(path) for path in paths], "table_format": table_format, "text_column": text_column}
 
 
 def _from_files(pattern: str | Sequence[str], text_column: str) -> Dataset:
-    paths, table_format = _found(pattern, text_column)
-    return _documents(paths, table_format, text_column, shown(pattern))
+    """Documents on disk, memory-mapped; `datasets` caches them by the names of their files and what these hold."""
+    reading = _reading(pattern, text_column)
+    digests = [_digest_of(path) for path in reading["paths"]]
+    return _filled(_generated(_texts_of_files, **reading, digests=digests), shown(pattern))
 
 
-def _documents(paths: list[Path], table_format: str | None, text_column: str, name: str) -> Dataset:
-    digests = [_digest_of(path) for path in paths]
-    files = {"paths": [str(path) for path in paths], "digests": digests}
-    return _filled(_generated(_texts_of_files, **files, table_format=table_format, text_column=text_column), name)
-
-
-def _digest_of(path: Path) -> str:
-    """Of a file's bytes: `datasets` caches documents by the names that they are read from, whose content may change."""
+def _digest_of(path: str) -> str:
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
@@ -202,7 +203,7 @@ def _digest_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _texts_of_files(paths: list[str], digests: list[str], table_format: str | None, text_column: str):
+def _texts_of_files(paths: list[str], table_format: str | None, text_column: str, digests: list[str]):
     is_empty = True
     for path in paths:
         for place, row in rows_of(Path(path), table_format, text_column):
@@ -258,16 +259,11 @@ def _text_only(dataset: Dataset, text_column: str, name: str) -> Dataset:
 
 
 def _streamed_files(pattern: str | Sequence[str], text_column: str) -> IterableDataset:
-    paths, table_format = _found(pattern, text_column)
-    for place, row in rows_of(paths[0], table_format):
+    reading = _reading(pattern, text_column)
+    for place, row in islice(rows_of(Path(reading["paths"][0]), reading["table_format"]), 1):
         if isinstance(row, dict) and text_column not in row:  # nor do the others have it
             raise no_column(place, text_column, row)
-        break
-    settings = {"table_format": table_format, "text_column": text_column}
-    # A list is what `datasets` shares out among processes and counts a position in.
-    return IterableDataset.from_generator(
-        _texts_of_stream, gen_kwargs={"paths": [str(path) for path in paths], **settings}
-    )
+    return IterableDataset.from_generator(_texts_of_stream, gen_kwargs=reading)
 
 
 def _texts_of_stream(paths: list[str], table_format: str | None, text_column: str):
@@ -311,10 +307,6 @@ def _is_text(row: dict, name: str) -> bool:
     return False
 
 
-def _taken(documents: IterableDataset, num: int) -> Dataset:
-    return Dataset.from_dict({"text": [row["text"] for row in documents.take(num)]}, features=_TEXT)
-
-
 def standard_library_files() -> list[Path]:
     """The embedded corpus: source files of the running Python's standard library, in a fixed order.
 
@@ -327,13 +319,10 @@ def standard_library_files() -> list[Path]:
     files = []
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
-        if any(part in name for part in _LEFT_OUT) or path.stat().st_size < 2000:
-            continue
-        try:
-            path.read_bytes().decode()
-        except UnicodeDecodeError:
-            continue
-        files.append(path)
+        if not any(part in name for part in _LEFT_OUT) and path.stat().st_size >= 2000:
+            with contextlib.suppress(UnicodeDecodeError):
+                path.read_bytes().decode()
+                files.append(path)
     if not files:
         raise InputError(f"this Python has no source files of its standard library in {root}: pass `--train_file`.")
     return files
@@ -346,9 +335,8 @@ def _check_heldout(train: Dataset, heldout: Dataset) -> None:
     """
     trained = {_digest([text.strip()]) for text in train["text"]}
     long = list(train["text"]) if max(len(train), len(heldout)) < 10 else []
-    shared = sum(
-        _digest([text.strip()]) in trained or any(text.strip() in other for other in long) for text in heldout["text"]
-    )
+    texts = [text.strip() for text in heldout["text"]]
+    shared = sum(_digest([text]) in trained or any(text in other for other in long) for text in texts)
     if shared == len(heldout):
         raise InputError(
             "all text of `validation_file` is part of `train_file`: its score would say nothing about new text. Name "
@@ -362,22 +350,15 @@ def _check_heldout(train: Dataset, heldout: Dataset) -> None:
         )
 
 
-def _corpus(name: str, train: Dataset, heldout: Dataset | None, hub_name: str | None = None) -> Corpus:
-    if heldout is None and len(train) >= 10:
-        chosen = range(3, len(train), 10)  # every tenth document
-        left = [index for index in range(len(train)) if index % 10 != 3]
-        train, heldout = train.select(left), train.select(chosen)
-    elif heldout is None:
-        texts = train["text"][:]
-        cuts = [len(text) - max(len(text) // 10, 1) for text in texts]
-        heldout = _generated(_texts, texts=[text[cut:] for text, cut in zip(texts, cuts)])
-        train = _generated(_texts, texts=[text[:cut] for text, cut in zip(texts, cuts)])
-    digest = _digest(text for part in (train, heldout) for text in part["text"])
-    return Corpus(name, train, heldout, digest, _num_bytes(heldout), hub_name)
-
-
-def _num_bytes(documents: Dataset) -> int:
-    return sum(len(text.encode()) for text in documents["text"])
+def _divided(documents: Dataset) -> tuple[Dataset, Dataset]:
+    """What to train on, and every tenth document, or the last tenth of each where there are few, to hold out."""
+    if len(documents) >= 10:
+        left = [index for index in range(len(documents)) if index % 10 != 3]
+        return documents.select(left), documents.select(range(3, len(documents), 10))
+    texts = documents["text"][:]
+    cuts = [len(text) - max(len(text) // 10, 1) for text in texts]
+    heldout = _generated(_texts, texts=[text[cut:] for text, cut in zip(texts, cuts)])
+    return _generated(_texts, texts=[text[:cut] for text, cut in zip(texts, cuts)]), heldout
 
 
 def _digest(texts: Iterable[str]) -> str:

@@ -12,6 +12,8 @@ from torch.utils.data import IterableDataset
 
 from smt_hf.errors import InputError
 
+from .packing import token_ids
+
 _AT_A_TIME = 32  # documents that the tokenizer gets at once
 
 
@@ -56,7 +58,11 @@ class StreamedRows(IterableDataset):
             raise InputError(f"`buffer_size` must be at least 1, got {buffer_size}.")
         self.documents = split_dataset_by_node(documents, rank, num_ranks) if num_ranks > 1 else documents
         self._start = self.documents.state_dict()
-        self._check_documents(num_ranks)
+        if not all(gather_object([next(iter(self.documents), None) is not None])):
+            raise InputError(
+                f"the stream has too few documents, or too few files with documents, to give each of {num_ranks} "
+                "process(es) one: bring more, or start fewer processes."
+            )
         self.tokenizer, self.context_length, self.buffer_size = tokenizer, context_length, buffer_size
         self.seed, self.rank, self.num_ranks = seed, rank, num_ranks
         self._state: dict[str, Any] = {
@@ -72,13 +78,6 @@ class StreamedRows(IterableDataset):
             "num_documents": 0,
             "num_rows": 0,
         }
-
-    def _check_documents(self, num_ranks: int) -> None:
-        if not all(gather_object([next(iter(self.documents), None) is not None])):
-            raise InputError(
-                f"the stream has too few documents, or too few files with documents, to give each of {num_ranks} "
-                "process(es) one: bring more, or start fewer processes."
-            )
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last row that was given out, as JSON can hold it."""
@@ -98,8 +97,7 @@ class StreamedRows(IterableDataset):
         self._state = copy.deepcopy(state)
 
     def __iter__(self) -> Iterator[dict]:
-        state = self._state
-        length = self.context_length
+        state, length = self._state, self.context_length
         for text_tokens in self._tokenised():
             state["tokens"].extend(text_tokens)
             state["document_ids"].extend([state["num_documents"]] * len(text_tokens))
@@ -115,18 +113,13 @@ class StreamedRows(IterableDataset):
                 yield {"input_ids": tokens, "labels": labels, "document_ids": documents, "example_ids": number}
 
     def _tokenised(self) -> Iterator[list[int]]:
-        state = self._state
-        drawn = self._drawn()
+        state, drawn = self._state, self._drawn()
         while True:
             while len(state["texts"]) < _AT_A_TIME:
                 state["texts"].append(next(drawn))
-            encoded = self.tokenizer(
-                state["texts"], add_special_tokens=False, return_attention_mask=False, verbose=False,
-                split_special_tokens=True,
-            )  # fmt: skip
-            for ids in encoded["input_ids"]:
+            for ids in token_ids(state["texts"], self.tokenizer)["input_ids"]:
                 del state["texts"][0]  # before its rows are given out: a position lies behind them
-                yield [*ids, self.tokenizer.eos_token_id]
+                yield ids
 
     def _drawn(self) -> Iterator[str]:
         """Documents in the order that the buffer gives them, pass after pass."""

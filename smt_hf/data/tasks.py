@@ -139,8 +139,7 @@ def modular_arithmetic_rows(modulus: int, num_rows: int, rng: np.random.Generato
 def parity_rows(length: int, num_rows: int, rng: np.random.Generator) -> _Rows:
     """Bits 0 and 1, the query 2, and as the answer 1 if the number of ones is odd, else 0."""
     bits = rng.integers(0, 2, (num_rows, length))
-    query = np.full((num_rows, 1), 2)
-    ids = np.hstack([bits, query, bits.sum(axis=1, keepdims=True) % 2])
+    ids = np.hstack([bits, np.full((num_rows, 1), 2), bits.sum(axis=1, keepdims=True) % 2])
     return ids, _at(ids, [-1])
 
 
@@ -161,8 +160,7 @@ class TaskFamily:
         vocab_size: the same at every difficulty, so that a model can move from one to the next.
         num_transitions: T, given the difficulty.
         num_answers: number of admissible answers, given the difficulty.
-        smallest: smallest valid difficulty.
-        largest: largest valid difficulty, if there is one.
+        smallest, largest: valid difficulties; no largest one where it is `None`.
         allowed: all valid difficulties, if they are no range.
     """
 
@@ -171,32 +169,22 @@ class TaskFamily:
     difficulties: tuple[int, int, int]
     vocab_size: int
     num_transitions: Callable[[int], int]
-    num_answers: Callable[[int], int]
+    num_answers: Callable[[int], int] = lambda difficulty: _NUM_VALUES
     smallest: int = 1
     largest: int | None = None
     allowed: tuple[int, ...] | None = None
 
 
-def _eight(difficulty: int) -> int:
-    return _NUM_VALUES
-
-
 TASKS: dict[str, TaskFamily] = {
     "retrieval": TaskFamily(
-        retrieval_rows, "transitions", (32, 64, 128), _NUM_VALUES + 1, lambda length: length, _eight, smallest=4
+        retrieval_rows, "transitions", (32, 64, 128), _NUM_VALUES + 1, lambda length: length, smallest=4
     ),
     "string_copy": TaskFamily(
-        string_copy_rows, "string length", (12, 24, 48), _NUM_VALUES + 2, lambda length: 2 * length, _eight, smallest=2
+        string_copy_rows, "string length", (12, 24, 48), _NUM_VALUES + 2, lambda length: 2 * length, smallest=2
     ),
-    "stack": TaskFamily(stack_rows, "depth", (4, 8, 12), _NUM_VALUES + 1, lambda depth: 9 * depth - 1, _eight),
+    "stack": TaskFamily(stack_rows, "depth", (4, 8, 12), _NUM_VALUES + 1, lambda depth: 9 * depth - 1),
     "keys_values": TaskFamily(
-        keys_values_rows,
-        "pairs",
-        (4, 8, 16),
-        _NUM_VALUES + _NUM_KEYS,
-        lambda pairs: 4 * pairs - 1,
-        _eight,
-        largest=_NUM_KEYS,
+        keys_values_rows, "pairs", (4, 8, 16), _NUM_VALUES + _NUM_KEYS, lambda pairs: 4 * pairs - 1, largest=_NUM_KEYS
     ),
     "modular_arithmetic": TaskFamily(
         modular_arithmetic_rows,
@@ -212,27 +200,21 @@ TASKS: dict[str, TaskFamily] = {
 
 
 @dataclass(frozen=True)
-class Task:
-    """A task at one difficulty.
+class TaskFacts:
+    """What holds for all rows of a task at one difficulty.
 
     Attributes:
-        name: of the task, a key of `TASKS`.
-        difficulty: sequence length, depth, number of pairs or modulus, as `TASKS[name].meaning` says.
-        difficulties: the three standard ones of the task.
         vocab_size: the same at every difficulty.
         num_transitions: T; rows have T + 1 tokens.
         chance: accuracy of guessing uniformly among the admissible answers.
     """
 
-    name: str
-    difficulty: int
-    difficulties: tuple[int, int, int]
     vocab_size: int
     num_transitions: int
     chance: float
 
 
-def task_facts(name: str, difficulty: int) -> Task:
+def task_facts(name: str, difficulty: int) -> TaskFacts:
     """The facts of a task that do not depend on its rows.
 
     Raises:
@@ -251,14 +233,7 @@ def task_facts(name: str, difficulty: int) -> Task:
             f"the task {name!r} has no {family.meaning} {difficulty}: set `difficulty` to {bounds}. "
             f"{', '.join(map(str, family.difficulties))} are standard."
         )
-    return Task(
-        name=name,
-        difficulty=difficulty,
-        difficulties=family.difficulties,
-        vocab_size=family.vocab_size,
-        num_transitions=family.num_transitions(difficulty),
-        chance=1 / family.num_answers(difficulty),
-    )
+    return TaskFacts(family.vocab_size, family.num_transitions(difficulty), 1 / family.num_answers(difficulty))
 
 
 def load_task(name: str, difficulty: int, num_rows: int, seed: int) -> Dataset:

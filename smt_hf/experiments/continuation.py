@@ -42,10 +42,18 @@ def continue_text(arguments: GenerateArguments) -> str:
         InputError: bad input, with the way to fix it.
     """
     _check(arguments)
-    prompt = _prompt(str(arguments.prompt))
+    try:
+        prompt = sys.stdin.read() if arguments.prompt == "-" else str(arguments.prompt)
+        prompt.encode()  # Python hands over bytes that are no text as lone surrogates, which no tokenizer reads
+    except UnicodeError as error:
+        raise InputError("the prompt is not text in UTF-8: convert it.") from error
     logging.disable_progress_bar()
     model, tokenizer = load_checkpoint(str(arguments.checkpoint))
-    state = _state(arguments.load_state, model.config)
+    path = arguments.load_state
+    try:
+        state = SMTRecurrentCache() if path is None else SMTRecurrentCache.load(path, model.config)
+    except (OSError, ValueError) as error:
+        raise InputError(f"`load_state` {path} cannot be read: {error}") from error
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].long()
     if not ids.shape[1]:
@@ -92,22 +100,6 @@ def _check(arguments: GenerateArguments) -> None:
         raise InputError(f"`save_state` {path} cannot be written: name a file in a folder that is there.")
     if path.exists() and not arguments.overwrite_state:
         raise InputError(f"`save_state` {path} exists: name another file or pass `--overwrite_state`.")
-
-
-def _prompt(prompt: str) -> str:
-    try:
-        prompt = sys.stdin.read() if prompt == "-" else prompt
-        prompt.encode()  # Python hands over bytes that are no text as lone surrogates, which no tokenizer reads
-    except UnicodeError as error:
-        raise InputError("the prompt is not text in UTF-8: convert it.") from error
-    return prompt
-
-
-def _state(path: str | None, config) -> SMTRecurrentCache:
-    try:
-        return SMTRecurrentCache() if path is None else SMTRecurrentCache.load(path, config)
-    except (OSError, ValueError) as error:
-        raise InputError(f"`load_state` {path} cannot be read: {error}") from error
 
 
 def parse_generate(argv: list[str]) -> GenerateArguments:

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Tra
 from transformers.utils import logging
 
 from smt_hf.command_line import argument, built, check_keys, described, names_of, read_layers, whole_number
-from smt_hf.data import check_columns, holds_instructions, load_table, name_of_files, padded, tokenize_instructions
+from smt_hf.data.files import load_table, name_of_files
+from smt_hf.data.instructions import check_columns, holds_instructions, padded, tokenize_instructions
 from smt_hf.errors import InputError
 from smt_hf.evaluation import Scores
 from smt_hf.evaluation.ngram import uniform_bits
@@ -24,7 +25,6 @@ from smt_hf.publishing.figures import plot_curves
 from smt_hf.publishing.provenance import run_facts
 from smt_hf.publishing.results_table import results_table
 from smt_hf.student import SMTRecurrentConfig, SMTRecurrentForCausalLM
-from smt_hf.training.adapters import LoraSettings
 from smt_hf.training.arguments import BPTTTrainingArguments
 from smt_hf.training.composite import SMTForPreTraining, SMTPreTrainingConfig
 from smt_hf.training.phases import PhaseResult, apply_required, lay_out, run_phases
@@ -43,18 +43,13 @@ class FinetuneArguments:
 
     checkpoint: str | None = argument(None, "Folder or Hub name of an SMTRecurrentForCausalLM.")
     train_file: list[str] | None = argument(
-        None,
-        "Text, or tables (json, jsonl, csv, tsv, parquet) of `text`, of `messages`, or of `prompt` and `completion`.",
+        None, "Text, or tables (json, jsonl, csv, tsv, parquet) of `text`, `messages`, or `prompt` and `completion`."
     )
-    validation_file: list[str] | None = argument(
-        None, "Held-out files of the same kind. Default: a tenth of the training file."
-    )
+    validation_file: list[str] | None = argument(None, "Held-out files of that kind; default: a tenth of `train_file`.")
     text_column: str = argument("text", "Column of a table that holds the text.", is_text=True)
     config: str | None = argument(None, "YAML file with any of these arguments; flags override it.")
     output_dir: str = argument("runs/finetune", "Folder that the run writes to.")
-    use_peft: bool = argument(
-        False, "Train LoRA layers only. `adapter/` then holds them, and `student/` the merged model."
-    )
+    use_peft: bool = argument(False, "Train LoRA layers only: `adapter/` holds them, and `student/` the merged model.")
     lora_r: int = argument(8, "Rank of the LoRA layers. Not searched.")
     lora_alpha: int = argument(16, "The LoRA update is scaled by `lora_alpha / lora_r`. Not searched.")
     lora_parts: str = argument("updater,readout", "Parts that get LoRA layers: updater, readout, or both.")
@@ -73,9 +68,7 @@ class FinetuneTrainingArguments(BPTTTrainingArguments):
     max_steps: int = argument(300, "Optimiser steps. Not searched.")
     per_device_train_batch_size: int = argument(16, "Streams, or examples, per device. Not searched.")
     transition_steps: int = argument(64, "Transitions that a gradient crosses. Not searched.")
-    context_length: int = argument(
-        512, "Transitions per row of text. Longer examples of instructions are left out. Not searched."
-    )
+    context_length: int = argument(512, "Transitions per row of text. Longer instructions are left out. Not searched.")
     continue_previous_phase: bool = argument(False, "Has no effect: a fine-tuning has one phase.")
 
 
@@ -178,15 +171,27 @@ def finetune(run: FinetuneArguments, arguments: FinetuneTrainingArguments) -> di
         if is_main:
             print("\n".join([*changes, subject.describe()]))
             print(f"{run.checkpoint}: {student.num_parameters():,} parameters; {num_threads} threads", flush=True)
-            stack.enter_context(writing(run, _settings(run, arguments, student, subject, lora)))
+            stack.enter_context(writing(run, _settings(run, arguments, student, subject)))
         PartialState().wait_for_everyone()  # an old run's folders are gone before a process looks into them
-        before, result = _train(run, arguments, student, subject, lora)
+        model = SMTForPreTraining.from_student(student)
+        before = _scores(subject.evaluate(model.eval(), arguments))
+        (result,) = run_phases(
+            model,
+            [arguments],
+            subject.rows,
+            subject.eval_rows,
+            tokenizer,
+            subject.evaluate,
+            run.resume_from_checkpoint,
+            {"bptt": lora} if lora is not None else None,
+        )
         if not is_main:
             return {}
         results = {
             "arms": {"checkpoint": before, "finetuned": {**_scores(result.scores), **cost_of(result)}},
             "student_arm": "finetuned",
-            "base_model": _name_of(run.checkpoint),
+            # The last part of a folder: cards say nothing of the machine that they are made on.
+            "base_model": Path(run.checkpoint).resolve().name if Path(run.checkpoint).exists() else run.checkpoint,
             "task": {"name": subject.name, "difficulty": subject.difficulty, "chance": subject.chance},
             "metric": subject.metric,
             "data": {**subject.facts(), "tokenizer_hash": tokenizer_hash(tokenizer)},
@@ -204,16 +209,13 @@ def finetune(run: FinetuneArguments, arguments: FinetuneTrainingArguments) -> di
     return results
 
 
-def _settings(
-    run: FinetuneArguments,
-    arguments: FinetuneTrainingArguments,
-    student: SMTRecurrentForCausalLM,
-    subject: Subject,
-    lora: LoraSettings | None,
-) -> dict:
+def _settings(run: FinetuneArguments, arguments: FinetuneTrainingArguments, student, subject: Subject) -> dict:
     """Everything that changes what a run trains: a resumed run must have the same."""
+    weights, lora = hashlib.sha256(), lora_settings(run)
+    for value in student.state_dict().values():
+        weights.update(value.numpy().tobytes())
     return {
-        "weights": _digest(value.numpy().tobytes() for value in student.state_dict().values()),
+        "weights": weights.hexdigest()[:16],
         "data_hash": subject.facts()["hash"],
         "tokenizer_hash": tokenizer_hash(subject.tokenizer),
         "chat_template": subject.tokenizer.chat_template,
@@ -222,29 +224,6 @@ def _settings(
         **launch_settings(arguments),
         "seed": run.seed,
     }
-
-
-def _train(
-    run: FinetuneArguments,
-    arguments: FinetuneTrainingArguments,
-    student: SMTRecurrentForCausalLM,
-    subject: Subject,
-    lora: LoraSettings | None,
-) -> tuple[dict, PhaseResult]:
-    """The scores before, and what the training leaves."""
-    model = SMTForPreTraining.from_student(student)
-    before = _scores(subject.evaluate(model.eval(), arguments))
-    (result,) = run_phases(
-        model,
-        [arguments],
-        subject.rows,
-        subject.eval_rows,
-        subject.tokenizer,
-        subject.evaluate,
-        run.resume_from_checkpoint,
-        {"bptt": lora} if lora is not None else None,
-    )
-    return before, result
 
 
 def _write(output_dir: Path, result: PhaseResult, tokenizer, results: dict) -> None:
@@ -258,13 +237,6 @@ def _write(output_dir: Path, result: PhaseResult, tokenizer, results: dict) -> N
     write_card(output_dir / "student", result.model.student, results)
     write_json(results, output_dir / RESULTS)
     print(f"written to {output_dir}: {', '.join(sorted(path.name for path in output_dir.glob('[!.]*')))}")
-
-
-def _digest(parts) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:16]
 
 
 def load_checkpoint(checkpoint: str) -> tuple[SMTRecurrentForCausalLM, PreTrainedTokenizerBase]:
@@ -309,11 +281,6 @@ def _subject(run: FinetuneArguments, arguments: FinetuneTrainingArguments, token
 
 def _scores(scores: dict) -> dict:
     return {name: value for name, value in scores["student"].items() if name != "losses"}
-
-
-def _name_of(checkpoint: str) -> str:
-    """The repository's name, or the last part of a folder: cards say nothing of the machine that they are made on."""
-    return Path(checkpoint).resolve().name if Path(checkpoint).exists() else checkpoint
 
 
 def parse_finetune(argv: list[str]) -> tuple[FinetuneArguments, FinetuneTrainingArguments]:

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from smt_hf.data import byte_tokenizer, check_columns, padded, tokenize_instructions
+from smt_hf.data import byte_tokenizer
+from smt_hf.data.instructions import check_columns, padded, tokenize_instructions
 from smt_hf.errors import InputError
 
 TEMPLATE = (
