@@ -304,5 +304,3 @@ def test_the_table_of_evaluations(labelled_rows):
     alone = evaluate_rows(model, *labelled_rows)
     assert alone.keys() == {name for name, entry in EVALUATIONS.items() if not entry.needs_teacher}
     assert alone["geometry"].keys() == {"student"}
-        "geometry"
-    ].keys() == {"student"}
