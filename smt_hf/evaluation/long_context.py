@@ -54,9 +54,8 @@ def far_needle_accuracy(
     Returns:
         `{"distance": d, "accuracy": x, "loss": nats per label, "n": labels, "chance": chance}` for each distance.
     """
-    results: list[dict[str, float | None]] = []
-    for distance in distances:
-        scores = score_student(student, *make_rows(distance), batch_size=batch_size)
-        entry = {"distance": distance, "accuracy": scores.accuracy, "loss": scores.loss, "n": scores.n}
-        results.append({**entry, "chance": chance})
-    return results
+    scored = {distance: score_student(student, *make_rows(distance), batch_size=batch_size) for distance in distances}
+    return [
+        {"distance": distance, "accuracy": scores.accuracy, "loss": scores.loss, "n": scores.n, "chance": chance}
+        for distance, scores in scored.items()
+    ]

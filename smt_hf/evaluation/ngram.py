@@ -8,18 +8,14 @@ import math
 
 import numpy as np
 
-from .streams import END_OF_DOCUMENT
+from .streams import END_OF_DOCUMENT, text_symbols
 
 NUM_SYMBOLS = END_OF_DOCUMENT + 1
 
 
 def document_symbols(texts: list[str]) -> np.ndarray:
     """Bytes of all documents, each followed by `END_OF_DOCUMENT`; `(N,)` int64."""
-    parts = []
-    for text in texts:
-        parts.append(np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64))
-        parts.append(np.array([END_OF_DOCUMENT], dtype=np.int64))
-    return np.concatenate(parts)
+    return np.concatenate([np.append(text_symbols(text), END_OF_DOCUMENT) for text in texts])
 
 
 class NGramModel:

@@ -19,9 +19,8 @@ def stream_labels(streams: np.ndarray) -> np.ndarray:
 def is_byte_tokenizer(tokenizer) -> bool:
     """Whether token `i` is byte `i`, for all 256 bytes."""
     characters = bytes_to_unicode()
-    return len(tokenizer) >= 256 and tokenizer.convert_ids_to_tokens(list(range(256))) == [
-        characters[byte] for byte in range(256)
-    ]
+    expected = [characters[byte] for byte in range(256)]
+    return len(tokenizer) >= 256 and tokenizer.convert_ids_to_tokens(list(range(256))) == expected
 
 
 def count_bytes(tokenizer, tokens: np.ndarray) -> int:
@@ -39,4 +38,9 @@ def stream_symbols(tokenizer, streams: np.ndarray) -> list[np.ndarray]:
     if is_byte_tokenizer(tokenizer):
         return [np.minimum(row, END_OF_DOCUMENT) for row in streams]
     texts = tokenizer.batch_decode(streams, skip_special_tokens=True)
-    return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) for text in texts]
+    return [text_symbols(text) for text in texts]
+
+
+def text_symbols(text: str) -> np.ndarray:
+    """Bytes of a text in UTF-8, `(N,)` int64."""
+    return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)

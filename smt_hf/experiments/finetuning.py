@@ -22,7 +22,7 @@ from smt_hf.evaluation.streams import count_bytes
 from smt_hf.publishing.export import export_student, write_card, write_json
 from smt_hf.publishing.figures import plot_curves
 from smt_hf.publishing.provenance import run_facts
-from smt_hf.publishing.results_table import results_table
+from smt_hf.publishing.scores import results_table
 from smt_hf.student import SMTRecurrentConfig, SMTRecurrentForCausalLM
 from smt_hf.training.adapters import LoraSettings
 from smt_hf.training.arguments import BPTTTrainingArguments

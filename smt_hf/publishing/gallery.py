@@ -13,7 +13,7 @@ from smt_hf.command_line import argument
 from smt_hf.errors import InputError
 
 from .export import write_text
-from .units import UNITS, metric_of
+from .scores import UNITS, metric_of
 
 _TEMPLATE = Path(__file__).with_name("gallery_template.html")
 
