@@ -7,10 +7,8 @@ not apply to, and give it a line in `EVALUATIONS`. Every student that a grid tra
 | module | question |
 |---|---|
 | `scores.py` | How many labels are predicted right, at which loss? The score of every run. |
-| `streams.py` | Which labels and how many bytes has a stream of text? |
-| `ngram.py` | What do n-gram models of bytes reach on the same text? |
+| `text.py` | Which labels and how many bytes has a stream of text? What do n-gram models of bytes reach on it? |
 | `drift.py` | How far are the student's memories from the teacher's, how far do gradients reach? |
-| `long_context.py` | How do predictions and recall change far beyond the training length? |
 | `metrics/` | Modules of Hugging Face's `evaluate`, which takes the predictions of any model. |
 | `memories.py` | The walks over rows that all of them share. |
 """
@@ -22,9 +20,8 @@ from typing import Any
 import numpy as np
 
 from .drift import drift_by_position, geometry_of, gradient_norm_by_distance, memory_geometry, teacher_gradient_norm
-from .long_context import bits_by_position, far_needle_accuracy
-from .ngram import NGramModel
 from .scores import Scores, score_student, score_teacher
+from .text import NGramModel
 
 # Modules of Hugging Face's `evaluate`, which loads them by path, offline.
 _FOLDER = Path(__file__).with_name("metrics")
@@ -89,10 +86,8 @@ __all__ = [
     "METRICS",
     "NGramModel",
     "Scores",
-    "bits_by_position",
     "drift_by_position",
     "evaluate_rows",
-    "far_needle_accuracy",
     "geometry_of",
     "gradient_norm_by_distance",
     "memory_geometry",

@@ -2,7 +2,7 @@
 
 Rows are `input_ids (N, T + 1)` with aligned `labels (N, T + 1)`: `labels[:, t]` is the target of the memory after t
 tokens (no shift; t = 0 is `m_0`), -100 is not scored. A row may be padded at its end, where it has no labels. Tasks and
-images are such rows; `streams.stream_labels` makes them of streams of text.
+images are such rows; `text.stream_labels` makes them of streams of text.
 Shapes: N rows, B rows of a batch, T tokens, S positions, V vocabulary.
 """
 

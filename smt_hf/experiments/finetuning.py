@@ -17,8 +17,7 @@ from smt_hf.command_line import argument, built, check_keys, described, names_of
 from smt_hf.data import check_columns, holds_instructions, load_table, name_of_files, padded, tokenize_instructions
 from smt_hf.errors import InputError
 from smt_hf.evaluation import Scores
-from smt_hf.evaluation.ngram import uniform_bits
-from smt_hf.evaluation.streams import count_bytes
+from smt_hf.evaluation.text import count_bytes, uniform_bits
 from smt_hf.publishing.export import export_student, write_card, write_json
 from smt_hf.publishing.figures import plot_curves
 from smt_hf.publishing.provenance import run_facts

@@ -90,8 +90,7 @@ def plot_curves(histories: list[tuple[str, list[dict]]], path: Path) -> None:
     axes[1].set(xlabel="optimiser steps", ylabel="squared error", title="drift from the teacher's memories (held out)")
     for axis in axes:
         handles, labels = axis.get_legend_handles_labels()
-        unique = dict(zip(labels, handles))
-        if unique:
+        if unique := dict(zip(labels, handles)):
             axis.legend(unique.values(), unique.keys(), fontsize=8)
             set_log(axis, "y", [value for line in axis.get_lines() for value in line.get_ydata()], ratio=1)
         else:
@@ -127,14 +126,13 @@ def plot_loss_by_position(
     names = {arm: display_name({"arm": arm, "phases": phases.get(arm)}) for arm in (*curves, *ngram_bits)}
     looks = looks_of(list(names.values()))
     for arm, losses in curves.items():
-        edges = np.unique(np.geomspace(1, len(losses), 25).astype(int))
-        edges = np.unique(np.concatenate([[0], edges]))
+        edges = np.unique([0, *np.geomspace(1, len(losses), 25).astype(int)])
         means = [losses[begin:end].mean() / math.log(2) for begin, end in pairwise(edges)]
         axis.plot(edges[1:], means, ms=3, lw=1.2, label=names[arm], **looks[names[arm]])
     for arm, bits in ngram_bits.items():
         axis.axhline(bits, lw=1, label=names[arm], color=looks[names[arm]]["color"], ls=looks[names[arm]]["ls"])
-    axis.set(xscale="log", xlabel="tokens read since m_0", title="held-out loss by position")
-    axis.set_ylabel(UNITS["bits_per_byte"].label)
+    axis.set(xscale="log", xlabel="tokens read since m_0", ylabel=UNITS["bits_per_byte"].label)
+    axis.set_title("held-out loss by position")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.2)
     save_figure(figure, path)

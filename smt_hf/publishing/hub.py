@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard
 from yaml import YAMLError
@@ -116,7 +117,7 @@ def publish(
     if dry_run:
         return Publication(repo_id, files, None, tuple(notes))
     check_hub_access(repo_id, token, private, endpoint)
-    access = {"private": private, "token": token, "endpoint": endpoint}
+    access: dict[str, Any] = {"private": private, "token": token, "endpoint": endpoint}
     commit = upload(folder, files, repo_id, commit_message, contents=contents, revision=revision, **access)
     return Publication(repo_id, files, str(commit.commit_url), tuple(notes))
 
@@ -131,7 +132,7 @@ class PublishArguments:
 
     checkpoint: str | None = argument(None, "The `student` folder of a run.")
     repo_id: str | None = argument(None, "Repository, `user/name`; created if it does not exist.")
-    private: bool | None = argument(None, "Whether a repository that is created is private; default: as its owner set.")
+    private: bool | None = argument(None, "Whether a new repository is private; default: its owner's setting.")
     revision: str | None = argument(None, "Branch; default: main.")
     commit_message: str = argument("Publish a student", "Title of the commit.")
     license: str | None = argument(

@@ -12,7 +12,6 @@ from typing import Any
 from .evidence import split_by
 
 SOLVED = 0.9  # two accuracies below it: neither side can do the task
-BOTH_FAIL = ", both fail"
 MARGIN = 0.02  # a smaller difference decides nothing, however small the standard error of a few seeds
 _DIVERGED = 1e9  # badness of an arm that has no finite score
 
@@ -151,7 +150,7 @@ def judge(scores: dict[str, Score], kinds: dict[str, str], metric: str) -> Verdi
     gain = by_arm[rival] - by_arm[ours]
     word = "ahead" if gain > margin else "behind" if gain < -margin else "level"
     if metric == "accuracy" and min(by_arm[ours], by_arm[rival]) > -SOLVED:
-        word += BOTH_FAIL
+        word += ", both fail"
     return Verdict(ours, rival, difference, word)
 
 
@@ -168,10 +167,8 @@ def score_of(lines: list[dict], *path: str) -> Score | None:
         if entry != {}:
             by_seed.setdefault(line["seed"], []).append(math.nan if entry is None else entry)
     means = [fmean(values) for values in by_seed.values()]
-    if not means:
-        return None
-    if len(means) == 1:
-        return Score(means[0], None, 1)
+    if len(means) < 2:
+        return Score(means[0], None, 1) if means else None
     error = stdev(means) / math.sqrt(len(means)) if all(map(math.isfinite, means)) else math.nan
     return Score(fmean(means), error, len(means))
 
