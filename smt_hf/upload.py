@@ -52,7 +52,6 @@ def find_problems(folder: str | Path, largest_file: int = LARGEST_FILE) -> tuple
     limit, and a checkpoint without its configuration, weights or code.
 
     Args:
-        folder: of the saved model.
         largest_file: bytes.
 
     Returns:

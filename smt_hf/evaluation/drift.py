@@ -1,6 +1,7 @@
 """Distance between the student's and the teacher's memories, reach of gradients, and spread of memories.
 
 Rows as in `scores.py`: `input_ids (N, T + 1)`, the last token only a target, and aligned `labels (N, T + 1)`.
+`batch_size` rows are computed side by side: it changes memory use and speed, not the result.
 Shapes: N rows, B rows of a batch, T tokens, K memory tokens, D width, V vocabulary.
 """
 
@@ -28,7 +29,6 @@ def drift_by_position(model, input_ids: np.ndarray, batch_size: int = 64) -> np.
     Args:
         model: student and teacher (an `SMTForPreTraining`).
         input_ids: `(N, T + 1)`, at least two rows, not padded.
-        batch_size: rows side by side; changes memory use and speed, not the result.
 
     Returns:
         `(T,)`, no unit: after 1 .. T tokens.
@@ -67,7 +67,6 @@ def gradient_norm_by_distance(student, input_ids: np.ndarray, labels: np.ndarray
     Args:
         student: an `SMTRecurrentForCausalLM`; its parameters get no gradient.
         input_ids, labels: `(N, T + 1)`; rows whose last label is at `m_0`, or that have none, are left out.
-        batch_size: rows side by side; changes memory use and speed, not the result.
 
     Returns:
         `(T,)`, nats (memories have RMS 1): d = 0 .. T - 1 transitions before the loss, d = 0 the memory that it is
@@ -168,7 +167,6 @@ def geometry_of(
         input_ids: `(N, T + 1)`, not padded.
         num_positions: memories taken from each row, at even distances, the last one after T tokens. They are
             pooled over all rows; where they are fewer than `K * D`, their number bounds the ranks.
-        batch_size: rows side by side; changes memory use and speed, not the result.
 
     Returns:
         `{"student": {...}, "teacher": {...}}`, the latter only if the model has a teacher.

@@ -16,8 +16,7 @@ from accelerate.utils import gather_object
 
 from .memories import own_memories, teacher_memories
 
-# Tokens of the rows that a teacher reads per pass.
-_TOKENS_PER_PASS = 8192
+_TOKENS_PER_PASS = 8192  # of the rows that a teacher reads side by side
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Held-out text: labels of its streams, the bytes that their tokens stand for, and n-gram models of bytes as a yardstick.
+"""Held-out text: labels of its streams, the bytes that their tokens stand for, and n-gram models as a yardstick.
 
-The models interpolate by Witten-Bell (Bell, Cleary & Witten 1990): the more different bytes have followed a context, the
-more weight the next shorter context gets.
+The models interpolate by Witten-Bell (Bell, Cleary & Witten 1990): the more different bytes have followed a context,
+the more weight the next shorter context gets.
 Shapes: B streams, L tokens predicted.
 """
 
@@ -32,8 +32,7 @@ def count_bytes(tokenizer, tokens: np.ndarray) -> int:
     """UTF-8 bytes of the text that the tokens `(B, L)` stand for; a special token counts as one byte."""
     if is_byte_tokenizer(tokenizer):  # pieces of a character have no text of their own
         return tokens.size
-    special = set(tokenizer.all_special_ids)
-    num_special = int(np.isin(tokens, list(special)).sum())
+    num_special = int(np.isin(tokens, tokenizer.all_special_ids).sum())
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return max(sum(len(text.encode()) for text in texts) + num_special, 1)
 
@@ -106,8 +105,7 @@ class _Table:
 
     def __init__(self, symbols: np.ndarray, context: int):
         self.grams, self.gram_counts = np.unique(_grams(symbols, context + 1), return_counts=True)
-        contexts, begins = np.unique(self.grams // NUM_SYMBOLS, return_index=True)
-        self.contexts = contexts
+        self.contexts, begins = np.unique(self.grams // NUM_SYMBOLS, return_index=True)
         self.followers = np.diff([*begins, len(self.grams)])
         self.context_counts = np.add.reduceat(self.gram_counts, begins)
 

@@ -74,8 +74,6 @@ def split_by(lines: list[dict], *keys: str) -> dict:
 
 def hardest_cells(lines: list[dict], *keys: str) -> list[tuple[str, list[dict]]]:
     """Title and lines of a cell per task: the highest difficulty at which lines have one of the keys, those lines."""
-    cells = []
-    for task, some in split_by([line for line in lines if any(line.get(key) for key in keys)], "task").items():
-        difficulty = max(line["difficulty"] for line in some)
-        cells.append((f"{task} {difficulty}", [line for line in some if line["difficulty"] == difficulty]))
-    return cells
+    cells = split_by([line for line in lines if any(line.get(key) for key in keys)], "task", "difficulty")
+    hardest = {task: (f"{task} {difficulty}", cell) for (task, difficulty), cell in cells.items()}  # a task's last one
+    return list(hardest.values())

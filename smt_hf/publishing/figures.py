@@ -65,7 +65,6 @@ def plot_curves(histories: list[tuple[str, list[dict]]], path: Path) -> None:
 
     Args:
         histories: name and `log_history` of each phase, in order.
-        path: of the picture.
     """
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     axes = figure.subplots(1, 2)
@@ -119,7 +118,6 @@ def plot_loss_by_position(
         curves: arm -> mean loss at each position, nats per byte.
         ngram_bits: n-gram model -> bits per byte, drawn as a horizontal line.
         phases: arm -> settings of the phases that trained it.
-        path: of the picture.
     """
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axis = figure.subplots()

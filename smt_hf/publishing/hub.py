@@ -48,9 +48,8 @@ def check_folder(folder: str | Path, largest_file: int = LARGEST_FILE) -> dict[s
     """
     folder = Path(folder)
     files, problems = find_problems(folder, largest_file)
-    for name in ("tokenizer_config.json", "eval_results.json", "README.md"):
-        if name not in files:
-            problems.append(f"{name} is missing: export the student by a recipe.")
+    needed = ("tokenizer_config.json", "eval_results.json", "README.md")
+    problems += [f"{name} is missing: export the student by a recipe." for name in needed if name not in files]
     if "README.md" in files and not problems:
         problems = problems_of_card(folder)
     refuse(folder, problems)
@@ -63,9 +62,8 @@ def problems_of_card(folder: Path) -> list[str]:
         card = ModelCard.load(folder / "README.md")
     except (ValueError, TypeError, YAMLError) as error:
         return [f"README.md has no valid metadata: {error}"]
-    problems = [
-        f"README.md has no `{name}` in its metadata." for name in _CARD_FIELDS if not getattr(card.data, name, None)
-    ]
+    missing = [name for name in _CARD_FIELDS if not getattr(card.data, name, None)]
+    problems = [f"README.md has no `{name}` in its metadata." for name in missing]
     results = json.loads((folder / "eval_results.json").read_bytes())
     if not isinstance(results, dict) or not {"arms", "student_arm"} <= results.keys():
         return [*problems, "eval_results.json is not that of a recipe: export the student by one."]

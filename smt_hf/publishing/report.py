@@ -53,9 +53,8 @@ def render_report(lines: list[dict], name: str, folder: Path) -> list[Path]:
     if not lines:
         raise InputError("there are no lines to report: run the grid first.")
     _check(lines)
-    num_lines = len(lines)
-    lines = sorted(_without_stages(lines), key=_line_order)
-    num_stages = num_lines - len(lines)
+    given, lines = lines, sorted(_without_stages(lines), key=_line_order)
+    num_stages = len(given) - len(lines)
     main = [line for line in lines if line.get("group") is None]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
