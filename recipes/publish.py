@@ -2,12 +2,14 @@
 
 import sys
 
-from smt_hf.publishing.hub import parse_publish, publish
+from smt_hf.command_line import parse
+from smt_hf.publishing.hub import PublishArguments, publish
 from smt_hf.recipe import run_to_end
 
 
 def main() -> None:
-    arguments = vars(parse_publish(sys.argv[1:]))
+    usage = "usage: python recipes/publish.py --checkpoint DIR --repo_id USER/NAME [--dry_run] [--flag ...]"
+    arguments = vars(parse(PublishArguments, sys.argv[1:], usage))
     print(publish(arguments.pop("checkpoint"), **arguments))
 
 

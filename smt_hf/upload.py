@@ -52,7 +52,6 @@ def find_problems(folder: str | Path, largest_file: int = LARGEST_FILE) -> tuple
     limit, and a checkpoint without its configuration, weights or code.
 
     Args:
-        folder: of the saved model.
         largest_file: bytes.
 
     Returns:
@@ -99,13 +98,13 @@ def refuse(folder: str | Path, problems: list[str]) -> None:
         raise InputError(f"{folder} cannot be published:\n- " + "\n- ".join(problems))
 
 
-def check_files(folder: str | Path, largest_file: int = LARGEST_FILE) -> dict[str, int]:
+def check_files(folder: str | Path) -> dict[str, int]:
     """The files of a saved model that may be sent, path in the repository -> bytes.
 
     Raises:
         InputError: every problem that `find_problems` finds.
     """
-    files, problems = find_problems(folder, largest_file)
+    files, problems = find_problems(folder)
     refuse(folder, problems)
     return files
 
@@ -118,13 +117,11 @@ def _problems_of_file(path: Path, size: int, largest_file: int) -> list[str]:
         ]
     if size > largest_file:
         return [f"has {size:,} bytes, more than {largest_file:,}: save with a smaller `max_shard_size`."]
+    problem = None
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="numpy"):
-                pass
-            with path.open("rb") as file:  # its metadata; the rest is numbers
-                content = file.read(int.from_bytes(file.read(8), "little"))
-            problem = None
+            with safe_open(path, framework="numpy"), path.open("rb") as file:
+                content = file.read(int.from_bytes(file.read(8), "little"))  # its metadata; the rest is numbers
         else:
             content = path.read_bytes()
             problem = _problem_of_content(path, content)
@@ -143,16 +140,14 @@ def _problem_of_content(path: Path, content: bytes) -> str | None:
         return "is a pickle or an archive by its content, which may run code when it is loaded: take it out."
     if path.suffix == ".png" and not content.startswith(_PNG):
         return "is no PNG picture: take it out."
-    if path.suffix in _TEXTS:
-        try:
-            text = content.decode()
-        except UnicodeDecodeError:
-            return "is not text in UTF-8: take it out."
-        try:
-            for part in {".json": [text], ".jsonl": filter(str.strip, text.split("\n"))}.get(path.suffix, []):
-                json.loads(part)
-        except ValueError as error:
-            return f"is not valid JSON ({error}): mend it or take it out."
+    try:
+        text = content.decode() if path.suffix in _TEXTS else ""
+        for part in {".json": [text], ".jsonl": filter(str.strip, text.split("\n"))}.get(path.suffix, []):
+            json.loads(part)
+    except UnicodeDecodeError:
+        return "is not text in UTF-8: take it out."
+    except ValueError as error:
+        return f"is not valid JSON ({error}): mend it or take it out."
     return None
 
 
@@ -184,12 +179,10 @@ def _problems_of_code(folder: Path, files: dict[str, int]) -> list[str]:
         ]
     needed = {f"{reference.split('.')[0]}.py" for reference in references}
     seen: set[str] = set()
-    while needed - seen:
-        name = (needed - seen).pop()
-        seen.add(name)
-        if name in files:
-            siblings = re.findall(r"^from \.(\w+) import", (folder / name).read_text(encoding="utf-8"), re.M)
-            needed |= {f"{sibling}.py" for sibling in siblings}
+    while found := sorted((needed & files.keys()) - seen):
+        seen |= set(found)
+        code = "\n".join((folder / name).read_text(encoding="utf-8") for name in found)
+        needed |= {f"{sibling}.py" for sibling in re.findall(r"^from \.(\w+) import", code, re.M)}
     return [f"{name} is missing, which the code in the checkpoint imports." for name in sorted(needed - files.keys())]
 
 
@@ -302,15 +295,9 @@ def upload(
     old_weights = [name for name in own if name.endswith(_WEIGHTS) and "/" not in name and name not in files]
 
     def commit() -> CommitInfo:  # operations serve one attempt
-        return api.create_commit(
-            repo_id,
-            [
-                *(CommitOperationAdd(prefix + name, contents.get(name, folder / name)) for name in files),
-                *(CommitOperationDelete(prefix + name) for name in old_weights),
-            ],
-            commit_message=commit_message,
-            revision=revision,
-        )
+        added = [CommitOperationAdd(prefix + name, contents.get(name, folder / name)) for name in files]
+        removed = [CommitOperationDelete(prefix + name) for name in old_weights]
+        return api.create_commit(repo_id, [*added, *removed], commit_message=commit_message, revision=revision)
 
     return _patiently(commit)
 

@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 
 from measurements import LongContextArguments, measure_long_context, print_table, write_lines
+from measurements.figures import plot_long_context
 
 from smt_hf.command_line import parse
-from smt_hf.publishing.benchmark_figures import plot_long_context
 from smt_hf.recipe import run_to_end
 
 

@@ -1,30 +1,42 @@
 """Evaluations of students and teachers on held-out rows, and the yardsticks that they are compared with.
 
 Add an evaluation here: write a module with a function of a model (an `SMTForPreTraining`), its `input_ids` and `labels`
-(rows as in `scores.py`, `(N, T + 1)` each) that returns a value which JSON can hold, and give it a line in
-`EVALUATIONS`. Every student that a grid trains is then evaluated by it.
+(rows as in `scores.py`, `(N, T + 1)` each) that returns a value which JSON can hold, or `None` for a model that it does
+not apply to, and give it a line in `EVALUATIONS`. Every student that a grid trains is then evaluated by it.
 
 | module | question |
 |---|---|
 | `scores.py` | How many labels are predicted right, at which loss? The score of every run. |
-| `streams.py` | Which labels and how many bytes has a stream of text? |
-| `ngram.py` | What do n-gram models of bytes reach on the same text? |
+| `text.py` | Which labels and how many bytes has a stream of text? What do n-gram models of bytes reach on it? |
 | `drift.py` | How far are the student's memories from the teacher's, how far do gradients reach? |
-| `long_context.py` | How do predictions and recall change far beyond the training length? |
 | `metrics/` | Modules of Hugging Face's `evaluate`, which takes the predictions of any model. |
 | `memories.py` | The walks over rows that all of them share. |
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from .drift import drift_by_position, geometry_of, gradient_norm_by_distance, memory_geometry, teacher_gradient_norm
-from .long_context import bits_by_position, far_needle_accuracy
-from .metric_modules import METRICS, metric_path
-from .ngram import NGramModel
 from .scores import Scores, score_student, score_teacher
+from .text import NGramModel
+
+# Modules of Hugging Face's `evaluate`, which loads them by path, offline.
+_FOLDER = Path(__file__).with_name("metrics")
+METRICS = tuple(sorted(path.name for path in _FOLDER.iterdir() if path.is_dir() and not path.name.startswith("_")))
+
+
+def metric_path(name: str) -> str:
+    """The folder of a metric, for `evaluate.load`.
+
+    Raises:
+        ValueError: there is no such metric.
+    """
+    if name not in METRICS:
+        raise ValueError(f"unknown metric {name!r}: choose one of {', '.join(METRICS)}.")
+    return str(_FOLDER / name)
 
 
 def _thinned(values: np.ndarray, first: int = 0, most: int = 24) -> list[list[float]]:
@@ -39,36 +51,21 @@ def _thinned(values: np.ndarray, first: int = 0, most: int = 24) -> list[list[fl
 
 
 def _geometry(model, input_ids: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, float]]:
+    names = {name: name for name in ("effective_rank", "participation_ratio", "spread")}
+    names["rank"] = "effective_rank"  # the name that the figures draw
     clouds = geometry_of(model, input_ids[:, :-1])
-    for values in clouds.values():
-        values["rank"] = values["effective_rank"]  # the name that the figures draw
-    names = ("effective_rank", "participation_ratio", "spread", "rank")
-    return {part: {name: round(values[name], 4) for name in names} for part, values in clouds.items()}
+    return {part: {name: round(values[key], 4) for name, key in names.items()} for part, values in clouds.items()}
 
 
-class Evaluation(NamedTuple):
-    """A line of the table.
-
-    Args:
-        value: function of `(model, input_ids, labels)`.
-        needs_teacher: left out for models that have no teacher.
-    """
-
-    value: Callable[[Any, np.ndarray, np.ndarray], Any]
-    needs_teacher: bool = False
-
-
-# By the name that the value has in the lines of a grid.
-EVALUATIONS = {
-    "gradient_norm": Evaluation(
-        lambda model, ids, labels: _thinned(gradient_norm_by_distance(model.student, ids, labels))
+# By the name that the value has in the lines of a grid. A value of `None` is left out: the model has no teacher.
+EVALUATIONS: dict[str, Callable[[Any, np.ndarray, np.ndarray], Any]] = {
+    "gradient_norm": lambda model, ids, labels: _thinned(gradient_norm_by_distance(model.student, ids, labels)),
+    "geometry": _geometry,
+    "teacher_gradient_norm": lambda model, ids, labels: (
+        _thinned(teacher_gradient_norm(model, ids, labels)) if model.teacher is not None else None
     ),
-    "geometry": Evaluation(_geometry),
-    "teacher_gradient_norm": Evaluation(
-        lambda model, ids, labels: _thinned(teacher_gradient_norm(model, ids, labels)), needs_teacher=True
-    ),
-    "drift": Evaluation(
-        lambda model, ids, labels: _thinned(drift_by_position(model, ids[:, :-1]), first=1), needs_teacher=True
+    "drift": lambda model, ids, labels: (
+        _thinned(drift_by_position(model, ids[:, :-1]), first=1) if model.teacher is not None else None
     ),
 }
 
@@ -80,23 +77,17 @@ def evaluate_rows(model, input_ids: np.ndarray, labels: np.ndarray) -> dict[str,
         model: an `SMTForPreTraining`.
         input_ids, labels: `(N, T + 1)`.
     """
-    return {
-        name: evaluation.value(model, input_ids, labels)
-        for name, evaluation in EVALUATIONS.items()
-        if model.teacher is not None or not evaluation.needs_teacher
-    }
+    values = {name: evaluation(model, input_ids, labels) for name, evaluation in EVALUATIONS.items()}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 __all__ = [
     "EVALUATIONS",
-    "Evaluation",
     "METRICS",
     "NGramModel",
     "Scores",
-    "bits_by_position",
     "drift_by_position",
     "evaluate_rows",
-    "far_needle_accuracy",
     "geometry_of",
     "gradient_norm_by_distance",
     "memory_geometry",

@@ -1,8 +1,11 @@
 """Distance between the student's and the teacher's memories, reach of gradients, and spread of memories.
 
 Rows as in `scores.py`: `input_ids (N, T + 1)`, the last token only a target, and aligned `labels (N, T + 1)`.
+`batch_size` rows are computed side by side: it changes memory use and speed, not the result.
 Shapes: N rows, B rows of a batch, T tokens, K memory tokens, D width, V vocabulary.
 """
+
+from collections import defaultdict
 
 import numpy as np
 import torch
@@ -26,7 +29,6 @@ def drift_by_position(model, input_ids: np.ndarray, batch_size: int = 64) -> np.
     Args:
         model: student and teacher (an `SMTForPreTraining`).
         input_ids: `(N, T + 1)`, at least two rows, not padded.
-        batch_size: rows side by side; changes memory use and speed, not the result.
 
     Returns:
         `(T,)`, no unit: after 1 .. T tokens.
@@ -40,18 +42,18 @@ def drift_by_position(model, input_ids: np.ndarray, batch_size: int = 64) -> np.
     tokens = torch.from_numpy(input_ids[:, :-1]).to(model.device)
     positions = torch.arange(length + 1, device=tokens.device)
     errors, squares = torch.zeros(2, length + 1, dtype=torch.float64)
-    totals: torch.Tensor | None = None
+    totals = torch.zeros((), dtype=torch.float64)
     for rows in tokens.split(batch_size):
         goals = teacher_memories(model, rows, positions).flatten(2).cpu()
-        totals = goals.double().sum(0) if totals is None else totals + goals.double().sum(0)
+        totals = totals + goals.double().sum(0)
         squares += goals.double().square().sum((0, 2))
         for first, memories in own_memories(model.student, rows):
             places = slice(first, first + memories.shape[1])
             errors[places] += (memories.flatten(2).cpu().double() - goals[:, places]).square().sum((0, 2))
-    assert totals is not None
     variance = (squares - totals.square().sum(1) / num_rows) / (num_rows - 1)
-    width = totals.shape[1]
-    to_other_row = 2 * variance[1:].mean().clamp(min=1e-6 * width)  # not 0 for a collapsed teacher; memories have RMS 1
+    to_other_row = 2 * variance[1:].mean().clamp(
+        min=1e-6 * totals.shape[1]
+    )  # not 0 for a collapsed teacher; memories have RMS 1
     return (errors[1:] / num_rows / to_other_row).numpy()
 
 
@@ -65,7 +67,6 @@ def gradient_norm_by_distance(student, input_ids: np.ndarray, labels: np.ndarray
     Args:
         student: an `SMTRecurrentForCausalLM`; its parameters get no gradient.
         input_ids, labels: `(N, T + 1)`; rows whose last label is at `m_0`, or that have none, are left out.
-        batch_size: rows side by side; changes memory use and speed, not the result.
 
     Returns:
         `(T,)`, nats (memories have RMS 1): d = 0 .. T - 1 transitions before the loss, d = 0 the memory that it is
@@ -111,9 +112,8 @@ def teacher_gradient_norm(model, input_ids: np.ndarray, labels: np.ndarray, batc
         # Every token gets an entry of its own in the table, whatever order the teacher looks tokens up in.
         table = embeddings(tokens).detach().flatten(0, 1).requires_grad_()
         numbers = torch.arange(tokens.numel(), device=tokens.device).view(tokens.shape)
-        memories = functional_call(
-            model.teacher, {f"{name}.weight": table}, (numbers, last[:, None], model.student.model.start_memory())
-        )
+        arguments = (numbers, last[:, None], model.student.model.start_memory())
+        memories = functional_call(model.teacher, {f"{name}.weight": table}, arguments)
         loss = F.cross_entropy(model.student.read_logits(memories[:, 0]), targets, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, table)
         return gradient.norm(dim=1).view(tokens.shape)
@@ -146,14 +146,10 @@ def memory_geometry(memories: torch.Tensor) -> dict[str, float]:
     centred = flat - flat.mean(0)
     singular = torch.linalg.svdvals(centred)
     singular = singular[singular > precision * flat.norm()]
-    effective_rank = participation_ratio = 0.0
-    if len(singular):
-        shares = singular / singular.sum()
-        effective_rank = float((-(shares * shares.log()).sum()).exp())
-        participation_ratio = float(singular.square().sum().square() / singular.pow(4).sum())
+    shares, squares = singular / singular.sum(), singular.square()
     return {
-        "effective_rank": effective_rank,
-        "participation_ratio": participation_ratio,
+        "effective_rank": float((-(shares * shares.log()).sum()).exp()) if len(singular) else 0.0,
+        "participation_ratio": float(squares.sum().square() / squares.square().sum()) if len(singular) else 0.0,
         "spread": float(centred.square().sum() / (len(flat) - 1) / flat.shape[1]),
         "uniformity": _uniformity(F.normalize(flat.view(memories.shape).flatten(0, 1), dim=-1)),
         "n": len(memories),
@@ -171,7 +167,6 @@ def geometry_of(
         input_ids: `(N, T + 1)`, not padded.
         num_positions: memories taken from each row, at even distances, the last one after T tokens. They are
             pooled over all rows; where they are fewer than `K * D`, their number bounds the ranks.
-        batch_size: rows side by side; changes memory use and speed, not the result.
 
     Returns:
         `{"student": {...}, "teacher": {...}}`, the latter only if the model has a teacher.
@@ -180,9 +175,7 @@ def geometry_of(
     length = tokens.shape[1]
     steps = torch.arange(1, num_positions + 1, device=tokens.device)
     positions = (steps * length).div(num_positions, rounding_mode="floor").clamp(min=1).unique()
-    taken: dict[str, list[torch.Tensor]] = {"student": []}
-    if model.teacher is not None:
-        taken["teacher"] = []
+    taken: dict[str, list[torch.Tensor]] = defaultdict(list)
     for rows in tokens.split(batch_size):
         for first, memories in own_memories(model.student, rows):
             inside = positions[(positions >= first) & (positions < first + memories.shape[1])]

@@ -2,12 +2,11 @@
 
 Rows are `input_ids (N, T + 1)` with aligned `labels (N, T + 1)`: `labels[:, t]` is the target of the memory after t
 tokens (no shift; t = 0 is `m_0`), -100 is not scored. A row may be padded at its end, where it has no labels. Tasks and
-images are such rows; `streams.stream_labels` makes them of streams of text.
+images are such rows; `text.stream_labels` makes them of streams of text.
 Shapes: N rows, B rows of a batch, T tokens, S positions, V vocabulary.
 """
 
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +16,7 @@ from accelerate.utils import gather_object
 
 from .memories import own_memories, teacher_memories
 
-# Tokens of the rows that a teacher reads per pass.
-_TOKENS_PER_PASS = 8192
+_TOKENS_PER_PASS = 8192  # of the rows that a teacher reads side by side
 
 
 @dataclass(frozen=True)
@@ -79,19 +77,16 @@ def score_student(
         ValueError: the shapes differ or there is no label.
     """
 
-    def predictions():
-        for tokens, targets in batches:
-            labelled = targets != -100
-            last = int(labelled.any(0).nonzero().max())
-            for first, memories in own_memories(student, tokens[:, :last], window):
-                places = slice(first, first + memories.shape[1])
-                mask = labelled[:, places]
-                if mask.any():
-                    logits = student.read_logits(memories[mask])
-                    yield logits, targets[:, places][mask], first + mask.nonzero()[:, 1]
+    def predictions(tokens, targets, labelled):
+        last = int(labelled.any(0).nonzero().max())
+        for first, memories in own_memories(student, tokens[:, :last], window):
+            places = slice(first, first + memories.shape[1])
+            mask = labelled[:, places]
+            if mask.any():
+                logits = student.read_logits(memories[mask])
+                yield logits, targets[:, places][mask], first + mask.nonzero()[:, 1]
 
-    batches = _batches(input_ids, labels, batch_size, student.device, process_index, num_processes)
-    return _scores(predictions(), labels.shape[1], num_processes)
+    return _scores(predictions, input_ids, labels, batch_size, student.device, process_index, num_processes)
 
 
 @torch.inference_mode()
@@ -114,18 +109,15 @@ def score_teacher(
         ValueError: the shapes differ or there is no label.
     """
 
-    def predictions():
-        for tokens, targets in batches:
-            labelled = targets != -100
-            # Each row's labelled positions first, as many columns as the row with the most labels needs.
-            positions = (~labelled).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(labelled.sum(1).max())]
-            mask = labelled.gather(1, positions)
-            memories = teacher_memories(model, tokens, positions)
-            yield model.student.read_logits(memories[mask]), targets.gather(1, positions)[mask], positions[mask]
+    def predictions(tokens, targets, labelled):
+        # Each row's labelled positions first, as many columns as the row with the most labels needs.
+        positions = (~labelled).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(labelled.sum(1).max())]
+        mask = labelled.gather(1, positions)
+        memories = teacher_memories(model, tokens, positions)
+        yield model.student.read_logits(memories[mask]), targets.gather(1, positions)[mask], positions[mask]
 
     batch_size = batch_size or max(_TOKENS_PER_PASS // max(labels.shape[1] - 1, 1), 1)
-    batches = _batches(input_ids, labels, batch_size, model.device, process_index, num_processes)
-    return _scores(predictions(), labels.shape[1], num_processes)
+    return _scores(predictions, input_ids, labels, batch_size, model.device, process_index, num_processes)
 
 
 def check_aligned(input_ids: np.ndarray, labels: np.ndarray) -> None:
@@ -140,33 +132,30 @@ def check_aligned(input_ids: np.ndarray, labels: np.ndarray) -> None:
         )
 
 
-def _batches(
-    input_ids: np.ndarray, labels: np.ndarray, batch_size: int, device, process_index: int, num_processes: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Tokens `(B, T)` that are read and targets `(B, T + 1)` of the process's rows that have a label."""
+def _scores(
+    predictions, input_ids: np.ndarray, labels: np.ndarray, batch_size: int, device, process_index, num_processes
+) -> Scores:
+    """Sums of the predictions for the process's rows that have a label, added up over all processes.
+
+    Args:
+        predictions: function of a batch, its tokens `(B, T)` that are read, targets `(B, T + 1)` and which of them are
+            labels, that yields logits `(n, V)`, targets `(n,)` and positions `(n,)`.
+    """
     check_aligned(input_ids, labels)
     labelled = np.flatnonzero((labels != -100).any(1))
     if not len(labelled):
         raise ValueError("there is nothing to score: all `labels` are -100.")
     own = labelled[process_index::num_processes]
+    sums = np.zeros((3, labels.shape[1]))
     for start in range(0, len(own), batch_size):
         some = own[start : start + batch_size]
-        yield torch.from_numpy(input_ids[some, :-1]).to(device), torch.from_numpy(labels[some]).to(device)
-
-
-def _scores(predictions: Iterable[tuple[torch.Tensor, ...]], num_positions: int, num_processes: int) -> Scores:
-    """Sums of the process's predictions, added up over all processes.
-
-    Args:
-        predictions: batches of logits `(n, V)`, targets `(n,)` and positions `(n,)`.
-    """
-    sums = np.zeros((3, num_positions))
-    for logits, targets, positions in predictions:
-        places = positions.cpu().numpy()
-        losses = F.cross_entropy(logits.float(), targets, reduction="none")
-        hits = logits.argmax(-1) == targets
-        for total, values in zip(sums, (hits, losses, torch.ones_like(losses))):
-            total += np.bincount(places, values.double().cpu().numpy(), num_positions)
+        rows, goals = torch.from_numpy(input_ids[some, :-1]).to(device), torch.from_numpy(labels[some]).to(device)
+        for logits, targets, positions in predictions(rows, goals, goals != -100):
+            places = positions.cpu().numpy()
+            losses = F.cross_entropy(logits.float(), targets, reduction="none")
+            hits = logits.argmax(-1) == targets
+            for total, values in zip(sums, (hits, losses, torch.ones_like(losses))):
+                total += np.bincount(places, values.double().cpu().numpy(), labels.shape[1])
     if num_processes > 1:
         parts = gather_object([sums])
         assert len(parts) == num_processes, "every process must score its rows"

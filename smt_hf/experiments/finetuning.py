@@ -18,12 +18,11 @@ from smt_hf.data.files import load_table, name_of_files
 from smt_hf.data.instructions import check_columns, holds_instructions, padded, tokenize_instructions
 from smt_hf.errors import InputError
 from smt_hf.evaluation import Scores
-from smt_hf.evaluation.ngram import uniform_bits
-from smt_hf.evaluation.streams import count_bytes
+from smt_hf.evaluation.text import count_bytes, uniform_bits
 from smt_hf.publishing.export import export_student, write_card, write_json
 from smt_hf.publishing.figures import plot_curves
 from smt_hf.publishing.provenance import run_facts
-from smt_hf.publishing.results_table import results_table
+from smt_hf.publishing.scores import results_table
 from smt_hf.student import SMTRecurrentConfig, SMTRecurrentForCausalLM
 from smt_hf.training.arguments import BPTTTrainingArguments
 from smt_hf.training.composite import SMTForPreTraining, SMTPreTrainingConfig

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from smt_hf.errors import InputError
 from smt_hf.publishing.evidence import append_lines, read_lines
-from smt_hf.publishing.units import metric_of
+from smt_hf.publishing.scores import metric_of
 
 from .grid_run import Run, train_run
 from .run_folder import locked

@@ -14,11 +14,12 @@ from transformers import TextStreamer, set_seed
 from transformers.utils import logging
 
 from smt_hf.errors import InputError
-from smt_hf.publishing.export import append_evidence, export_student, export_teacher, write_card, write_json
+from smt_hf.publishing.evidence import append_evidence
+from smt_hf.publishing.export import export_model, export_student, write_card, write_json
 from smt_hf.publishing.figures import plot_curves, plot_loss_by_position
 from smt_hf.publishing.hub import publish
 from smt_hf.publishing.provenance import run_facts
-from smt_hf.publishing.results_table import results_table
+from smt_hf.publishing.scores import results_table
 from smt_hf.training.arguments import UNBOUNDED, PhaseArguments
 from smt_hf.training.checkpoints import step_of
 from smt_hf.training.composite import SMTForPreTraining, SMTPreTrainingConfig
@@ -254,7 +255,7 @@ def _say_what_is_removed(checkpoint: str, phases: list[PhaseArguments]) -> None:
 def _export(model: SMTForPreTraining, tokenizer, output_dir: Path) -> None:
     """Save what was trained, before anything that may take long or fail."""
     if model.teacher is not None:
-        export_teacher(model.teacher, tokenizer, output_dir / "teacher")
+        export_model(model.teacher, tokenizer, output_dir / "teacher")
     export_student(model.student, tokenizer, output_dir / "student")
 
 

@@ -5,7 +5,6 @@ names: `teacher`, and `ngram1` to `ngram3`, which no phase trains.
 """
 
 import re
-from collections.abc import Iterable
 
 # In the order of every table, axis and legend.
 KINDS = ("ours", "mixed", "published", "rival", "other", "teacher", "ngram")
@@ -71,11 +70,7 @@ def arm_order(line: dict) -> tuple:
     return KINDS.index(kind_of(line)), [natural_order(part) for part in line["arm"].split("_")]
 
 
-def arms_of(lines: Iterable[dict]) -> list[str]:
-    """The names of the arms of the lines, in order."""
-    return list(dict.fromkeys(line["arm"] for line in sorted(lines, key=arm_order)))
-
-
-def lines_of_arm(lines: list[dict], arm: str) -> list[dict]:
-    """The lines of one arm, in their order."""
-    return [line for line in lines if line["arm"] == arm]
+def by_arm(lines: list[dict]) -> dict[str, list[dict]]:
+    """The arms in order -> the lines of each, in their order."""
+    arms = dict.fromkeys(line["arm"] for line in sorted(lines, key=arm_order))
+    return {arm: [line for line in lines if line["arm"] == arm] for arm in arms}

@@ -1,6 +1,8 @@
 """Lines of evidence: one JSON object per arm of a run, in a file of JSON lines that is only appended to."""
 
 import json
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from smt_hf.errors import InputError
@@ -43,3 +45,35 @@ def append_lines(lines: list[dict], path: str | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(text)
+
+
+def append_evidence(results: dict, phases: dict[str, list[dict]], path: Path) -> None:
+    """Append one JSON line per arm of a run; tables of several runs are made from such lines.
+
+    Args:
+        results: the content of `eval_results.json`.
+        phases: arm -> settings of the phases that trained it; none for an n-gram model.
+        path: file of JSON lines.
+    """
+    task, student = results["task"], results["config"]["student"]
+    names = ("updater_type", "hidden_size", "num_hidden_layers", "num_memory_tokens", "intermediate_size")
+    shared = {"task": task["name"], "difficulty": task["difficulty"], "chance": task["chance"], "seed": results["seed"]}
+    shared |= {"n": results["data"]["heldout_tokens"], "data_hash": results["data"]["hash"]}
+    shared |= {name: results[name] for name in ("commit", "hardware", "num_threads", "versions")}
+    shared |= {"student": {name: student[name] for name in names}}
+    shared |= {"lora": results["lora"]} if "lora" in results else {}
+    lines = [{**shared, "arm": arm, "phases": phases.get(arm, []), **scores} for arm, scores in results["arms"].items()]
+    append_lines(lines, path)
+
+
+def split_by(lines: list[dict], *keys: str) -> dict:
+    """The value of a key, or the tuple of the values of several, ascending -> lines that have it, in their order."""
+    value_of = itemgetter(*keys)
+    return {value: list(some) for value, some in groupby(sorted(lines, key=value_of), key=value_of)}
+
+
+def hardest_cells(lines: list[dict], *keys: str) -> list[tuple[str, list[dict]]]:
+    """Title and lines of a cell per task: the highest difficulty at which lines have one of the keys, those lines."""
+    cells = split_by([line for line in lines if any(line.get(key) for key in keys)], "task", "difficulty")
+    hardest = {task: (f"{task} {difficulty}", cell) for (task, difficulty), cell in cells.items()}  # a task's last one
+    return list(hardest.values())

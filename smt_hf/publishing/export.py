@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-from .evidence import append_lines
 from .model_card import student_card
 
 
@@ -24,27 +23,11 @@ def write_json(content: dict, path: Path) -> None:
     write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", path)
 
 
-def append_evidence(results: dict, phases: dict[str, list[dict]], path: Path) -> None:
-    """Append one JSON line per arm of a run; tables of several runs are made from such lines.
+def export_model(model, tokenizer, folder: Path) -> None:
+    """Write `folder` with a model and its tokenizer, complete or not at all; it takes the place of an earlier one.
 
-    Args:
-        results: the content of `eval_results.json`.
-        phases: arm -> settings of the phases that trained it; none for an n-gram model.
-        path: file of JSON lines.
+    The class of the model loads it by `from_pretrained`.
     """
-    task, student = results["task"], results["config"]["student"]
-    names = ("updater_type", "hidden_size", "num_hidden_layers", "num_memory_tokens", "intermediate_size")
-    shared = {"task": task["name"], "difficulty": task["difficulty"], "chance": task["chance"], "seed": results["seed"]}
-    shared |= {"n": results["data"]["heldout_tokens"], "data_hash": results["data"]["hash"]}
-    shared |= {name: results[name] for name in ("commit", "hardware", "num_threads", "versions")}
-    shared |= {"student": {name: student[name] for name in names}}
-    shared |= {"lora": results["lora"]} if "lora" in results else {}
-    lines = [{**shared, "arm": arm, "phases": phases.get(arm, []), **scores} for arm, scores in results["arms"].items()]
-    append_lines(lines, path)
-
-
-def _save(model, tokenizer, folder: Path) -> None:
-    """Save model and tokenizer in a folder that is complete or absent; it takes the place of an earlier one."""
     aside = folder.with_name(folder.name + ".new")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -63,7 +46,7 @@ def export_student(student, tokenizer, folder: Path) -> None:
     student.config.use_cache = True
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(student.generation_config, name, getattr(tokenizer, name))
-    _save(student, tokenizer, Path(folder))
+    export_model(student, tokenizer, Path(folder))
 
 
 def write_card(folder: Path, student, results: dict) -> None:
@@ -77,8 +60,3 @@ def write_card(folder: Path, student, results: dict) -> None:
     card = student_card(student, results)
     write_json(results, Path(folder) / "eval_results.json")
     write_text(str(card), Path(folder) / "README.md")
-
-
-def export_teacher(teacher, tokenizer, folder: Path) -> None:
-    """Write `folder` with the teacher and its tokenizer; its class loads it by `from_pretrained`."""
-    _save(teacher, tokenizer, Path(folder))

@@ -1,17 +1,63 @@
-"""Figures of one run: its losses over steps, and its loss by position."""
+"""How all figures look, and those of one run: its losses over steps, and its loss by position.
 
+An arm has one name, colour and marker in all figures, and a picture is a small file.
+"""
+
+import io
 import math
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
+from PIL import Image
 
 from .arms import display_name
-from .looks import looks_of, save_figure
-from .units import UNITS
+from .scores import UNITS
+
+# Name of what an arm is -> colour, marker, dashes.
+_KNOWN = {
+    "ours, 1 step": ("#0072B2", "o", "-"),
+    "ours, multi-step": ("#009E73", "s", "-"),
+    "ours, 1 step, no dmt": ("#56B4E9", "o", "-."),
+    "ours, multi-step, no dmt": ("#8DB600", "s", "-."),
+    "SMT, then BPTT": ("#CC79A7", "D", "-"),
+    "published": ("#8C564B", "P", "-"),
+    "BPTT": ("#D55E00", "X", "-"),
+    "BPTT, truncated": ("#E69F00", "X", "-."),
+    "teacher": ("#111111", "v", "--"),
+    "teacher, published": ("#A1887F", "v", "--"),
+    "1-gram": ("#B0B0B0", "^", "--"),
+    "2-gram": ("#8C8C8C", "^", "--"),
+    "3-gram": ("#686868", "^", "--"),
+}
+_OTHERS = ("#332288", "#882255", "#44AA99", "#B2182B", "#666633", "#AA4499")
+_NUM_COLOURS = 128
+
+
+def looks_of(names: list[str]) -> dict[str, dict[str, Any]]:
+    """Names of what arms are -> colour, marker and dashes for matplotlib, in the order of all figures.
+
+    A name that is not known takes one of a few more colours, by its place among the unknown ones.
+    """
+    known = [name for name in _KNOWN if name in names]
+    unknown = sorted(set(names) - set(known))
+    looks = {name: _KNOWN[name] for name in known}
+    looks |= {name: (_OTHERS[place % len(_OTHERS)], "*", ":") for place, name in enumerate(unknown)}
+    return {name: dict(zip(("color", "marker", "ls"), look)) for name, look in looks.items()}
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG with a palette of few colours, which has a fifth of the size that matplotlib writes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=100)
+    # This method keeps rare colours as they are, the colours of small markers among them.
+    method = Image.Quantize.MAXCOVERAGE
+    Image.open(drawn).convert("RGB").quantize(_NUM_COLOURS, method, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def plot_curves(histories: list[tuple[str, list[dict]]], path: Path) -> None:
@@ -19,7 +65,6 @@ def plot_curves(histories: list[tuple[str, list[dict]]], path: Path) -> None:
 
     Args:
         histories: name and `log_history` of each phase, in order.
-        path: of the picture.
     """
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     axes = figure.subplots(1, 2)
@@ -44,8 +89,7 @@ def plot_curves(histories: list[tuple[str, list[dict]]], path: Path) -> None:
     axes[1].set(xlabel="optimiser steps", ylabel="squared error", title="drift from the teacher's memories (held out)")
     for axis in axes:
         handles, labels = axis.get_legend_handles_labels()
-        unique = dict(zip(labels, handles))
-        if unique:
+        if unique := dict(zip(labels, handles)):
             axis.legend(unique.values(), unique.keys(), fontsize=8)
             set_log(axis, "y", [value for line in axis.get_lines() for value in line.get_ydata()], ratio=1)
         else:
@@ -74,21 +118,19 @@ def plot_loss_by_position(
         curves: arm -> mean loss at each position, nats per byte.
         ngram_bits: n-gram model -> bits per byte, drawn as a horizontal line.
         phases: arm -> settings of the phases that trained it.
-        path: of the picture.
     """
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axis = figure.subplots()
     names = {arm: display_name({"arm": arm, "phases": phases.get(arm)}) for arm in (*curves, *ngram_bits)}
     looks = looks_of(list(names.values()))
     for arm, losses in curves.items():
-        edges = np.unique(np.geomspace(1, len(losses), 25).astype(int))
-        edges = np.unique(np.concatenate([[0], edges]))
+        edges = np.unique([0, *np.geomspace(1, len(losses), 25).astype(int)])
         means = [losses[begin:end].mean() / math.log(2) for begin, end in pairwise(edges)]
         axis.plot(edges[1:], means, ms=3, lw=1.2, label=names[arm], **looks[names[arm]])
     for arm, bits in ngram_bits.items():
         axis.axhline(bits, lw=1, label=names[arm], color=looks[names[arm]]["color"], ls=looks[names[arm]]["ls"])
-    axis.set(xscale="log", xlabel="tokens read since m_0", title="held-out loss by position")
-    axis.set_ylabel(UNITS["bits_per_byte"].label)
+    axis.set(xscale="log", xlabel="tokens read since m_0", ylabel=UNITS["bits_per_byte"].label)
+    axis.set_title("held-out loss by position")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.2)
     save_figure(figure, path)

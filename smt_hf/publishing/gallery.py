@@ -13,7 +13,7 @@ from smt_hf.command_line import argument
 from smt_hf.errors import InputError
 
 from .export import write_text
-from .units import UNITS, metric_of
+from .scores import UNITS, metric_of
 
 _TEMPLATE = Path(__file__).with_name("gallery_template.html")
 
@@ -43,8 +43,7 @@ def render_gallery(model_cards: str | Path, output: str | Path) -> Path:
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
         _TEMPLATE.read_text(encoding="utf-8")
     )
-    cards = [_card(folder) for folder in folders]
-    text = page.render(cards=cards, grids=_grids(model_cards / "evidence"))
+    text = page.render(cards=[_card(folder) for folder in folders], grids=_grids(model_cards / "evidence"))
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(text, output)
     return output
@@ -83,8 +82,7 @@ def _grids(folder: Path) -> list[dict[str, Any]]:
     grids = []
     for report in sorted(folder.glob("*.md")):
         captions = re.findall(r"!\[(.+?)\]\((.+?\.png)\)", report.read_text(encoding="utf-8"))
-        pictures = [_picture(folder / name, caption) for caption, name in captions if (folder / name).exists()]
-        if pictures:
+        if pictures := [_picture(folder / name, caption) for caption, name in captions if (folder / name).exists()]:
             grids.append({"name": report.stem, "pictures": pictures})
     return grids
 

@@ -3,11 +3,12 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard
 from yaml import YAMLError
 
-from smt_hf.command_line import argument, parse
+from smt_hf.command_line import argument
 from smt_hf.errors import InputError
 from smt_hf.upload import LARGEST_FILE, check_hub_access, check_repo_id, find_problems, refuse, upload
 
@@ -34,9 +35,8 @@ class Publication:
         width = max(map(len, self.files))
         lines = [f"  {path:<{width}}  {size:>13,} bytes" for path, size in self.files.items()]
         total = f"{len(self.files)} files, {sum(self.files.values()):,} bytes"
-        if self.url is None:
-            return "\n".join([f"would send to {self.repo_id}:", *lines, *self.notes, f"{total}. Nothing was sent."])
-        return "\n".join([f"sent to {self.repo_id}:", *lines, *self.notes, f"{total}: {self.url}"])
+        verb, end = ("would send", ". Nothing was sent.") if self.url is None else ("sent", f": {self.url}")
+        return "\n".join([f"{verb} to {self.repo_id}:", *lines, *self.notes, f"{total}{end}"])
 
 
 def check_folder(folder: str | Path, largest_file: int = LARGEST_FILE) -> dict[str, int]:
@@ -48,9 +48,8 @@ def check_folder(folder: str | Path, largest_file: int = LARGEST_FILE) -> dict[s
     """
     folder = Path(folder)
     files, problems = find_problems(folder, largest_file)
-    for name in ("tokenizer_config.json", "eval_results.json", "README.md"):
-        if name not in files:
-            problems.append(f"{name} is missing: export the student by a recipe.")
+    needed = ("tokenizer_config.json", "eval_results.json", "README.md")
+    problems += [f"{name} is missing: export the student by a recipe." for name in needed if name not in files]
     if "README.md" in files and not problems:
         problems = problems_of_card(folder)
     refuse(folder, problems)
@@ -63,9 +62,8 @@ def problems_of_card(folder: Path) -> list[str]:
         card = ModelCard.load(folder / "README.md")
     except (ValueError, TypeError, YAMLError) as error:
         return [f"README.md has no valid metadata: {error}"]
-    problems = [
-        f"README.md has no `{name}` in its metadata." for name in _CARD_FIELDS if not getattr(card.data, name, None)
-    ]
+    missing = [name for name in _CARD_FIELDS if not getattr(card.data, name, None)]
+    problems = [f"README.md has no `{name}` in its metadata." for name in missing]
     results = json.loads((folder / "eval_results.json").read_bytes())
     if not isinstance(results, dict) or not {"arms", "student_arm"} <= results.keys():
         return [*problems, "eval_results.json is not that of a recipe: export the student by one."]
@@ -73,10 +71,8 @@ def problems_of_card(folder: Path) -> list[str]:
     for metric in card.data.eval_results or []:
         value = scores.get(metric.metric_type)
         if value is None or round(value, 4) != metric.metric_value:
-            problems.append(
-                f"README.md says {metric.metric_type} {metric.metric_value} and eval_results.json {value}: export "
-                "again."
-            )
+            said = f"{metric.metric_type} {metric.metric_value}"
+            problems.append(f"README.md says {said} and eval_results.json {value}: export again.")
     return problems
 
 
@@ -89,7 +85,6 @@ def publish(
     license: str | None = None,
     dry_run: bool = False,
     token: str | None = None,
-    largest_file: int = LARGEST_FILE,
     endpoint: str | None = None,
 ) -> Publication:
     """Send an exported student to the Hub in one commit.
@@ -99,14 +94,13 @@ def publish(
         repo_id, private, revision, commit_message, token, endpoint: as in `smt_hf.upload.upload`.
         license: identifier that the card sent names, as "apache-2.0"; default: the one that the card has, if any.
         dry_run: check and list the files; send nothing and ask the Hub nothing.
-        largest_file: bytes.
 
     Raises:
         InputError: see `check_folder`, `check_hub_access` and `upload`.
         HfHubHTTPError: the Hub refuses the commit, or stays busy. Nothing is half published.
     """
     check_repo_id(repo_id)
-    files = check_folder(folder, largest_file)
+    files = check_folder(folder)
     card = ModelCard.load(Path(folder) / "README.md")
     contents = {}
     if license is not None:
@@ -121,29 +115,22 @@ def publish(
     if dry_run:
         return Publication(repo_id, files, None, tuple(notes))
     check_hub_access(repo_id, token, private, endpoint)
-    commit = upload(
-        folder,
-        files,
-        repo_id,
-        commit_message,
-        contents=contents,
-        private=private,
-        revision=revision,
-        token=token,
-        endpoint=endpoint,
-    )
+    access: dict[str, Any] = {"private": private, "token": token, "endpoint": endpoint}
+    commit = upload(folder, files, repo_id, commit_message, contents=contents, revision=revision, **access)
     return Publication(repo_id, files, str(commit.commit_url), tuple(notes))
 
 
 @dataclass
 class PublishArguments:
-    """Arguments of `publish`. The access token comes from `hf auth login` or HF_TOKEN."""
+    """Arguments of `publish`. The access token comes from `hf auth login` or HF_TOKEN.
+
+    Raises:
+        InputError: there is no checkpoint or repository.
+    """
 
     checkpoint: str | None = argument(None, "The `student` folder of a run.")
     repo_id: str | None = argument(None, "Repository, `user/name`; created if it does not exist.")
-    private: bool | None = argument(
-        None, "Whether a repository that is created is private; default: its owner's setting."
-    )
+    private: bool | None = argument(None, "Whether a new repository is private; default: its owner's setting.")
     revision: str | None = argument(None, "Branch; default: main.")
     commit_message: str = argument("Publish a student", "Title of the commit.")
     license: str | None = argument(
@@ -151,16 +138,6 @@ class PublishArguments:
     )
     dry_run: bool = argument(False, "Check and list what would be sent; send nothing.")
 
-
-def parse_publish(argv: list[str]) -> PublishArguments:
-    """All settings of a publication from its command line.
-
-    Raises:
-        InputError: an unknown flag, a value of another type, or no checkpoint or repository.
-        SystemExit: after `--help`.
-    """
-    usage = "usage: python recipes/publish.py --checkpoint DIR --repo_id USER/NAME [--dry_run] [--flag ...]"
-    arguments = parse(PublishArguments, argv, usage)
-    if arguments.checkpoint is None or arguments.repo_id is None:
-        raise InputError("name what to publish and where: `--checkpoint DIR --repo_id USER/NAME`.")
-    return arguments
+    def __post_init__(self):
+        if self.checkpoint is None or self.repo_id is None:
+            raise InputError("name what to publish and where: `--checkpoint DIR --repo_id USER/NAME`.")

@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
 
-from .units import UNITS, metric_of
+from .scores import UNITS, metric_of
 
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
 

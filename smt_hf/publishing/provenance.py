@@ -1,6 +1,7 @@
 """Where a number comes from: commit, hardware, versions, processes."""
 
 import platform
+import re
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -30,11 +31,8 @@ def hardware() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return "CPU " + line.split(":", 1)[1].strip()
-    return f"CPU {platform.processor() or platform.machine()}"
+    name = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.M)
+    return f"CPU {name[1].strip() if name else platform.processor() or platform.machine()}"
 
 
 def run_facts(num_threads: int, arguments: TrainingArguments | None = None) -> dict:
@@ -50,10 +48,8 @@ def run_facts(num_threads: int, arguments: TrainingArguments | None = None) -> d
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         "num_threads": num_threads,
     }
-    if arguments is not None:
-        state = arguments.distributed_state
-        facts |= {
-            "world_size": arguments.world_size,
-            "distributed_type": state.distributed_type.value if state else "NO",
-        }
-    return facts
+    if arguments is None:
+        return facts
+    state = arguments.distributed_state
+    kind = state.distributed_type.value if state else "NO"
+    return {**facts, "world_size": arguments.world_size, "distributed_type": kind}

@@ -10,36 +10,16 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 
 from smt_hf.errors import InputError
 
-from .arms import (
-    YARDSTICKS,
-    arm_order,
-    arms_of,
-    display_name,
-    is_whole_run,
-    kind_of,
-    lines_of_arm,
-    natural_order,
-)
+from .arms import YARDSTICKS, arm_order, by_arm, display_name, is_whole_run, kind_of, natural_order
+from .evidence import hardest_cells, split_by
 from .report_figures import draw_figures
-from .scores import (
-    BOTH_FAIL,
-    MARGIN,
-    SOLVED,
-    Verdict,
-    badness,
-    chances_of,
-    hardest_cells,
-    judge,
-    metric_score,
-    score_of,
-    split_by,
-)
-from .units import UNITS, metric_of
+from .scores import MARGIN, SOLVED, UNITS, Verdict, badness, chances_of, judge, metric_of, metric_score, score_of
 
 _SAME_TIME = 1.1  # seconds of the longer over those of the shorter training
 _NUM_TEXTS = 2  # samples shown per arm
@@ -73,9 +53,8 @@ def render_report(lines: list[dict], name: str, folder: Path) -> list[Path]:
     if not lines:
         raise InputError("there are no lines to report: run the grid first.")
     _check(lines)
-    num_stages = len(lines)
-    lines = sorted(_without_stages(lines), key=_line_order)
-    num_stages -= len(lines)
+    given, lines = lines, sorted(_without_stages(lines), key=_line_order)
+    num_stages = len(given) - len(lines)
     main = [line for line in lines if line.get("group") is None]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +68,7 @@ def render_report(lines: list[dict], name: str, folder: Path) -> list[Path]:
         _results(main),
         _costs(main),
         _sweeps([line for line in lines if line.get("group") is not None]),
-        "\n\n".join(["## Figures", *pictures]) if pictures else "",
+        _section("Figures", pictures),
         _text_samples(main),
         _provenance(lines),
     ]
@@ -113,16 +92,14 @@ def _check(lines: list[dict]) -> None:
             raise InputError(f"lines of task {task!r} are scored in {' and in '.join(metrics)}: give all of them one.")
 
 
+def _section(title: str, parts: list[str]) -> str:
+    return "\n\n".join([f"## {title}", *parts]) if parts else ""
+
+
 def _line_order(line: dict) -> tuple:
     names = [natural_order(str(line.get(key))) for key in ("group", "variant")]
-    return (
-        *names,
-        line["task"],
-        line["difficulty"],
-        arm_order(line),
-        line["seed"],
-        json.dumps(line, sort_keys=True),
-    )
+    text = json.dumps(line, sort_keys=True)
+    return *names, line["task"], line["difficulty"], arm_order(line), line["seed"], text
 
 
 def _without_stages(lines: list[dict]) -> list[dict]:
@@ -142,10 +119,8 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 def _code(text: str) -> str:
     """A fenced block. The fence is longer than any in the text; what cannot be printed is escaped."""
-    text = "".join(
-        letter if letter.isprintable() or letter == "\n" else letter.encode("unicode_escape").decode()
-        for letter in text.replace("\t", "    ")
-    )
+    letters = text.replace("\t", "    ")
+    text = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in letters)
     fence = "`" * max([2, *map(len, re.findall("`+", text))]) + "`"
     return f"{fence}\n{text}\n{fence}"
 
@@ -156,7 +131,7 @@ def _results(lines: list[dict]) -> str:
     verdicts: dict[str, Verdict | None] = {}
     tables = [_task_table(task, some, verdicts) for task, some in split_by(lines, "task").items()]
     notes = [*_summary(verdicts), *_unequal(lines, verdicts), *_doubles(lines), _names(lines)]
-    return "\n\n".join(["## Results", *notes, _HOW_TO_READ, *tables])
+    return _section("Results", [*notes, _HOW_TO_READ, *tables])
 
 
 def _names(lines: list[dict]) -> str:
@@ -170,12 +145,11 @@ def _names(lines: list[dict]) -> str:
 
 def _task_table(task: str, lines: list[dict], verdicts: dict[str, Verdict | None]) -> str:
     """Rows are difficulties, columns are arms. Enters the verdict of every cell in `verdicts`."""
-    metric, arms = metric_of(lines[0]), arms_of(lines)
-    chances = chances_of(lines)
+    metric, arms, chances = metric_of(lines[0]), list(by_arm(lines)), chances_of(lines)
     kinds = {line["arm"]: kind_of(line) for line in lines}
     rows = []
     for difficulty, cell in split_by(lines, "difficulty").items():
-        scores = {arm: metric_score(lines_of_arm(cell, arm)) for arm in arms_of(cell)}
+        scores = {arm: metric_score(own) for arm, own in by_arm(cell).items()}
         shown = {arm: f"{badness(score, metric):.3f}" for arm, score in scores.items()}
         students = [arm for arm in scores if kinds[arm] not in YARDSTICKS and math.isfinite(scores[arm].mean)]
         best = min((shown[arm] for arm in students), key=float, default="")
@@ -186,11 +160,8 @@ def _task_table(task: str, lines: list[dict], verdicts: dict[str, Verdict | None
         if chances:
             row.append(f"{chances[difficulty]:.3f}" if difficulty in chances else "")
         verdict = verdicts[f"{task} {difficulty}"] = judge(scores, kinds, metric)
-        if verdict:
-            row += [f"{verdict.signed()} ({verdict.ours} against {verdict.rival})", verdict.word]
-        else:
-            row += ["", "not compared"]
-        rows.append(row)
+        sides = f"{verdict.signed()} ({verdict.ours} against {verdict.rival})" if verdict else ""
+        rows.append([*row, sides, verdict.word if verdict else "not compared"])
     header = ["difficulty", *(f"`{arm}`" for arm in arms), *(["chance"] if chances else [])]
     title = f"### `{task}`: {UNITS[metric].label} ({UNITS[metric].better} is better)"
     return f"{title}\n\n{_table([*header, 'ours - bptt', 'verdict'], rows)}"
@@ -198,16 +169,12 @@ def _task_table(task: str, lines: list[dict], verdicts: dict[str, Verdict | None
 
 def _summary(verdicts: dict[str, Verdict | None]) -> list[str]:
     compared = {cell: verdict for cell, verdict in verdicts.items() if verdict}
-    cells = {
-        word: [
-            f"{cell} ({verdict.signed()}{BOTH_FAIL if verdict.word.endswith(BOTH_FAIL) else ''})"
-            for cell, verdict in compared.items()
-            if verdict.word.split(",")[0] == word
-        ]
-        for word in ("ahead", "level", "behind")
-    }
-    counts = ", ".join(f"{word} in {len(cells[word])}" for word in ("ahead", "level", "behind"))
-    failed = [cell for cell, verdict in compared.items() if verdict.word.endswith(BOTH_FAIL)]
+    cells: dict[str, list[str]] = {"ahead": [], "level": [], "behind": []}
+    for cell, verdict in compared.items():
+        word, comma, both_fail = verdict.word.partition(",")
+        cells[word].append(f"{cell} ({verdict.signed()}{comma}{both_fail})")
+    counts = ", ".join(f"{word} in {len(some)}" for word, some in cells.items())
+    failed = [cell for cell, verdict in compared.items() if "," in verdict.word]
     lines = [
         f"**Our best arm against the better BPTT: {counts} of {len(compared)} cells; among them, both are below "
         f"{SOLVED} in: {', '.join(failed) or 'none'}.**",
@@ -225,29 +192,24 @@ def _summary(verdicts: dict[str, Verdict | None]) -> list[str]:
 def _unequal(lines: list[dict], verdicts: dict[str, Verdict | None]) -> list[str]:
     """The verdicts on arms that were not trained for the same time."""
     notes = []
-    for task, some in split_by(lines, "task").items():
-        for difficulty, cell in split_by(some, "difficulty").items():
-            verdict = verdicts[f"{task} {difficulty}"]
-            if verdict is None:
-                continue
-            ours, rival = (score_of(lines_of_arm(cell, arm), "wall_clock_s") for arm in (verdict.ours, verdict.rival))
-            if ours and rival and max(ours.mean, rival.mean) > _SAME_TIME * min(ours.mean, rival.mean):
-                notes.append(f"{task} {difficulty} (ours {ours.mean:,.0f} s, bptt {rival.mean:,.0f} s)")
+    for (task, difficulty), cell in split_by(lines, "task", "difficulty").items():
+        verdict, arms = verdicts[f"{task} {difficulty}"], by_arm(cell)
+        if verdict is None:
+            continue
+        ours, rival = (score_of(arms[arm], "wall_clock_s") for arm in (verdict.ours, verdict.rival))
+        if ours and rival and max(ours.mean, rival.mean) > _SAME_TIME * min(ours.mean, rival.mean):
+            notes.append(f"{task} {difficulty} (ours {ours.mean:,.0f} s, bptt {rival.mean:,.0f} s)")
     return [f"Trained for times that differ by more than a tenth: {', '.join(notes)}."] if notes else []
 
 
 def _doubles(lines: list[dict]) -> list[str]:
-    counts = Counter(
-        f"{line['task']} {line['difficulty']} {_variant(line)}{line['arm']} seed {line['seed']}"
-        for line in lines
-        if kind_of(line) not in YARDSTICKS
-    )
+    counts: Counter[str] = Counter()
+    for line in lines:
+        variant = f"{line['variant']}, " if line.get("variant") else ""
+        if kind_of(line) not in YARDSTICKS:
+            counts[f"{line['task']} {line['difficulty']} {variant}{line['arm']} seed {line['seed']}"] += 1
     doubles = [f"{run} ({count} lines)" for run, count in counts.items() if count > 1]
     return [f"Averaged before anything else, as one arm and seed: {', '.join(doubles)}."] if doubles else []
-
-
-def _variant(line: dict) -> str:
-    return f"{line['variant']}, " if line.get("variant") else ""
 
 
 def _mean(lines: list[dict], key: str) -> str:
@@ -259,38 +221,31 @@ def _costs(lines: list[dict]) -> str:
     keys = {"wall_clock_s": "seconds", "tokens": "tokens", "sequential_steps": "sequential steps"}
     rows = []
     for task, some in split_by(lines, "task").items():
-        for arm in arms_of(some):
-            costs = [_mean(lines_of_arm(some, arm), key) for key in keys]
+        for arm, own in by_arm(some).items():
+            costs = [_mean(own, key) for key in keys]
             if any(costs):
-                rows.append([f"`{task}`", f"`{arm}`", *costs, str(len(lines_of_arm(some, arm)))])
-    if not rows:
-        return ""
+                rows.append([f"`{task}`", f"`{arm}`", *costs, str(len(own))])
     legend = "Means over difficulties and seeds. Sequential steps are transitions that are computed one after another."
-    return f"## Costs\n\n{legend}\n\n" + _table(["task", "arm", *keys.values(), "lines"], rows)
+    return _section("Costs", [legend, _table(["task", "arm", *keys.values(), "lines"], rows)] if rows else [])
 
 
 def _sweeps(lines: list[dict]) -> str:
-    if not lines:
-        return ""
     lines = [{**line, "variant": line["variant"] or "as it stands"} for line in lines]  # None: a group without variants
-    parts = ["## Ablations and sweeps", "Best first. They are not part of the results above, nor of the figures."]
+    parts = ["Best first. They are not part of the results above, nor of the figures."] if lines else []
     for group, of_group in split_by(lines, "group").items():
         parts.append(f"### {group}")
-        for task, of_task in split_by(of_group, "task").items():
-            for difficulty, cell in split_by(of_task, "difficulty").items():
-                parts.append(f"`{task}` {difficulty}:\n\n{_sweep_table(cell)}")
+        for (task, difficulty), cell in split_by(of_group, "task", "difficulty").items():
+            parts.append(f"`{task}` {difficulty}:\n\n{_sweep_table(cell)}")
         parts += _doubles(of_group)
-    return "\n\n".join(parts)
+    return _section("Ablations and sweeps", parts)
 
 
 def _sweep_table(cell: list[dict]) -> str:
     metric, runs = metric_of(cell[0]), []
-    for variant, of_variant in split_by(cell, "variant").items():
-        for arm in arms_of(of_variant):
-            some = lines_of_arm(of_variant, arm)
-            score = metric_score(some)
-            row = [variant, f"`{arm}`", str(score), _mean(some, "wall_clock_s"), str(score.num_seeds)]
-            runs.append((badness(score, metric), natural_order(variant), arm_order(some[0]), row))
+    for (variant, arm), some in split_by(cell, "variant", "arm").items():
+        score = metric_score(some)
+        row = [variant, f"`{arm}`", str(score), _mean(some, "wall_clock_s"), str(score.num_seeds)]
+        runs.append((badness(score, metric), natural_order(variant), arm_order(some[0]), row))
     header = ["variant", "arm", UNITS[metric].label, "seconds", "seeds"]
     return _table(header, [run[-1] for run in sorted(runs)])
 
@@ -298,14 +253,14 @@ def _sweep_table(cell: list[dict]) -> str:
 def _text_samples(lines: list[dict]) -> str:
     parts = []
     for title, cell in hardest_cells(lines, "samples"):
-        for arm in arms_of(cell):
-            line = min(lines_of_arm(cell, arm), key=lambda line: line["seed"])
+        for arm, own in by_arm(cell).items():
+            line = min(own, key=itemgetter("seed"))
             texts = [sample for sample in line["samples"] if isinstance(sample, str)]
             if texts:
                 shown = f"the first {min(len(texts), _NUM_TEXTS)} of {len(texts)}"
                 parts.append(f"{title}, `{arm}`, seed {line['seed']}, {shown}:")
                 parts += [_code(text) for text in texts[:_NUM_TEXTS]]
-    return "\n\n".join(["## Sampled text", *parts]) if parts else ""
+    return _section("Sampled text", parts)
 
 
 def _provenance(lines: list[dict]) -> str:
@@ -315,20 +270,18 @@ def _provenance(lines: list[dict]) -> str:
     def listing(facts: dict) -> str:
         return ", ".join(f"{key} {value}" for key, value in sorted(facts.items()))
 
-    facts = {}
-    for title, key in (
-        ("hardware", "hardware"),
-        ("threads", "num_threads"),
-        ("commits (`+`: with changes that are in no commit)", "commit"),
-        ("versions", "versions"),
-        ("students", "student"),
-    ):
-        values = [line[key] for line in lines if line.get(key) is not None]
+    def values_of(lines: list[dict], key: str) -> list:
+        return [line[key] for line in lines if line.get(key) is not None]
+
+    commits, facts = "commits (`+`: with changes that are in no commit)", {}
+    titles = {"hardware": "hardware", "num_threads": "threads", "commit": commits}
+    for key, title in {**titles, "versions": "versions", "student": "students"}.items():
+        values = values_of(lines, key)
         facts[title] = count(listing(value) if isinstance(value, dict) else value for value in values)
-    for title, key in (("seeds", "seed"), ("labels scored (`n`)", "n")):
-        of_task = {
-            task: ", ".join(f"{value:,}" for value in sorted({line[key] for line in some if line.get(key) is not None}))
-            for task, some in split_by(lines, "task").items()
-        }
-        facts[title] = "; ".join(f"{task}: {text}" for task, text in of_task.items() if text)
-    return "## Where the numbers come from\n\n" + "\n".join(f"- {key}: {text}" for key, text in facts.items() if text)
+    for key, title in (("seed", "seeds"), ("n", "labels scored (`n`)")):
+        of_task = {task: sorted(set(values_of(some, key))) for task, some in split_by(lines, "task").items()}
+        texts = [f"{task}: {', '.join(f'{value:,}' for value in some)}" for task, some in of_task.items() if some]
+        facts[title] = "; ".join(texts)
+    return _section(
+        "Where the numbers come from", ["\n".join(f"- {key}: {text}" for key, text in facts.items() if text)]
+    )

@@ -6,18 +6,17 @@ colour, marker and dashes of that name.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from .arms import YARDSTICKS, display_name, is_whole_run, kind_of
-from .figures import set_log
-from .looks import looks_of, save_figure
-from .scores import Score, chances_of, hardest_cells, metric_score, score_of, split_by
-from .units import UNITS, metric_of
+from .evidence import hardest_cells, split_by
+from .figures import looks_of, save_figure, set_log
+from .scores import UNITS, Score, chances_of, metric_of, metric_score, score_of
 
 _CHANCE: dict[str, Any] = {"color": "0.5", "ls": ":", "lw": 1.2, "label": "chance"}
 _Looks = dict[str, dict[str, Any]]  # name -> colour, marker and dashes
@@ -35,10 +34,11 @@ def draw_figures(lines: list[dict], name: str, folder: Path) -> dict[Path, str]:
     """
     lines, captions = _named(lines), {}
     looks = looks_of([line["name"] for line in lines])
-    for title, (caption, draw) in _FIGURES.items():
+    figures = {title: (figure.caption, _drawn(figure, lines, looks)) for title, figure in _FIGURES.items()}
+    figures["samples"] = ("Sampled images (the first of the lowest seed)", _samples(lines, looks))
+    for title, (caption, figure) in figures.items():
         path = folder / f"{name}_{title}.png"
         path.unlink(missing_ok=True)
-        figure = draw(lines, looks)
         if figure is not None:
             save_figure(figure, path)
             captions[path] = caption
@@ -54,72 +54,59 @@ def _named(lines: list[dict]) -> list[dict]:
             cell = (display_name(line), line["task"], line["difficulty"])
             runs.setdefault(cell, set()).add(line.get("run", line["arm"]))
     doubled = {name for (name, *_), some in runs.items() if len(some) > 1}
-    named = []
-    for line in drawn:
-        name = display_name(line)
-        named.append({**line, "name": f"{name} ({line.get('run', line['arm'])})" if name in doubled else name})
-    return named
+    names = [(display_name(line), line.get("run", line["arm"])) for line in drawn]
+    return [{**line, "name": f"{name} ({run})" if name in doubled else name} for line, (name, run) in zip(drawn, names)]
 
 
-def _names_of(lines: list[dict], looks: _Looks) -> list[str]:
-    found = {line["name"] for line in lines}
-    return [name for name in looks if name in found]
+def _by_name(lines: list[dict], looks: _Looks) -> dict[str, list[dict]]:
+    found = {name: [line for line in lines if line["name"] == name] for name in looks}
+    return {name: own for name, own in found.items() if own}
 
 
-def _lines_named(lines: list[dict], name: str) -> list[dict]:
-    return [line for line in lines if line["name"] == name]
-
-
-@dataclass(frozen=True)
-class _Picture:
+class _Figure(NamedTuple):
     """A figure with some axes for every cell, and one legend.
 
     Args:
+        caption: in the report.
         draw: draws one cell's lines on its axes.
         keys: the hardest cell of every task that has one of them is drawn; without keys, every task with all its cells.
         num_axes: for each cell.
     """
 
-    draw: Callable[[list, list[dict], _Looks], None]
+    caption: str
+    draw: Callable[..., None]
     keys: tuple[str, ...] = ()
     num_axes: int = 1
 
-    def __call__(self, lines: list[dict], looks: _Looks) -> Figure | None:
-        cells = hardest_cells(lines, *self.keys) if self.keys else list(split_by(lines, "task").items())
-        if not cells:
-            return None
-        columns = self.num_axes if self.num_axes > 1 else 2 if len(cells) == 4 else min(len(cells), 3)
-        rows = math.ceil(len(cells) * self.num_axes / columns)
-        figure = Figure(figsize=(max(4.1 * columns, 6), 3 * rows + 0.6), layout="constrained")
-        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-        handles: dict[str, Any] = {}
-        for title, cell in cells:
-            own, axes = axes[: self.num_axes], axes[self.num_axes :]
-            for axis in own:
-                axis.set_title(title)
-                axis.grid(alpha=0.25, lw=0.6)
-                axis.set_axisbelow(True)
-                axis.spines[["top", "right"]].set_visible(False)
-            self.draw(own, cell, looks)
-            for axis in own:
-                found, labels = axis.get_legend_handles_labels()
-                for handle, label in zip(found, labels):
-                    handles.setdefault(label, handle)
-        for axis in axes:
-            axis.set_visible(False)
-        labels = [name for name in looks if name in handles] + [label for label in handles if label not in looks]
-        if not labels:
-            return figure
+
+def _drawn(what: _Figure, lines: list[dict], looks: _Looks) -> Figure | None:
+    cells = hardest_cells(lines, *what.keys) if what.keys else list(split_by(lines, "task").items())
+    if not cells:
+        return None
+    columns = what.num_axes if what.num_axes > 1 else 2 if len(cells) == 4 else min(len(cells), 3)
+    rows = math.ceil(len(cells) * what.num_axes / columns)
+    figure = Figure(figsize=(max(4.1 * columns, 6), 3 * rows + 0.6), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    handles: dict[str, Any] = {}
+    for title, cell in cells:
+        own, axes = axes[: what.num_axes], axes[what.num_axes :]
+        for axis in own:
+            axis.set_title(title)
+            axis.grid(alpha=0.25, lw=0.6)
+            axis.set_axisbelow(True)
+            axis.spines[["top", "right"]].set_visible(False)
+        what.draw(cell, looks, *own)
+        for axis in own:
+            for handle, label in zip(*axis.get_legend_handles_labels()):
+                handles.setdefault(label, handle)
+    for axis in axes:
+        axis.set_visible(False)
+    labels = [name for name in looks if name in handles] + [label for label in handles if label not in looks]
+    if labels:
         columns = min(len(labels), max(2, int(figure.get_figwidth() / 1.6)))
-        figure.legend(
-            [handles[label] for label in labels],
-            labels,
-            loc="outside lower center",
-            ncols=columns,
-            fontsize=8,
-            frameon=False,
-        )
-        return figure
+        place = {"loc": "outside lower center", "ncols": columns, "fontsize": 8, "frameon": False}
+        figure.legend([handles[label] for label in labels], labels, **place)
+    return figure
 
 
 def _draw_runs(axis, runs: list[tuple[str, list]], looks: _Looks, **look) -> None:
@@ -155,14 +142,14 @@ def _name_arms(axis, names: list[str]) -> None:
     axis.set_xlim(-0.6, len(names) - 0.4)
 
 
-def _draw_difficulty(axes: list, lines: list[dict], looks: _Looks) -> None:
-    (axis,) = axes
-    metric, names = metric_of(lines[0]), _names_of(lines, looks)
+def _draw_difficulty(lines: list[dict], looks: _Looks, axis) -> None:
+    metric, by_name = metric_of(lines[0]), _by_name(lines, looks)
+    names = list(by_name)
     places = {difficulty: place for place, difficulty in enumerate(split_by(lines, "difficulty"))}
-    scores = {}
-    for name in names:
-        cells = split_by(_lines_named(lines, name), "difficulty")
-        scores[name] = {places[difficulty]: metric_score(cell) for difficulty, cell in cells.items()}
+    scores = {
+        name: {places[difficulty]: metric_score(cell) for difficulty, cell in split_by(own, "difficulty").items()}
+        for name, own in by_name.items()
+    }
     if len(places) == 1:
         _draw_scores(axis, {name: {names.index(name): scores[name][0]} for name in names}, looks, width=0)
         _name_arms(axis, names)
@@ -179,7 +166,7 @@ def _draw_difficulty(axes: list, lines: list[dict], looks: _Looks) -> None:
     axis.set_ylabel(UNITS[metric].label + ("" if UNITS[metric].higher_is_better else " (lower is better)"))
 
 
-def _draw_loss(axes: list, lines: list[dict], looks: _Looks) -> None:
+def _draw_loss(lines: list[dict], looks: _Looks, *axes) -> None:
     for axis, key in zip(axes, ("seconds", "sequential_steps")):
         runs = [(line["name"], list(zip(line["curve"][key], line["curve"]["loss"]))) for line in lines]
         _draw_runs(axis, runs, looks)
@@ -190,16 +177,14 @@ def _draw_loss(axes: list, lines: list[dict], looks: _Looks) -> None:
         axis.set(xlabel=key.replace("_", " "), ylabel="nats per label")
 
 
-def _draw_drift(axes: list, lines: list[dict], looks: _Looks) -> None:
-    (axis,) = axes
+def _draw_drift(lines: list[dict], looks: _Looks, axis) -> None:
     _draw_runs(axis, [(line["name"], line["drift"]) for line in lines], looks)
     set_log(axis, "x", [at for line in lines for at, _ in line["drift"]], 10)
     set_log(axis, "y", [drift for line in lines for _, drift in line["drift"] if drift is not None], 10)
     axis.set(xlabel="tokens read since m_0", ylabel="drift / spread of the teacher's")
 
 
-def _draw_gradient(axes: list, lines: list[dict], looks: _Looks) -> None:
-    (axis,) = axes
+def _draw_gradient(lines: list[dict], looks: _Looks, axis) -> None:
     norms = []
     parts: dict[str, dict[str, Any]] = {"gradient_norm": {}, "teacher_gradient_norm": {"ls": ":"}}
     for key, look in parts.items():
@@ -212,12 +197,10 @@ def _draw_gradient(axes: list, lines: list[dict], looks: _Looks) -> None:
     axis.set(xlabel="distance from the loss (tokens)", ylabel="gradient norm")
 
 
-def _draw_length(axes: list, lines: list[dict], looks: _Looks) -> None:
-    (axis,) = axes
+def _draw_length(lines: list[dict], looks: _Looks, axis) -> None:
     multiples = sorted({key for line in lines for key in line["length_generalization"]}, key=float)
     scores: dict[str, dict[int, Score]] = {}
-    for name in _names_of(lines, looks):
-        own = _lines_named(lines, name)
+    for name, own in _by_name(lines, looks).items():
         by_place = {place: score_of(own, "length_generalization", key) for place, key in enumerate(multiples)}
         scores[name] = {place: score for place, score in by_place.items() if score is not None}
     _draw_scores(axis, scores, looks)
@@ -227,27 +210,27 @@ def _draw_length(axes: list, lines: list[dict], looks: _Looks) -> None:
     axis.set(ylim=(-0.03, 1.03), xlabel="multiple of the training length", ylabel="accuracy")
 
 
-def _draw_geometry(axes: list, lines: list[dict], looks: _Looks) -> None:
+def _draw_geometry(lines: list[dict], looks: _Looks, *axes) -> None:
     parts: dict[str, dict[str, Any]] = {"student": {}, "teacher": {"alpha": 0.45, "hatch": "////"}}
-    names = _names_of(lines, looks)
+    by_name = _by_name(lines, looks)
     for axis, key in zip(axes, ("rank", "spread")):
         for offset, (whose, look) in zip((-0.2, 0.2), parts.items()):
-            for place, name in enumerate(names):
-                score = score_of(_lines_named(lines, name), "geometry", whose, key)
+            for place, (name, own) in enumerate(by_name.items()):
+                score = score_of(own, "geometry", whose, key)
                 if score is not None:
                     bar = {"color": looks[name]["color"], "edgecolor": "white", "ecolor": "0.2", **look}
                     axis.bar(place + offset, score.mean, 0.38, yerr=score.error, capsize=2.5, **bar)
             axis.fill_between([], [], label=f"the {whose}'s", **{"color": "0.4", "edgecolor": "white", **look})
-        _name_arms(axis, names)
+        _name_arms(axis, list(by_name))
         axis.set_ylabel(f"{key} of the memories")
 
 
-def _draw_samples(lines: list[dict], looks: _Looks) -> Figure | None:
+def _samples(lines: list[dict], looks: _Looks) -> Figure | None:
     """One row of images per arm."""
     rows = []
     for title, cell in hardest_cells(lines, "samples"):
-        for name in _names_of(cell, looks):
-            line = min(_lines_named(cell, name), key=lambda line: line["seed"])
+        for name, own in _by_name(cell, looks).items():
+            line = min(own, key=itemgetter("seed"))
             images = [np.array(sample) for sample in line["samples"] if not isinstance(sample, str)][:_NUM_IMAGES]
             if images:
                 rows.append((f"{title}, {name}, seed {line['seed']}", looks[name]["color"], images))
@@ -267,27 +250,20 @@ def _draw_samples(lines: list[dict], looks: _Looks) -> Figure | None:
     return figure
 
 
-_FIGURES: dict[str, tuple[str, Callable[[list[dict], _Looks], Figure | None]]] = {
-    "difficulty": ("Scores over difficulty (error bars: standard error over seeds)", _Picture(_draw_difficulty)),
-    "loss": (
-        "Held-out loss of the student's own rollout during training (the median over seeds; faint: each seed)",
-        _Picture(_draw_loss, ("curve",), num_axes=2),
+_BARS, _MEDIAN = "(error bars: standard error over seeds)", "(the median over seeds; faint: each seed)"
+_FIGURES = {
+    "difficulty": _Figure(f"Scores over difficulty {_BARS}", _draw_difficulty),
+    "loss": _Figure(
+        f"Held-out loss of the student's own rollout during training {_MEDIAN}", _draw_loss, ("curve",), num_axes=2
     ),
-    "drift": (
-        "Drift of the student's own rollout from the teacher's memories (the median over seeds; faint: each seed)",
-        _Picture(_draw_drift, ("drift",)),
+    "drift": _Figure(
+        f"Drift of the student's own rollout from the teacher's memories {_MEDIAN}", _draw_drift, ("drift",)
     ),
-    "gradient": (
-        "Norm of the gradient over its distance from the loss (the median over seeds; faint: each seed)",
-        _Picture(_draw_gradient, ("gradient_norm", "teacher_gradient_norm")),
+    "gradient": _Figure(
+        f"Norm of the gradient over its distance from the loss {_MEDIAN}",
+        _draw_gradient,
+        ("gradient_norm", "teacher_gradient_norm"),
     ),
-    "length": (
-        "Accuracy beyond the training length (error bars: standard error over seeds)",
-        _Picture(_draw_length, ("length_generalization",)),
-    ),
-    "geometry": (
-        "Rank and spread of the memories (error bars: standard error over seeds)",
-        _Picture(_draw_geometry, ("geometry",), num_axes=2),
-    ),
-    "samples": ("Sampled images (the first of the lowest seed)", _draw_samples),
+    "length": _Figure(f"Accuracy beyond the training length {_BARS}", _draw_length, ("length_generalization",)),
+    "geometry": _Figure(f"Rank and spread of the memories {_BARS}", _draw_geometry, ("geometry",), num_axes=2),
 }

@@ -1,21 +1,86 @@
-"""Scores of the arms of a grid, and our best arm against the better BPTT.
+"""Scores: their units, the table of a run, and of a grid the means over seeds and our best arm against the better BPTT.
 
-Everything is computed from the lines of the grid. A line is one arm in one cell with one seed; a cell is a task at a
-difficulty.
+A line of a grid is one arm in one cell with one seed; a cell is a task at a difficulty.
 """
 
 import math
+from collections.abc import Container
 from dataclasses import dataclass
-from itertools import groupby
 from statistics import fmean, stdev
 from typing import Any
 
-from .units import UNITS, metric_of
+from .evidence import split_by
 
 SOLVED = 0.9  # two accuracies below it: neither side can do the task
-BOTH_FAIL = ", both fail"
 MARGIN = 0.02  # a smaller difference decides nothing, however small the standard error of a few seeds
 _DIVERGED = 1e9  # badness of an arm that has no finite score
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The unit of a score.
+
+    Args:
+        label: in a sentence or at an axis, "bits per byte".
+        heading: at the head of a narrow column, "bits/byte".
+        higher_is_better: false for losses.
+    """
+
+    label: str
+    heading: str
+    higher_is_better: bool = False
+
+    @property
+    def better(self) -> str:
+        """The word for the better direction: "higher" or "lower"."""
+        return "higher" if self.higher_is_better else "lower"
+
+    def badness(self, value: float) -> float:
+        """A key that sorts scores from best to worst."""
+        return -value if self.higher_is_better else value
+
+    def written(self, value: float) -> str:
+        """A score for a table: shares as `87.5%`, losses with three decimals."""
+        return f"{value:.1%}" if self.higher_is_better else f"{value:.3f}"
+
+
+# A run is scored by the first of these metrics that its scores hold.
+UNITS = {
+    "bits_per_byte": Unit("bits per byte", "bits/byte"),
+    "bits_per_pixel": Unit("bits per pixel", "bits/pixel"),
+    "accuracy": Unit("accuracy", "accuracy", higher_is_better=True),
+}
+
+
+def metric_of(scores: Container[str]) -> str:
+    """The metric that `scores`, a mapping with metrics among its keys, are compared in: the first of `UNITS`."""
+    return next(metric for metric in UNITS if metric in scores)
+
+
+def results_table(results: dict) -> str:
+    """The arms as aligned lines, the best last, and a line that says what was scored."""
+    metric = results["metric"]
+    unit, task = UNITS[metric], results["task"]
+    heads = f"{'' if metric == 'accuracy' else f'{unit.heading:>12}'}{'accuracy':>12}"
+    lines = [f"{'arm':<18}{heads}{'seconds':>9}{'tokens':>13}{'sequential steps':>18}"]
+    for arm, scores in sorted(results["arms"].items(), key=lambda entry: -unit.badness(entry[1][metric])):
+        mark = " *" if arm == results["student_arm"] else ""
+        columns = [] if metric == "accuracy" else [f"{unit.written(scores[metric]):>12}"]
+        columns.append(f"{UNITS['accuracy'].written(scores['accuracy']) if 'accuracy' in scores else '':>12}")
+        if "wall_clock_s" in scores:
+            columns.append(f"{scores['wall_clock_s']:>9.0f}{scores['tokens']:>13,}{scores['sequential_steps']:>18,}")
+        lines.append(f"{arm + mark:<18}" + "".join(columns))
+    num_rows = f"{results['data']['heldout_streams']:,}"
+    what = f"{num_rows} rows of {task['name']}, difficulty {task['difficulty']}, each"
+    if task["name"] == "text":
+        what = f"{num_rows} streams x {task['difficulty']} tokens"
+    elif task["name"] == "instructions":
+        what = f"answers of {num_rows} examples, each"
+    else:
+        lines.append(f"{'chance':<18}{unit.written(task['chance']):>12}")
+    teacher = "; teacher: the shared readout on the teacher's memories" if "teacher" in results["arms"] else ""
+    lines.append(f"held out: {what} from m_0; * the exported student{teacher}")
+    return "\n".join(line.rstrip() for line in lines)
 
 
 @dataclass(frozen=True)
@@ -85,14 +150,8 @@ def judge(scores: dict[str, Score], kinds: dict[str, str], metric: str) -> Verdi
     gain = by_arm[rival] - by_arm[ours]
     word = "ahead" if gain > margin else "behind" if gain < -margin else "level"
     if metric == "accuracy" and min(by_arm[ours], by_arm[rival]) > -SOLVED:
-        word += BOTH_FAIL
+        word += ", both fail"
     return Verdict(ours, rival, difference, word)
-
-
-def split_by(lines: list[dict], key: str) -> dict:
-    """The value of a key, ascending -> lines that have it, in their order."""
-    ordered = sorted(lines, key=lambda line: line[key])
-    return {value: list(some) for value, some in groupby(ordered, key=lambda line: line[key])}
 
 
 def score_of(lines: list[dict], *path: str) -> Score | None:
@@ -108,10 +167,8 @@ def score_of(lines: list[dict], *path: str) -> Score | None:
         if entry != {}:
             by_seed.setdefault(line["seed"], []).append(math.nan if entry is None else entry)
     means = [fmean(values) for values in by_seed.values()]
-    if not means:
-        return None
-    if len(means) == 1:
-        return Score(means[0], None, 1)
+    if len(means) < 2:
+        return Score(means[0], None, 1) if means else None
     error = stdev(means) / math.sqrt(len(means)) if all(map(math.isfinite, means)) else math.nan
     return Score(fmean(means), error, len(means))
 
@@ -134,12 +191,3 @@ def chances_of(lines: list[dict]) -> dict[float, float]:
 def badness(score: Score, metric: str) -> float:
     """A score as a number that is lower for better ones, whatever the metric."""
     return UNITS[metric].badness(score.mean) if math.isfinite(score.mean) else _DIVERGED
-
-
-def hardest_cells(lines: list[dict], *keys: str) -> list[tuple[str, list[dict]]]:
-    """Title and lines of a cell per task: the highest difficulty at which lines have one of the keys, those lines."""
-    cells = []
-    for task, some in split_by([line for line in lines if any(line.get(key) for key in keys)], "task").items():
-        difficulty, cell = list(split_by(some, "difficulty").items())[-1]
-        cells.append((f"{task} {difficulty}", cell))
-    return cells

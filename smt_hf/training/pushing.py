@@ -1,7 +1,6 @@
 """What a Trainer sends to the Hub: the student, which loads by itself, and never the state that resumes a run."""
 
 import json
-import os
 import shutil
 from functools import cache
 from pathlib import Path
@@ -34,7 +33,7 @@ class StudentPushingTrainer(Trainer):
     push_in_progress: Any
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        strategy = self.args.hub_strategy
+        strategy, output_dir = self.args.hub_strategy, Path(str(self.args.output_dir))
         if not self.is_world_process_zero() or strategy == HubStrategy.END:
             return
         is_pushing = self.push_in_progress is not None and not self.push_in_progress.is_done()
@@ -43,16 +42,15 @@ class StudentPushingTrainer(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         message = f"Training in progress, step {self.state.global_step}"
         # A copy: the checkpoint may be rotated away before it has been sent.
-        copied = Path(str(self.args.output_dir)) / "_pushed_student"
+        copied = output_dir / "_pushed_student"
         if is_pushing:
             self._finish_current_push()
         shutil.rmtree(copied, ignore_errors=True)
-        shutil.copytree(os.path.join(checkpoint_folder, "student"), copied, symlinks=True)
+        shutil.copytree(Path(checkpoint_folder) / "student", copied, symlinks=True)
         jobs = [self._upload(copied, message, run_as_future=True)]
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            is_last = strategy == HubStrategy.CHECKPOINT
-            phase, step = Path(str(self.args.output_dir)).name, Path(checkpoint_folder).name
-            place = "last-checkpoint" if is_last else f"{phase}-{step}"
+            own_place = f"{output_dir.name}-{Path(checkpoint_folder).name}"
+            place = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else own_place
             jobs.append(self._upload(copied, f"{message}, checkpoint", place, run_as_future=True))
         self.push_in_progress = PushInProgress(jobs)
 
@@ -108,11 +106,8 @@ class StudentPushingTrainer(Trainer):
 
     def _upload(self, folder: Path, message: str, place="", run_as_future=False, token=None, revision=None):
         what = (folder, check_files(folder), str(self.hub_model_id), message, place)
-        settings = {
-            "private": self.args.hub_private_repo,
-            "revision": revision or self.args.hub_revision,
-            "token": token or self.args.hub_token,
-        }
+        settings = {"private": self.args.hub_private_repo, "revision": revision or self.args.hub_revision}
+        settings["token"] = token or self.args.hub_token
         if run_as_future:
             return _background().run_as_future(upload, *what, **settings)
         return upload(*what, **settings)

@@ -1,8 +1,13 @@
-"""Past the training length: bits per byte by position on long streams, and a needle far back."""
+"""Past the training length: bits per byte by position on long streams, and a needle far back.
+
+Shapes: B streams, L tokens predicted, N rows, T tokens.
+"""
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from smt_hf.command_line import argument
 from smt_hf.data import byte_tokenizer, heldout_streams, load_corpus, load_task, tokenize
 from smt_hf.errors import InputError
-from smt_hf.evaluation import bits_by_position, far_needle_accuracy
+from smt_hf.evaluation import score_student
+from smt_hf.evaluation.text import stream_labels
 from smt_hf.publishing.arms import NAMING
 
 from .arguments import BenchmarkArguments
@@ -100,3 +106,52 @@ def needles(num_rows: int, seed: int) -> Callable[[int], tuple[np.ndarray, np.nd
         return ids, labels
 
     return rows
+
+
+def bits_by_position(student, tokens: np.ndarray, edges: Sequence[int]) -> list[dict[str, float]]:
+    """Mean bits per token at increasing ages of long streams, the memory carried on from `m_0`.
+
+    Args:
+        student: an `SMTRecurrentForCausalLM`.
+        tokens: `(B, L + 1)`.
+        edges: ages (tokens read) that bound the bins, increasing, within 0 .. L.
+
+    Returns:
+        `{"position": b, "bits": x}` for each pair of neighbouring edges a < b: predictions after a + 1 .. b tokens.
+
+    Raises:
+        ValueError: fewer than two edges, not increasing, or beyond the streams.
+    """
+    length = tokens.shape[1] - 1
+    if len(edges) < 2 or edges[0] < 0 or edges[-1] > length or any(a >= b for a, b in pairwise(edges)):
+        raise ValueError(f"`edges` must be two or more increasing numbers from 0 to {length}, got {list(edges)}.")
+    scores = score_student(student, tokens, stream_labels(tokens))
+    bits = scores.nats[1:] / scores.counts[1:] / math.log(2)
+    return [{"position": int(end), "bits": float(bits[begin:end].mean())} for begin, end in pairwise(edges)]
+
+
+def far_needle_accuracy(
+    student,
+    make_rows: Callable[[int], tuple[np.ndarray, np.ndarray]],
+    distances: Sequence[int],
+    chance: float | None = None,
+    batch_size: int = 512,
+) -> list[dict[str, float | None]]:
+    """Accuracy of the student's own rollout from `m_0` as the needle moves away from the question.
+
+    Args:
+        student: an `SMTRecurrentForCausalLM`.
+        make_rows: distance (tokens) -> `input_ids`, `labels`, each `(N, T + 1)`, as in `smt_hf.evaluation.scores`.
+        distances: the distances to try.
+        chance: accuracy of guessing, noted in every result.
+        batch_size: rows side by side; changes memory use and speed, not the result.
+
+    Returns:
+        `{"distance": d, "accuracy": x, "loss": nats per label, "n": labels, "chance": chance}` for each distance.
+    """
+    results: list[dict[str, float | None]] = []
+    for distance in distances:
+        scores = score_student(student, *make_rows(distance), batch_size=batch_size)
+        entry = {"distance": distance, "accuracy": scores.accuracy, "loss": scores.loss, "n": scores.n}
+        results.append({**entry, "chance": chance})
+    return results

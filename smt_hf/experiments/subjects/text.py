@@ -13,8 +13,7 @@ from smt_hf.data import StreamedRows, byte_tokenizer, heldout_streams, load_corp
 from smt_hf.data.sources import Files
 from smt_hf.errors import InputError
 from smt_hf.evaluation import NGramModel, Scores
-from smt_hf.evaluation.ngram import document_symbols, uniform_bits
-from smt_hf.evaluation.streams import count_bytes, stream_labels, stream_symbols
+from smt_hf.evaluation.text import count_bytes, document_symbols, stream_labels, stream_symbols, uniform_bits
 from smt_hf.training.arguments import PhaseArguments
 
 from .subject import Subject, refuse_curriculum

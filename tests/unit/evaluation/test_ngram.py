@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from smt_hf.evaluation import NGramModel
-from smt_hf.evaluation.ngram import NUM_SYMBOLS, document_symbols
+from smt_hf.evaluation.text import NUM_SYMBOLS, document_symbols
 
 
 def naive_probability(text, context, symbol):

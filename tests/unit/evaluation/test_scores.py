@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from smt_hf.evaluation import score_student, score_teacher
 from smt_hf.evaluation.memories import own_memories, teacher_memories
-from smt_hf.evaluation.streams import stream_labels
+from smt_hf.evaluation.text import stream_labels
 from tests.conftest import VOCAB, make_composite, make_student
 
 ROWS, LENGTH = 7, 13

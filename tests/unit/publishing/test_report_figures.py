@@ -1,9 +1,11 @@
 """The figures of a report against the lines that they are drawn from."""
 
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 
-from smt_hf.publishing import looks, report_figures
+from smt_hf.publishing import report_figures
+from smt_hf.publishing.figures import looks_of, save_figure
 from smt_hf.publishing.report import render_report
 from tests.unit.publishing.conftest import make_line, render
 
@@ -73,7 +75,7 @@ def test_an_arm_has_one_colour_and_its_own_data_in_every_figure(tmp_path, monkey
     for name, container in zip(at, figures["difficulty"].axes[0].containers):
         colours[name].add(container.lines[0].get_color())
     assert at == list(colours) == names
-    assert all(some == {looks.looks_of(names)[name]["color"]} for name, some in colours.items())
+    assert all(some == {looks_of(names)[name]["color"]} for name, some in colours.items())
     assert len(set.union(*colours.values())) == len(ends)
 
 
@@ -107,14 +109,14 @@ def test_two_runs_of_one_cell_that_are_the_same_by_name_are_told_apart(tmp_path,
 
 def test_a_small_file_keeps_the_colours_of_arms(tmp_path):
     names = ["ours, 1 step", "ours, multi-step", "BPTT", "BPTT, truncated", "SMT, then BPTT"]
-    figure = looks.Figure(figsize=(3, 2))
+    figure = Figure(figsize=(3, 2))
     axis = figure.subplots()
-    for place, look in enumerate(looks.looks_of(names).values()):
+    for place, look in enumerate(looks_of(names).values()):
         axis.plot([0, 1], [place, place + 1], **look)
-    looks.save_figure(figure, tmp_path / "figure.png")
+    save_figure(figure, tmp_path / "figure.png")
     image = Image.open(tmp_path / "figure.png")
     assert image.mode == "P" and image.size == (300, 200)
     pixels = np.asarray(image.convert("RGB")).reshape(-1, 3).astype(int)
-    for look in looks.looks_of(names).values():
+    for look in looks_of(names).values():
         colour = [int(look["color"][at : at + 2], 16) for at in (1, 3, 5)]
         assert np.abs(pixels - colour).max(1).min() <= 8

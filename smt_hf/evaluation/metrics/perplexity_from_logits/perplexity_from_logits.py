@@ -3,6 +3,8 @@
 import datasets
 import evaluate
 import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
 
 _DESCRIPTION = """Exponential of the mean negative log-likelihood of labelled tokens, from the logits of a causal
 language model. It compares models with one tokenizer only; across tokenizers, take bits_per_byte."""
@@ -50,15 +52,9 @@ class PerplexityFromLogits(evaluate.Metric):
                 continue
             if labels.min() < 0 or labels.max() >= logits.shape[1]:
                 raise ValueError(f"labels must lie in 0 .. {logits.shape[1] - 1}, or be -100.")
-            highest = logits.max(axis=1)
-            normalizers = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1))
-            total += float((normalizers - logits[np.arange(len(labels)), labels]).sum())
+            total += float(cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels), reduction="sum"))
             num_labels += len(labels)
         if not num_labels:
             raise ValueError("there is no label to score: all are -100, or every text has one token.")
         loss = total / num_labels
-        return {
-            "perplexity": round(float(np.exp(loss)), 6),
-            "loss": round(loss, 6),
-            "num_labels": num_labels,
-        }
+        return {"perplexity": round(float(np.exp(loss)), 6), "loss": round(loss, 6), "num_labels": num_labels}

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from .arms import display_name
-from .looks import looks_of, save_figure
-from .units import UNITS
+from smt_hf.publishing.arms import display_name
+from smt_hf.publishing.figures import looks_of, save_figure
+from smt_hf.publishing.scores import UNITS
 
 
 def plot_memory_wall(lines: list[dict], path: Path) -> None:

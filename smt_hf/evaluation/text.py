@@ -1,25 +1,58 @@
-"""Interpolated n-gram models of bytes: the yardstick in every table of text.
+"""Held-out text: labels of its streams, the bytes that their tokens stand for, and n-gram models as a yardstick.
 
-Witten-Bell interpolation (Bell, Cleary & Witten 1990): the more different bytes have followed a context, the more
-weight the next shorter context gets.
+The models interpolate by Witten-Bell (Bell, Cleary & Witten 1990): the more different bytes have followed a context,
+the more weight the next shorter context gets.
+Shapes: B streams, L tokens predicted.
 """
 
 import math
 
 import numpy as np
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from .streams import END_OF_DOCUMENT
-
+END_OF_DOCUMENT = 256  # the symbol after the 256 bytes
 NUM_SYMBOLS = END_OF_DOCUMENT + 1
+
+
+def stream_labels(streams: np.ndarray) -> np.ndarray:
+    """Labels `(B, L + 1)` of the streams `(B, L + 1)`: all tokens but the first, which nothing was read before."""
+    labels = streams.copy()
+    labels[:, 0] = -100
+    return labels
+
+
+def is_byte_tokenizer(tokenizer) -> bool:
+    """Whether token `i` is byte `i`, for all 256 bytes."""
+    characters = bytes_to_unicode()
+    expected = [characters[byte] for byte in range(256)]
+    return len(tokenizer) >= 256 and tokenizer.convert_ids_to_tokens(list(range(256))) == expected
+
+
+def count_bytes(tokenizer, tokens: np.ndarray) -> int:
+    """UTF-8 bytes of the text that the tokens `(B, L)` stand for; a special token counts as one byte."""
+    if is_byte_tokenizer(tokenizer):  # pieces of a character have no text of their own
+        return tokens.size
+    num_special = int(np.isin(tokens, tokenizer.all_special_ids).sum())
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return max(sum(len(text.encode()) for text in texts) + num_special, 1)
+
+
+def stream_symbols(tokenizer, streams: np.ndarray) -> list[np.ndarray]:
+    """Streams `(B, L)` of tokens as bytes and `END_OF_DOCUMENT`: one sequence per stream."""
+    if is_byte_tokenizer(tokenizer):
+        return [np.minimum(row, END_OF_DOCUMENT) for row in streams]
+    texts = tokenizer.batch_decode(streams, skip_special_tokens=True)
+    return [text_symbols(text) for text in texts]
+
+
+def text_symbols(text: str) -> np.ndarray:
+    """Bytes of a text in UTF-8, `(N,)` int64."""
+    return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
 
 
 def document_symbols(texts: list[str]) -> np.ndarray:
     """Bytes of all documents, each followed by `END_OF_DOCUMENT`; `(N,)` int64."""
-    parts = []
-    for text in texts:
-        parts.append(np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64))
-        parts.append(np.array([END_OF_DOCUMENT], dtype=np.int64))
-    return np.concatenate(parts)
+    return np.concatenate([np.append(text_symbols(text), END_OF_DOCUMENT) for text in texts])
 
 
 class NGramModel:
@@ -72,8 +105,7 @@ class _Table:
 
     def __init__(self, symbols: np.ndarray, context: int):
         self.grams, self.gram_counts = np.unique(_grams(symbols, context + 1), return_counts=True)
-        contexts, begins = np.unique(self.grams // NUM_SYMBOLS, return_index=True)
-        self.contexts = contexts
+        self.contexts, begins = np.unique(self.grams // NUM_SYMBOLS, return_index=True)
         self.followers = np.diff([*begins, len(self.grams)])
         self.context_counts = np.add.reduceat(self.gram_counts, begins)
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from smt_hf.evaluation import bits_by_position, far_needle_accuracy, score_student
+from recipes.benchmarks.measurements.long_context import bits_by_position, far_needle_accuracy
+from smt_hf.evaluation import score_student
 from tests.conftest import VOCAB, make_student
 
 
