@@ -29,6 +29,9 @@ _WRITTEN_DOWN = (
     "label_cache_dir",
 )  # fmt: skip
 
+# Settings of a schedule that phases share, which follow from the others.
+_DERIVED = ("schedule_offset", "schedule_steps")
+
 
 def model_config(
     subject: Subject, phases: list[PhaseArguments], student_fields: dict, teacher_fields: dict
@@ -132,6 +135,24 @@ def phase_settings(arguments: PhaseArguments) -> dict:
         if is_own or _said(value) != _said(defaults[name]):
             settings[name] = value
     return settings
+
+
+def changed_settings(arguments: PhaseArguments) -> dict:
+    """The settings of a phase that differ from its defaults, and always its gradient's length and its rows'.
+
+    A phase that ends by its seconds has no `max_steps` here, and a setting that is `None` is left out.
+    """
+    defaults = {name: entry.default for name, entry in type(arguments).__dataclass_fields__.items()}
+    if arguments.lr_scheduler_type == defaults["lr_scheduler_type"]:
+        defaults["lr_scheduler_kwargs"] = {"min_lr_rate": 0.1}
+    if arguments.max_seconds is not None:
+        defaults["max_steps"] = arguments.max_steps
+    always = ("phase", "transition_steps", "context_length", "max_seconds")
+    return {
+        name: value
+        for name, value in phase_settings(arguments).items()
+        if value is not None and name not in _DERIVED and (name in always or value != defaults.get(name))
+    }
 
 
 def _said(value):

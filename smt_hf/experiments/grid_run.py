@@ -28,15 +28,13 @@ from smt_hf.training.arguments import PhaseArguments
 from smt_hf.training.composite import SMTForPreTraining
 from smt_hf.training.phases import ARGUMENTS, PhaseResult, lay_out, run_phases
 
-from .composition import model_config, phase_settings, resolve
+from .composition import changed_settings, model_config, resolve
 from .subjects import HELDOUT_SEED, PixelSubject, Subject, TaskSubject, TextSubject
 
 # What the data of figures is computed from: rows, tokens of a stream of text, rows of several times the length.
 _FIGURE_ROWS, _STREAM_TOKENS, _LONGER_ROWS = 64, 256 + 1, 256
 _CURVE_POINTS = 24
 _UNUSED = "unused"  # every run gets a folder of its own
-# Settings of a schedule that phases share, which follow from the others.
-_DERIVED = ("schedule_offset", "schedule_steps")
 _QUIET: dict[str, Any] = {"disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no", "report_to": "none"}
 
 
@@ -143,21 +141,6 @@ def naming_settings(arguments: PhaseArguments) -> dict:
     """Of a phase's settings those that tell arms apart."""
     settings = changed_settings(arguments)
     return {name: settings[name] for name in NAMING if name in settings}
-
-
-def changed_settings(arguments: PhaseArguments) -> dict:
-    """The settings of a phase that differ from its defaults, and always its gradient's length and its rows'.
-
-    A phase that ends by its seconds has no `max_steps` here, and a setting that is `None` is left out.
-    """
-    settings = phase_settings(arguments)
-    defaults = phase_settings(type(arguments)(output_dir=_UNUSED, max_seconds=arguments.max_seconds))
-    always = ("phase", "transition_steps", "context_length", "max_seconds")
-    return {
-        name: value
-        for name, value in settings.items()
-        if value is not None and name not in _DERIVED and (name in always or value != defaults[name])
-    }
 
 
 def _settings_of(run: Run, arguments: list[PhaseArguments], model: SMTForPreTraining, subject: Subject) -> dict:

@@ -24,8 +24,16 @@ from smt_hf.training.checkpoints import step_of
 from smt_hf.training.composite import SMTForPreTraining, SMTPreTrainingConfig
 from smt_hf.training.phases import PhaseResult, arm_name, lay_out, run_phases
 
-from .composition import cost_of, launch_settings, model_config, phase_settings, resolve, set_threads, tokenizer_hash
-from .grid_run import changed_settings
+from .composition import (
+    changed_settings,
+    cost_of,
+    launch_settings,
+    model_config,
+    phase_settings,
+    resolve,
+    set_threads,
+    tokenizer_hash,
+)
 from .preflight import check_run, lora_settings
 from .run_arguments import ParsedRun, PretrainArguments
 from .run_folder import RESULTS, RUN, locked, writing
