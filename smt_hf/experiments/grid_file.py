@@ -11,24 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smt_hf.command_line import (
-    argument,
-    built,
-    check_keys,
-    closest,
-    described,
-    names_of,
-    read_flags,
-    read_yaml,
-    typed,
-    whole_number,
-)
+from smt_hf.command_line import argument, built, check_keys, closest, described, read_layers, typed, whole_number
 from smt_hf.data import TASKS, task_facts
 from smt_hf.errors import InputError
 from smt_hf.training.phases import ARGUMENTS
 
-from .grid_run import Run
-from .run_arguments import PHASE_NAMES, STUDENT_FIELDS, typed_teacher
+from .grid import Run
+from .run_arguments import PHASE_NAMES, STUDENT_FIELDS, read_phases, typed_teacher
 
 _GRID_KEYS = {"output", "jobs", "num_threads", "seeds", "num_heldout", "student", "teacher", "tasks", "arms"}
 _TASK_KEYS = {"difficulties", "seconds", "curriculum", "arms"}
@@ -43,9 +32,7 @@ class GridArguments:
     """The flags of `recipes/experiment.py`."""
 
     config: str = argument("", "Grid of tasks, difficulties, arms and seeds, a YAML file.")
-    output: str | None = argument(
-        None, "File of JSON lines; runs that it has are skipped. Default: runs/, with the grid's name."
-    )
+    output: str | None = argument(None, "File of JSON lines; runs that it has are skipped. Default: runs/GRID.jsonl.")
     only: list[str] = argument(
         [], "Run a part: task= difficulty= arm= seed= variant=, with spaces between; difficulty and seed may be new."
     )
@@ -82,15 +69,11 @@ def parse_grid(argv: list[str]) -> ParsedGrid:
         InputError: unknown keys (the closest valid one is named), values of the wrong type, malformed YAML.
         SystemExit: after `--help`.
     """
-    flags = read_flags(argv)
-    if "help" in flags:
-        print("\n".join([_USAGE, *described(GridArguments)]))
-        raise SystemExit(0)
-    check_keys(flags, names_of(GridArguments), "flag")
+    *grids, flags = read_layers(argv, lambda: "\n".join([_USAGE, *described(GridArguments)]))
     given = built(GridArguments, flags)
-    if not given.config:
+    if not grids:
         raise InputError("name the grid: `--config recipes/probes.yaml`.")
-    grid = read_yaml(given.config)
+    (grid,) = grids
     _check_grid(grid, given.config)
     only = _read_only(given.only, grid)
     sources = {name: value for name in ("train_file", "mnist_dir") if (value := getattr(given, name)) is not None}
@@ -105,8 +88,7 @@ def parse_grid(argv: list[str]) -> ParsedGrid:
     jobs = whole_number("jobs", given.jobs if given.jobs is not None else grid.get("jobs", 1))
     if jobs < 1:
         raise InputError(f"`jobs` must be at least 1, got {jobs}.")
-    output = Path(given.output or f"runs/{Path(given.config).stem}.jsonl")
-    return ParsedGrid(runs=runs, output=output, jobs=jobs, report=given.report)
+    return ParsedGrid(runs, Path(given.output or f"runs/{Path(given.config).stem}.jsonl"), jobs, given.report)
 
 
 def _check_grid(grid: dict, path: str) -> None:
@@ -132,10 +114,9 @@ def _check_grid(grid: dict, path: str) -> None:
 
 def _check_arm(arm: str, spec: dict, grid: dict) -> None:
     check_keys(spec, _ARM_KEYS, f"key of arm {arm}")
-    phases = _phase_names_of(spec)
-    if not phases:
+    if not spec.get("phases"):
         raise InputError(f"arm {arm} needs `phases`.")
-    check_keys(dict.fromkeys(phase for _, phase, _ in _numbered_phases(spec)), set(ARGUMENTS), "phase")
+    phases = _phase_names_of(spec)
     if ("sweep" in spec or "variants" in spec) and not spec.get("group"):
         raise InputError(f"arm {arm} has variants: name their `group`, a title for their table.")
     check_keys(spec.get("only") or {}, set(map(str, grid["tasks"])), f"task in `only` of arm {arm}")
@@ -153,14 +134,10 @@ def _phase_names_of(spec: dict) -> set[str]:
 
 def _numbered_phases(spec: dict) -> list[tuple[str, str, dict]]:
     """Name in the grid (`smt`, `smt_2`, as their folders), phase and settings of an arm's phases."""
-    numbered: list[tuple[str, str, dict]] = []
-    for entry in (spec or {}).get("phases") or []:
-        if isinstance(entry, dict) and len(entry) != 1:
-            raise InputError(f"a phase must be a name or a one-key mapping `name: {{...}}`, got {entry!r}.")
-        phase, settings = next(iter(entry.items())) if isinstance(entry, dict) else (entry, {})
-        earlier = sum(name == phase for _, name, _ in numbered)
-        numbered.append((f"{phase}_{earlier + 1}" if earlier else str(phase), str(phase), settings or {}))
-    return numbered
+    phases = read_phases(spec["phases"], also=("share",))
+    names = [name for name, _ in phases]
+    earlier = [names[:place].count(name) for place, name in enumerate(names)]
+    return [(f"{name}_{num + 1}" if num else name, name, of) for (name, of), num in zip(phases, earlier)]
 
 
 def _read_only(words: list[str], grid: dict) -> dict[str, Any]:
@@ -241,17 +218,18 @@ def _phases_of_arm(spec: dict, of_task: dict, changes: dict, seconds: float | No
 
     A phase gets its `share` of the seconds (default: what the others leave, evenly).
     """
-    phases = []
-    for number, name, settings in _numbered_phases(spec):
-        merged = {**settings, **(of_task.get(number) or {}), **(changes.get(number) or {})}
-        phases.append((name, merged.pop("share", None), merged))
-    left = 1 - sum(share or 0 for _, share, _ in phases)
-    num_open = sum(share is None and "max_steps" not in settings for _, share, settings in phases)
-    built_phases = []
-    for name, share, settings in phases:
+    phases = [
+        (name, {**settings, **(of_task.get(number) or {}), **(changes.get(number) or {})})
+        for number, name, settings in _numbered_phases(spec)
+    ]
+    shares = [settings.pop("share", None) for _, settings in phases]
+    num_open = sum(share is None and "max_steps" not in of for share, (_, of) in zip(shares, phases))
+    left = 1 - sum(share or 0 for share in shares)
+    typed_phases = []
+    for (name, settings), share in zip(phases, shares):
         if seconds is not None and "max_steps" not in settings:
             settings["max_seconds"] = seconds * (share if share is not None else left / num_open)
         check_keys(settings, PHASE_NAMES[name], f"argument of phase {name}")
         arguments = built(ARGUMENTS[name], {**settings, "output_dir": "unused"})
-        built_phases.append((name, {key: getattr(arguments, key) for key in settings}))
-    return tuple(built_phases)
+        typed_phases.append((name, {key: getattr(arguments, key) for key in settings}))
+    return tuple(typed_phases)

@@ -8,9 +8,8 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import PartialState
-from transformers import TextStreamer, set_seed
+from transformers import set_seed
 from transformers.utils import logging
 
 from smt_hf.errors import InputError
@@ -298,7 +297,8 @@ def _results(
 def _describe(results: dict, subject: Subject, trained: Trained, output_dir: Path) -> None:
     """Sample, pictures, model card, and `eval_results.json`, which is the last: with it the run is finished."""
     if isinstance(subject, TextSubject):
-        results["sample"] = _sample(trained.model.student, subject)
+        parts = zip(("prompt", "continuation"), subject.continuation(trained.model.student, 160, 240, shows=True))
+        results["sample"] = {name: subject.tokenizer.decode(part) for name, part in parts}
         losses = {arm: losses / subject.bytes_per_token for arm, losses in trained.losses.items()}
         ngrams = {arm: scores["bits_per_byte"] for arm, scores in trained.arms.items() if arm.startswith("ngram")}
         plot_loss_by_position(losses, ngrams, trained.phases, output_dir / "loss_by_position.png")
@@ -307,31 +307,7 @@ def _describe(results: dict, subject: Subject, trained: Trained, output_dir: Pat
     write_json(results, output_dir / RESULTS)
 
 
-@torch.inference_mode()
-def _sample(student, text: TextSubject, prompt_tokens: int = 160, new_tokens: int = 240) -> dict:
-    """Print a held-out prompt and stream its continuation."""
-    prompt = torch.from_numpy(text.streams[len(text.streams) // 3, :prompt_tokens])[None].to(student.device)
-    shown = text.tokenizer.decode(prompt[0])
-    print(f"--- held-out prompt ---\n{shown}\n--- continuation ---", flush=True)
-    set_seed(0)
-    generated = student.generate(
-        prompt,
-        max_new_tokens=new_tokens,
-        do_sample=True,
-        temperature=0.7,
-        synced_gpus=False,  # under ZeRO-3 transformers would wait for processes that do not generate
-        streamer=TextStreamer(text.tokenizer, skip_prompt=True),
-    )
-    return {"prompt": shown, "continuation": text.tokenizer.decode(generated[0, prompt_tokens:])}
-
-
 def publish_student(folder: Path, repo_id: str, arguments: PhaseArguments, message: str):
     """`publish` with the Hub settings of TrainingArguments."""
-    return publish(
-        folder,
-        repo_id,
-        private=arguments.hub_private_repo,
-        revision=arguments.hub_revision,
-        commit_message=message,
-        token=arguments.hub_token,
-    )
+    settings = {"private": arguments.hub_private_repo, "revision": arguments.hub_revision, "token": arguments.hub_token}
+    return publish(folder, repo_id, commit_message=message, **settings)

@@ -5,9 +5,10 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TextStreamer, set_seed
 
 from smt_hf.data import StreamedRows, byte_tokenizer, heldout_streams, load_corpus, pack, stream_corpus, tokenize
 from smt_hf.data.sources import Files
@@ -158,6 +159,27 @@ class TextSubject(Subject):
             "losses": [round(float(loss), 5) for loss in losses],
             "n": scores.n,
         }
+
+    @torch.inference_mode()
+    def continuation(
+        self, student, prompt_tokens: int, new_tokens: int, shows: bool = False
+    ) -> tuple[torch.Tensor, ...]:
+        """A held-out prompt and how the student continues it, a sample under seed 0.
+
+        Args:
+            shows: print the prompt, and its continuation as it comes.
+
+        Returns:
+            Tokens of the prompt, at most `(prompt_tokens,)`, and of its continuation, at most `(new_tokens,)`.
+        """
+        prompt = torch.from_numpy(self.streams[len(self.streams) // 3, :prompt_tokens])[None].to(student.device)
+        if shows:
+            print(f"--- held-out prompt ---\n{self.tokenizer.decode(prompt[0])}\n--- continuation ---", flush=True)
+        set_seed(0)
+        settings: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": True, "temperature": 0.7}
+        settings["synced_gpus"] = False  # under ZeRO-3 transformers would wait for processes that do not generate
+        settings["streamer"] = TextStreamer(self.tokenizer, skip_prompt=True) if shows else None
+        return prompt[0], student.generate(prompt, **settings)[0, prompt.shape[1] :]
 
     def ngram_bits(self) -> dict[str, float]:
         """Bits per byte of n-gram models of 1, 2 and 3 bytes of context; none for a stream, which is not read whole."""
