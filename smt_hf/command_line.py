@@ -234,14 +234,12 @@ def _words(entry: dataclasses.Field, hint, value: Any) -> list[str]:
 def _expanded(name: str, value: str) -> str:
     if not value.strip():
         raise InputError(f"`{name}` is empty: give a value, or leave it out. Is a variable of the shell not set?")
-
-    def value_of(found: re.Match) -> str:
-        variable = found[1] or found[2]
-        if variable not in os.environ:
-            raise InputError(f"`{name}` is {value!r}, and the environment variable {variable} is not set.")
-        return os.environ[variable]
-
-    return os.path.expanduser(value if os.path.exists(value) else _VARIABLE.sub(value_of, value))
+    if not os.path.exists(value):
+        unset = [name for parts in _VARIABLE.findall(value) for name in parts if name and name not in os.environ]
+        if unset:
+            raise InputError(f"`{name}` is {value!r}, and the environment variable {unset[0]} is not set.")
+        value = os.path.expandvars(value)
+    return os.path.expanduser(value)
 
 
 def names_of(dataclass_type) -> set[str]:
@@ -276,30 +274,25 @@ def whole_number(name: str, value: Any) -> int:
         raise InputError(f"`{name}` must be a whole number, got {value!r}.") from error
 
 
-def documented(config_class) -> dict[str, str]:
-    """Texts of the `Args:` section of a configuration's docstring."""
-    section = inspect.cleandoc(config_class.__doc__).partition("Args:\n")[2].partition("\nRaises:")[0]
-    texts: dict[str, str] = {}
-    for entry in re.split(r"\n    (?=\w)", "\n" + section):
-        names, _, text = entry.partition(": ")
-        for name in names.split(","):
-            texts[name.strip()] = " ".join(text.split())
-    return texts
-
-
 def described(dataclass_type, names: Collection[str] | None = None, prefix: str = "", documentation=None) -> list[str]:
     """Lines of `--help` about the fields of a dataclass.
 
     Args:
         names: the fields to describe; default: all.
         prefix: of the flags.
-        documentation: a configuration class, which describes the fields that have no `help` of their own.
+        documentation: a configuration class; the `Args:` of its docstring describe fields that have no `help`.
     """
-    texts = {} if documentation is None else documented(documentation)
+    texts: dict[str, str] = {}
+    if documentation is not None:
+        section = inspect.cleandoc(documentation.__doc__).partition("Args:\n")[2].partition("\nRaises:")[0]
+        for entry in re.split(r"\n    (?=\w)", "\n" + section):
+            heads, _, text = entry.partition(": ")
+            texts |= {head.strip(): " ".join(text.split()) for head in heads.split(",")}
     lines = []
     for entry in dataclasses.fields(dataclass_type):
         if names is None or entry.name in names:
-            default = entry.default if entry.default is not dataclasses.MISSING else entry.default_factory()
+            made = entry.default_factory
+            default = entry.default if made is dataclasses.MISSING else made()
             text = entry.metadata.get("help") or texts.get(entry.name)
             lines.append(f"  --{prefix}{entry.name} (default: {default})" + (f"\n      {text}" if text else ""))
     return lines

@@ -41,7 +41,6 @@ def model_config(
     Raises:
         InputError: a size out of range, or a vocabulary smaller than the subject's.
     """
-    tokenizer = subject.tokenizer
     fields = {"vocab_size": subject.vocab_size, **student_fields}
     if fields["vocab_size"] is not None and fields["vocab_size"] < subject.vocab_size:
         raise InputError(
@@ -49,12 +48,11 @@ def model_config(
             "out."
         )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        fields.setdefault(name, getattr(tokenizer, name))
+        fields.setdefault(name, getattr(subject.tokenizer, name))
     try:
-        student = SMTRecurrentConfig(**fields)
-        if all(arguments.phase == "bptt" for arguments in phases):
-            return SMTPreTrainingConfig(student=student)
-        return SMTPreTrainingConfig(student=student, teacher=teacher_fields)
+        has_teacher = any(arguments.phase != "bptt" for arguments in phases)
+        teacher = {"teacher": teacher_fields} if has_teacher else {}
+        return SMTPreTrainingConfig(student=SMTRecurrentConfig(**fields), **teacher)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise InputError(str(error)) from error
 
@@ -105,16 +103,14 @@ def set_threads(num_threads: int | None) -> int:
 def _threads_of_the_user() -> int | None:
     """OMP_NUM_THREADS, unless it is the 1 that accelerate and torchrun export where the user has exported nothing."""
     given = os.environ.get("OMP_NUM_THREADS", "")
-    if not given.isdecimal() or int(given) < 1:
-        return None
-    is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ
-    if int(given) > 1 or not is_launched:
-        return int(given)
-    try:
-        of_the_launcher = Path(f"/proc/{os.getppid()}/environ").read_bytes()
-    except OSError:
-        return None
-    return 1 if b"OMP_NUM_THREADS=" in of_the_launcher else None
+    threads = int(given) if given.isdecimal() else 0
+    if threads == 1 and ("ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ):
+        try:
+            of_the_launcher = Path(f"/proc/{os.getppid()}/environ").read_bytes()
+        except OSError:
+            return None
+        threads = int(b"OMP_NUM_THREADS=" in of_the_launcher)
+    return threads or None
 
 
 def phase_settings(arguments: PhaseArguments) -> dict:
@@ -163,10 +159,7 @@ def _said(value):
 def launch_settings(arguments: PhaseArguments) -> dict:
     """How many processes train, and how they work together."""
     state = arguments.distributed_state
-    return {
-        "world_size": arguments.world_size,
-        "distributed_type": state.distributed_type.value if state else "NO",
-    }
+    return {"world_size": arguments.world_size, "distributed_type": state.distributed_type.value if state else "NO"}
 
 
 def tokenizer_hash(tokenizer) -> str:
@@ -182,8 +175,4 @@ def tokenizer_hash(tokenizer) -> str:
 
 def cost_of(result: PhaseResult) -> dict:
     """What a phase has cost, as the results name it."""
-    return {
-        "wall_clock_s": result.seconds,
-        "sequential_steps": result.sequential_steps,
-        "tokens": result.tokens,
-    }
+    return {"wall_clock_s": result.seconds, "sequential_steps": result.sequential_steps, "tokens": result.tokens}

@@ -118,8 +118,7 @@ class TaskSubject(Subject):
             "name": self.name,
             "hash": f"{self.name}-{self.difficulty}",
             "training_tokens": len(self.levels[self.difficulty]) * self.num_transitions,
-            "heldout_tokens": int((self.heldout[1] != -100).sum()),
-            "heldout_streams": len(self.heldout[0]),
+            **super().facts(),
         }
 
     def describe(self) -> str:

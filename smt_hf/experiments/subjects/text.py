@@ -42,7 +42,7 @@ class TextSubject(Subject):
         stream_length: tokens per held-out stream; default: 2,048. Shorter where the held-out text is, with a warning.
         streaming: read the documents while training; rows then start anew with every document.
         buffer_size: documents that the next one of a stream is drawn from.
-        others: see `smt_hf.data`.
+        train_file, validation_file, source: as `smt_hf.data.load_corpus`.
 
     Raises:
         InputError: no such text or tokenizer, a text shorter than a training row, or too little held-out text.
@@ -57,21 +57,18 @@ class TextSubject(Subject):
         seed: int = 0,
         train_file: Files = None,
         validation_file: Files = None,
-        dataset_name: str | None = None,
-        dataset_config_name: str | None = None,
-        text_column: str = "text",
         tokenizer_name: str | None = None,
         document_start_fraction: float = 0.05,
         stream_length: int | None = None,
         streaming: bool = False,
         buffer_size: int = 1000,
+        **source: str | None,
     ):
         self.streaming, self.buffer_size, self.seed = streaming, buffer_size, seed
         self.tokenizer = byte_tokenizer() if tokenizer_name is None else _tokenizer(tokenizer_name)
         self.vocab_size = len(self.tokenizer)
-        named = (train_file, validation_file, dataset_name, dataset_config_name, text_column)
-        phases = list(phases)
-        self.corpus = stream_corpus(*named, num_ranks=phases[0].world_size) if streaming else load_corpus(*named)
+        phases, named = list(phases), {"train_file": train_file, "validation_file": validation_file, **source}
+        self.corpus = stream_corpus(num_ranks=phases[0].world_size, **named) if streaming else load_corpus(**named)
         heldout = tokenize(self.corpus.heldout, self.tokenizer)
         self._rows: dict[int, Any] = {}
         self.num_train_tokens: int | None = None  # of a stream, nobody knows
@@ -161,9 +158,7 @@ class TextSubject(Subject):
         }
 
     @torch.inference_mode()
-    def continuation(
-        self, student, prompt_tokens: int, new_tokens: int, shows: bool = False
-    ) -> tuple[torch.Tensor, ...]:
+    def continuation(self, student, prompt_tokens: int, new_tokens: int, shows=False) -> tuple[torch.Tensor, ...]:
         """A held-out prompt and how the student continues it, a sample under seed 0.
 
         Args:
@@ -202,8 +197,7 @@ class TextSubject(Subject):
             **({"hub_name": self.corpus.hub_name} if self.corpus.hub_name else {}),
             "hash": self.corpus.digest,
             **({"streamed": True} if self.streaming else {"training_tokens": self.num_train_tokens}),
-            "heldout_tokens": int(self.streams[:, 1:].size),
-            "heldout_streams": len(self.streams),
+            **super().facts(),
         }
 
     def describe(self) -> str:
