@@ -51,33 +51,22 @@ _QUIET: dict[str, Any] = {"disable_tqdm": True, "save_strategy": "no", "logging_
 
 @dataclass(frozen=True)
 class Run:
-    """One training of the grid.
+    """One training of the grid."""
 
-    Args:
-        task, difficulty, arm, seed: the cell. `arm` is the name in the YAML; the lines carry the names of the pipelines
-            that the run trains.
-        phases: names and arguments, in order, each with its `max_seconds` or `max_steps`.
-        student, teacher: fields of the configurations.
-        curriculum: easier difficulties.
-        group, variant: names of a sweep or an ablation, and of what this run of it changes.
-        num_threads: threads of the process.
-        num_heldout: labels of a task, or images, that are scored.
-        sources: files that the subject is read from.
-    """
-
+    # The cell. `arm` is the name in the YAML; the lines carry the names of the pipelines that the run trains.
     task: str
     difficulty: int | None
     arm: str
     seed: int
-    phases: tuple[tuple[str, dict], ...]
-    student: dict
-    teacher: dict
-    curriculum: tuple[int, ...] = ()
-    group: str | None = None
-    variant: str | None = None
-    num_threads: int = 1
-    num_heldout: int = 4096
-    sources: dict = field(default_factory=dict)
+    phases: tuple[tuple[str, dict], ...]  # names and arguments, in order, each with its `max_seconds` or `max_steps`
+    student: dict  # fields of the configuration
+    teacher: dict  # likewise
+    curriculum: tuple[int, ...] = ()  # easier difficulties
+    group: str | None = None  # of a sweep or an ablation
+    variant: str | None = None  # what this run of the group changes
+    num_threads: int = 1  # of the process
+    num_heldout: int = 4096  # labels of a task, or images, that are scored
+    sources: dict = field(default_factory=dict)  # files that the subject is read from
 
     def key(self) -> tuple:
         """What tells the run from others in a file of lines."""
@@ -180,18 +169,13 @@ def data_of_figures(model: SMTForPreTraining, subject: Subject) -> dict[str, Any
     elif isinstance(subject, PixelSubject):
         shown["samples"] = subject.samples(model.student)
     elif isinstance(subject, TaskSubject):
-        shown["length_generalization"] = _longer(model.student, subject)
+        longer = {factor: subject.longer(factor) for factor in (1, 2, 4)}
+        shown["length_generalization"] = {
+            str(factor): round(score_student(model.student, *subject.heldout_rows(level, _LONGER_ROWS)).accuracy, 4)
+            for factor, level in longer.items()
+            if level is not None
+        }
     return shown
-
-
-def _longer(student, subject: TaskSubject) -> dict[str, float]:
-    scores = {}
-    for factor in (1, 2, 4):
-        difficulty = subject.longer(factor)
-        if difficulty is not None:
-            rows = subject.heldout_rows(difficulty, _LONGER_ROWS)
-            scores[str(factor)] = round(score_student(student, *rows).accuracy, 4)
-    return scores
 
 
 def subject_of(run: Run, arguments: list[PhaseArguments]) -> Subject:
@@ -268,8 +252,7 @@ def _trained(runs: list[Run], jobs: int) -> Iterator[list[dict]]:
                 yield future.result()
             except Exception:
                 tqdm.write(f"failed: {futures[future].key()}")
-                for other in futures:
-                    other.cancel()
+                pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
 

@@ -44,19 +44,12 @@ class GridArguments:
 
 @dataclass
 class ParsedGrid:
-    """A grid as its command line asks for it.
+    """A grid as its command line asks for it."""
 
-    Args:
-        runs: what the grid holds, or what `--only` leaves of it.
-        output: file of JSON lines.
-        jobs: runs side by side.
-        report: render what is in `output` instead of training.
-    """
-
-    runs: list[Run]
-    output: Path
-    jobs: int
-    report: bool
+    runs: list[Run]  # what the grid holds, or what `--only` leaves of it
+    output: Path  # file of JSON lines
+    jobs: int  # runs side by side
+    report: bool  # render what is in `output` instead of training
 
 
 def parse_grid(argv: list[str]) -> ParsedGrid:
@@ -103,7 +96,7 @@ def _check_grid(grid: dict, path: str) -> None:
         if whole_number(name, grid.get(name, 1)) < 1:
             raise InputError(f"`{name}` of {path} must be at least 1, got {grid[name]}.")
     for arm, spec in grid["arms"].items():
-        _check_arm(str(arm), spec, grid)
+        _check_arm(str(arm), spec, set(map(str, grid["tasks"])))
     for task, settings in grid["tasks"].items():
         check_keys({task: None}, {*TASKS, *_OTHER_TASKS}, "task")
         check_keys(settings or {}, _TASK_KEYS, f"key of task {task}")
@@ -112,14 +105,14 @@ def _check_grid(grid: dict, path: str) -> None:
             check_keys(of_arm or {}, _phase_names_of(grid["arms"][arm]), f"phase of arm {arm}")
 
 
-def _check_arm(arm: str, spec: dict, grid: dict) -> None:
+def _check_arm(arm: str, spec: dict, tasks: set[str]) -> None:
     check_keys(spec, _ARM_KEYS, f"key of arm {arm}")
     if not spec.get("phases"):
         raise InputError(f"arm {arm} needs `phases`.")
     phases = _phase_names_of(spec)
     if ("sweep" in spec or "variants" in spec) and not spec.get("group"):
         raise InputError(f"arm {arm} has variants: name their `group`, a title for their table.")
-    check_keys(spec.get("only") or {}, set(map(str, grid["tasks"])), f"task in `only` of arm {arm}")
+    check_keys(spec.get("only") or {}, tasks, f"task in `only` of arm {arm}")
     sweep = spec.get("sweep") or {}
     check_keys(sweep, phases, f"phase in `sweep` of arm {arm}")
     if len(sweep) > 1 or not all(isinstance(axes, dict) for axes in sweep.values()):

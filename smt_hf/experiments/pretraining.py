@@ -25,7 +25,7 @@ from smt_hf.training.arguments import UNBOUNDED, PhaseArguments
 from smt_hf.training.checkpoints import step_of
 from smt_hf.training.composite import SMTForPreTraining, SMTPreTrainingConfig
 from smt_hf.training.launch import launched_sharded
-from smt_hf.training.phases import PhaseResult, arm_name, check_named_checkpoint, lay_out, run_phases
+from smt_hf.training.phases import arm_name, check_named_checkpoint, lay_out, run_phases
 from smt_hf.upload import check_hub_access
 
 from .composition import (
@@ -109,7 +109,7 @@ def pretrain(parsed: ParsedRun) -> dict:
                 _train_rival(parsed, config, subject, trained)
             if not is_main:
                 return {}
-            results = _results(parsed, config, subject, trained, num_threads)
+            results = _results(parsed, config, subject, trained, run_facts(num_threads, phases[0]))
             print(f"\n{results_table(results)}\n")
             _describe(results, subject, trained, output_dir)
             if run.evidence_file:
@@ -142,8 +142,7 @@ def check_run(parsed: ParsedRun) -> str | None:
             raise InputError("LoRA phases run on one process or under DDP: leave DeepSpeed, FSDP or `use_peft` out.")
         if "dmt" not in [arguments.phase for arguments in phases[1:]]:
             raise InputError(
-                "`use_peft` trains LoRA layers in dmt phases that follow another: give `--phases smt,dmt`, or leave it "
-                "out."
+                "`use_peft` is of dmt phases that follow another phase: give `--phases smt,dmt`, or leave it out."
             )
     check_output_dir(run)
     if run.evidence_file:
@@ -155,9 +154,7 @@ def check_run(parsed: ParsedRun) -> str | None:
         warnings.warn("the pipeline is BPTT itself: there is nothing to compare it with.", stacklevel=2)
         parsed.rival = None
     if phases[0].phase == "dmt" and phases[0].process_index == 0:
-        warnings.warn(
-            "the first phase is dmt: the student will imitate a teacher that was never trained.", stacklevel=2
-        )
+        warnings.warn("the first phase is dmt: the student will imitate an untrained teacher.", stacklevel=2)
     check_trackers(phases)
     return pushed_repository(phases)
 
@@ -206,10 +203,9 @@ def make_subject(parsed: ParsedRun) -> Subject:
     if run.task == "text":
         if run.difficulty is not None or run.curriculum is not None:
             raise InputError("`difficulty` and `curriculum` are of synthetic tasks: set `task`, or leave them out.")
-        source = {name: getattr(run, name) for name in (*_SOURCE, "tokenizer_name", "document_start_fraction")}
-        buffered = {"streaming": run.streaming, "buffer_size": run.shuffle_buffer_size}
-        phases = [*parsed.phases, *([parsed.rival] if parsed.rival else [])]
-        return TextSubject(phases, run.seed, **source, **buffered)
+        names = ("tokenizer_name", "document_start_fraction", "streaming", *_SOURCE)
+        settings = {name: getattr(run, name) for name in names} | {"buffer_size": run.shuffle_buffer_size}
+        return TextSubject([*parsed.phases, *([parsed.rival] if parsed.rival else [])], run.seed, **settings)
     of_text = (*_OF_A_STREAM, "tokenizer_name")
     given = [name for name in of_text if getattr(run, name) != getattr(PretrainArguments, name)]
     if given:
@@ -282,17 +278,13 @@ def _train(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subject, nu
         for part, scores in result.scores.items():
             name = result.arm if part == "student" else part
             trained.add_arm(name, scores, trained.spent, phases[:number])
-            _check_finite(name, trained.arms[name], result)
+            bad = [f"{metric} {value}" for metric, value in trained.arms[name].items() if not math.isfinite(value)]
+            if bad:
+                raise InputError(
+                    f"{name} has diverged ({bad[0]}): lower `{result.arguments.phase}_learning_rate`. Its log is in "
+                    f"{result.arguments.output_dir}."
+                )
     return trained
-
-
-def _check_finite(name: str, scores: dict, result: PhaseResult) -> None:
-    bad = [metric for metric, value in scores.items() if not math.isfinite(value)]
-    if bad:
-        raise InputError(
-            f"{name} has diverged ({bad[0]} {scores[bad[0]]}): lower `{result.arguments.phase}_learning_rate`. Its log "
-            f"is in {result.arguments.output_dir}."
-        )
 
 
 def _say_what_is_removed(checkpoint: str, phases: list[PhaseArguments]) -> None:
@@ -320,9 +312,7 @@ def _train_rival(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subje
     trained.add_arm(result.arm, result.scores.get("student", {}), cost_of(result), [rival])
 
 
-def _results(
-    parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subject, trained: Trained, num_threads: int
-) -> dict:
+def _results(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subject, trained: Trained, facts: dict) -> dict:
     """The content of `eval_results.json`, with what n-grams score on the same text."""
     run, phases, lora = parsed.run, parsed.phases, lora_settings(parsed.run)
     if isinstance(subject, TextSubject):
@@ -339,7 +329,7 @@ def _results(
         **({"lora": dataclasses.asdict(lora)} if lora is not None else {}),
         **({"license": run.license} if run.license is not None else {}),
         "seed": run.seed,
-        **run_facts(num_threads, phases[0]),
+        **facts,
     }
 
 

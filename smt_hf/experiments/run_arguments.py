@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from smt_hf.command_line import argument, built, check_keys, closest, described, names_of, read_layers, typed
+from smt_hf.data import TASKS
 from smt_hf.errors import InputError
 from smt_hf.student import SMTRecurrentConfig
 from smt_hf.teachers import DEFAULT_TEACHER, TEACHERS, teacher_config_class
@@ -28,11 +29,7 @@ class PretrainArguments:
     config: str | None = argument(None, "YAML file with any of these arguments; flags beat it.")
     output_dir: str = argument("runs/pretrain", "Folder for everything that the run writes.")
     phases: str = argument("smt,bptt", "Any sequence of smt, dmt and bptt, joined by commas.")
-    task: str = argument(
-        "text",
-        "What is learned: text, pixels, or a synthetic task (retrieval, string_copy, stack, keys_values, "
-        "modular_arithmetic, parity).",
-    )
+    task: str = argument("text", f"What is learned: text, pixels, or a synthetic task ({', '.join(TASKS)}).")
     difficulty: int | None = argument(None, "Of a synthetic task: its length, depth, number of pairs, or modulus.")
     curriculum: str | None = argument(
         None, "Easier difficulties of a synthetic task to begin with, joined by commas; see `curriculum_threshold`."
@@ -40,9 +37,7 @@ class PretrainArguments:
     num_heldout: int = argument(4096, "Number of labels of a synthetic task, or of images, that are scored.")
     mnist_dir: str | None = argument(None, "Folder of MNIST's idx files for the task pixels; default: 8 x 8 digits.")
     train_file: list[str] | None = argument(
-        None,
-        "Text to train on: files, folders or patterns of plain text, json, jsonl, csv or parquet; default: Python's "
-        "standard library.",
+        None, "Files, folders or patterns of text, json, jsonl, csv or parquet; default: Python's standard library."
     )
     validation_file: list[str] | None = argument(None, "Held-out text; default: a tenth of the training text.")
     dataset_name: str | None = argument(None, "Dataset of the Hub, or a local one that `datasets` knows.")
@@ -70,9 +65,7 @@ class PretrainArguments:
         "the result must be those that the run was started with.",
         may_be_bare=True,
     )
-    num_threads: int | None = argument(
-        None, "CPU threads per process; default: OMP_NUM_THREADS, else cores / processes of this machine."
-    )
+    num_threads: int | None = argument(None, "Threads per process; default: OMP_NUM_THREADS or cores / processes.")
 
     def __post_init__(self):
         if not 0 <= self.seed < 2**32:  # NumPy's seeds
@@ -92,19 +85,14 @@ class PretrainArguments:
 
 @dataclass
 class ParsedRun:
-    """Args:
-    run: arguments of the whole run.
-    student, teacher: fields of the configurations that were given.
-    phases: arguments of each phase, in order.
-    rival: arguments of `compare_bptt`, those of the bptt phase; `None` without it.
-    notes: what was given and does nothing, or was set for other arguments' sake; a line each.
-    """
+    """All settings of a run."""
 
     run: PretrainArguments
-    student: dict[str, Any]
-    teacher: dict[str, Any]
-    phases: list[PhaseArguments]
-    rival: BPTTTrainingArguments | None
+    student: dict[str, Any]  # fields of the configuration that were given
+    teacher: dict[str, Any]  # likewise
+    phases: list[PhaseArguments]  # in order
+    rival: BPTTTrainingArguments | None  # of `compare_bptt`: those of the bptt phase
+    # What was given and does nothing, or was set for other arguments' sake; a line each.
     notes: list[str] = field(default_factory=list)
 
 

@@ -62,12 +62,13 @@ class TextSubject(Subject):
         stream_length: int | None = None,
         streaming: bool = False,
         buffer_size: int = 1000,
-        **source: str | None,
+        **source: Any,
     ):
         self.streaming, self.buffer_size, self.seed = streaming, buffer_size, seed
         self.tokenizer = byte_tokenizer() if tokenizer_name is None else _tokenizer(tokenizer_name)
         self.vocab_size = len(self.tokenizer)
-        phases, named = list(phases), {"train_file": train_file, "validation_file": validation_file, **source}
+        phases = list(phases)
+        named: dict[str, Any] = {"train_file": train_file, "validation_file": validation_file, **source}
         self.corpus = stream_corpus(num_ranks=phases[0].world_size, **named) if streaming else load_corpus(**named)
         heldout = tokenize(self.corpus.heldout, self.tokenizer)
         self._rows: dict[int, Any] = {}
@@ -137,25 +138,14 @@ class TextSubject(Subject):
 
     def rows(self, arguments: PhaseArguments):
         if self.streaming:
-            return StreamedRows(
-                copy.copy(self.corpus.train),
-                self.tokenizer,
-                arguments.context_length,
-                self.buffer_size,
-                self.seed,
-                arguments.process_index,
-                arguments.world_size,
-            )
+            shuffling = (self.buffer_size, self.seed, arguments.process_index, arguments.world_size)
+            return StreamedRows(copy.copy(self.corpus.train), self.tokenizer, arguments.context_length, *shuffling)
         return self._rows[arguments.context_length]
 
     def described_scores(self, scores: Scores) -> dict[str, Any]:
-        losses = scores.nats[1:] / scores.counts[1:]
-        return {
-            "bits_per_byte": scores.bits_per(self.num_bytes),
-            "accuracy": scores.accuracy,
-            "losses": [round(float(loss), 5) for loss in losses],
-            "n": scores.n,
-        }
+        losses = [round(float(loss), 5) for loss in scores.nats[1:] / scores.counts[1:]]
+        bits = scores.bits_per(self.num_bytes)
+        return {"bits_per_byte": bits, "accuracy": scores.accuracy, "losses": losses, "n": scores.n}
 
     @torch.inference_mode()
     def continuation(self, student, prompt_tokens: int, new_tokens: int, shows=False) -> tuple[torch.Tensor, ...]:
@@ -201,13 +191,10 @@ class TextSubject(Subject):
         }
 
     def describe(self) -> str:
-        if self.streaming:
-            held_out = f"{len(self.corpus.heldout)} held-out documents, hash {self.corpus.digest}"
-            return f"{self.corpus.name}: streamed, {held_out}"
-        return (
-            f"{self.corpus.name}: {self.num_train_tokens:,} training tokens, {len(self.corpus.train)} documents, hash "
-            f"{self.corpus.digest}"
-        )
+        what = f"streamed, {len(self.corpus.heldout)} held-out documents"
+        if not self.streaming:
+            what = f"{self.num_train_tokens:,} training tokens, {len(self.corpus.train)} documents"
+        return f"{self.corpus.name}: {what}, hash {self.corpus.digest}"
 
 
 def trained_share(train: Dataset, heldout: Dataset) -> float:
