@@ -29,9 +29,6 @@ _WRITTEN_DOWN = (
     "label_cache_dir",
 )  # fmt: skip
 
-# Settings of a schedule that phases share, which follow from the others.
-_DERIVED = ("schedule_offset", "schedule_steps")
-
 
 def model_config(
     subject: Subject, phases: list[PhaseArguments], student_fields: dict, teacher_fields: dict
@@ -51,8 +48,8 @@ def model_config(
         fields.setdefault(name, getattr(subject.tokenizer, name))
     try:
         has_teacher = any(arguments.phase != "bptt" for arguments in phases)
-        teacher = {"teacher": teacher_fields} if has_teacher else {}
-        return SMTPreTrainingConfig(student=SMTRecurrentConfig(**fields), **teacher)
+        student, teacher = SMTRecurrentConfig(**fields), teacher_fields if has_teacher else None
+        return SMTPreTrainingConfig(student=student, teacher=teacher)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise InputError(str(error)) from error
 
@@ -83,10 +80,8 @@ def resolve(phases: list[PhaseArguments], subject: Subject, rival: BPTTTrainingA
 
 
 def set_threads(num_threads: int | None) -> int:
-    """Give torch its threads: those asked for, else OMP_NUM_THREADS, else this process's part of the cores.
-
-    Returns:
-        How many.
+    """Give torch its threads, and return how many: those asked for, else OMP_NUM_THREADS, else this process's part of
+    the cores.
 
     Raises:
         InputError: less than one was asked for.
@@ -143,11 +138,12 @@ def changed_settings(arguments: PhaseArguments) -> dict:
         defaults["lr_scheduler_kwargs"] = {"min_lr_rate": 0.1}
     if arguments.max_seconds is not None:
         defaults["max_steps"] = arguments.max_steps
+    derived = ("schedule_offset", "schedule_steps")  # of a schedule that phases share
     always = ("phase", "transition_steps", "context_length", "max_seconds")
     return {
         name: value
         for name, value in phase_settings(arguments).items()
-        if value is not None and name not in _DERIVED and (name in always or value != defaults.get(name))
+        if value is not None and name not in derived and (name in always or value != defaults.get(name))
     }
 
 

@@ -198,21 +198,18 @@ def is_done(run: Run, lines: list[dict]) -> bool:
         InputError: it is, with other settings.
     """
     names = ("task", "asked_difficulty", "run", "seed", "group", "variant")
-    for line in lines:
-        if line.get("is_last") and tuple(line.get(name) for name in names) == run.key():
-            if line.get("settings_digest", run.digest()) != run.digest():
-                raise InputError(
-                    f"the lines of {run.key()} come from other settings than the grid has now: take its old lines out "
-                    "of the file, or name another `--output`."
-                )
-            return True
-    return False
+    digest = run.digest()
+    ended = [line for line in lines if line.get("is_last") and tuple(line.get(name) for name in names) == run.key()]
+    if ended and ended[0].get("settings_digest", digest) != digest:
+        raise InputError(
+            f"the lines of {run.key()} come from other settings than the grid has now: take its old lines out of the "
+            "file, or name another `--output`."
+        )
+    return bool(ended)
 
 
 def run_grid(runs: list[Run], output: Path, jobs: int = 1) -> Iterator[list[dict]]:
-    """Train what is not yet in `output`, `jobs` at a time, and append the lines of each run as it ends.
-
-    Yields the lines of each run.
+    """Train what is not yet in `output`, `jobs` at a time; append the lines of each run as it ends, and yield them.
 
     Raises:
         InputError: another process writes to `output`; it holds something else, or lines of other settings.
@@ -243,9 +240,7 @@ def _trained(runs: list[Run], jobs: int) -> Iterator[list[dict]]:
     slots = context.Queue()
     for slot in range(jobs):
         slots.put(slot)
-    with concurrent.futures.ProcessPoolExecutor(
-        jobs, context, initializer=_settle, initargs=(slots, jobs, num_threads)
-    ) as pool:
+    with concurrent.futures.ProcessPoolExecutor(jobs, context, _settle, (slots, jobs, num_threads)) as pool:
         futures = {pool.submit(_train_quietly, run): run for run in runs}
         for future in concurrent.futures.as_completed(futures):
             try:

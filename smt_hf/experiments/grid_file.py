@@ -24,7 +24,6 @@ _TASK_KEYS = {"difficulties", "seconds", "curriculum", "arms"}
 _ARM_KEYS = {"phases", "student", "teacher", "only", "sweep", "variants", "group"}
 _ONLY_KEYS = ("task", "difficulty", "arm", "seed", "variant")
 _OTHER_TASKS = ("text", "pixels")  # those that need no difficulty
-_USAGE = "usage: python recipes/experiment.py --config GRID.yaml [--flag ...]\n"
 
 
 @dataclass
@@ -62,7 +61,8 @@ def parse_grid(argv: list[str]) -> ParsedGrid:
         InputError: unknown keys (the closest valid one is named), values of the wrong type, malformed YAML.
         SystemExit: after `--help`.
     """
-    *grids, flags = read_layers(argv, lambda: "\n".join([_USAGE, *described(GridArguments)]))
+    usage = "usage: python recipes/experiment.py --config GRID.yaml [--flag ...]\n"
+    *grids, flags = read_layers(argv, lambda: "\n".join([usage, *described(GridArguments)]))
     given = built(GridArguments, flags)
     if not grids:
         raise InputError("name the grid: `--config recipes/probes.yaml`.")
@@ -102,14 +102,15 @@ def _check_grid(grid: dict, path: str) -> None:
         check_keys(settings or {}, _TASK_KEYS, f"key of task {task}")
         for arm, of_arm in ((settings or {}).get("arms") or {}).items():
             check_keys({arm: None}, set(grid["arms"]), f"arm in task {task}")
-            check_keys(of_arm or {}, _phase_names_of(grid["arms"][arm]), f"phase of arm {arm}")
+            phases = {number for number, _, _ in _numbered_phases(grid["arms"][arm])}
+            check_keys(of_arm or {}, phases, f"phase of arm {arm}")
 
 
 def _check_arm(arm: str, spec: dict, tasks: set[str]) -> None:
     check_keys(spec, _ARM_KEYS, f"key of arm {arm}")
     if not spec.get("phases"):
         raise InputError(f"arm {arm} needs `phases`.")
-    phases = _phase_names_of(spec)
+    phases = {number for number, _, _ in _numbered_phases(spec)}
     if ("sweep" in spec or "variants" in spec) and not spec.get("group"):
         raise InputError(f"arm {arm} has variants: name their `group`, a title for their table.")
     check_keys(spec.get("only") or {}, tasks, f"task in `only` of arm {arm}")
@@ -119,10 +120,6 @@ def _check_arm(arm: str, spec: dict, tasks: set[str]) -> None:
         raise InputError("`sweep` takes one phase with lists of values: `bptt: {learning_rate: [...], ...}`.")
     for changes in (spec.get("variants") or {}).values():
         check_keys(changes or {}, phases | {"student", "teacher"}, f"part of a variant of arm {arm}")
-
-
-def _phase_names_of(spec: dict) -> set[str]:
-    return {number for number, _, _ in _numbered_phases(spec)}
 
 
 def _numbered_phases(spec: dict) -> list[tuple[str, str, dict]]:
@@ -149,9 +146,9 @@ def _read_only(words: list[str], grid: dict) -> dict[str, Any]:
 def _runs_of_task(grid: dict, task: str, settings: dict, only: dict, sources: dict) -> Iterator[Run]:
     difficulties = [only["difficulty"]] if "difficulty" in only else settings.get("difficulties") or [None]
     if task in TASKS:
+        if None in difficulties:
+            raise InputError(f"task {task} needs `difficulties`.")
         for difficulty in difficulties:
-            if difficulty is None:
-                raise InputError(f"task {task} needs `difficulties`.")
             task_facts(task, difficulty)
     seeds = [only["seed"]] if "seed" in only else grid.get("seeds", [0])
     for seed, difficulty, (arm, spec) in itertools.product(seeds, difficulties, grid["arms"].items()):

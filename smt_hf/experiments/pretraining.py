@@ -1,11 +1,11 @@
 """Pretraining from end to end, on text, a task or pixels: what `recipes/pretrain.py` runs."""
 
 import contextlib
-import dataclasses
 import json
 import math
 import shutil
 import warnings
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -47,19 +47,16 @@ _SOURCE = ("train_file", "validation_file", "dataset_name", "dataset_config_name
 _OF_A_STREAM = ("streaming", "shuffle_buffer_size", *_SOURCE)
 
 
-@dataclasses.dataclass
+@dataclass
 class Trained:
     """What the phases leave."""
 
     model: SMTForPreTraining  # student and teacher after the last phase
     spent: dict  # cost of all phases so far
-    arms: dict[str, dict] = dataclasses.field(default_factory=dict)  # name -> scores and cost
-    # Arm -> held-out loss by position, where the subject has it.
-    losses: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    # Arm -> settings of the phases that trained it.
-    phases: dict[str, list[dict]] = dataclasses.field(default_factory=dict)
-    # Phase and log of each phase.
-    histories: list[tuple[str, list[dict]]] = dataclasses.field(default_factory=list)
+    arms: dict[str, dict] = field(default_factory=dict)  # name -> scores and cost
+    losses: dict[str, np.ndarray] = field(default_factory=dict)  # arm -> its held-out loss by position, if any
+    phases: dict[str, list[dict]] = field(default_factory=dict)  # arm -> settings of the phases that trained it
+    histories: list[tuple[str, list[dict]]] = field(default_factory=list)  # phase and log of each phase
 
     def add_arm(self, name: str, scores: dict, cost: dict, phases: list[PhaseArguments]) -> None:
         """Take in the scores of an arm; `losses` among them are kept apart."""
@@ -185,12 +182,12 @@ def pushed_repository(phases: list[PhaseArguments]) -> str | None:
     pushing = [arguments for arguments in phases if arguments.push_to_hub]
     if not pushing:
         return None
-    names = {arguments.hub_model_id for arguments in pushing}
-    if len(names) > 1 or not str(pushing[0].hub_model_id).count("/"):
+    first, names = pushing[0], {str(arguments.hub_model_id) for arguments in pushing}
+    if len(names) > 1 or "/" not in str(first.hub_model_id):
         raise InputError("`push_to_hub` needs one `--hub_model_id user/name` for the whole run.")
-    if pushing[0].process_index == 0:
-        check_hub_access(str(pushing[0].hub_model_id), pushing[0].hub_token, pushing[0].hub_private_repo)
-    return str(pushing[0].hub_model_id)
+    if first.process_index == 0:
+        check_hub_access(str(first.hub_model_id), first.hub_token, first.hub_private_repo)
+    return str(first.hub_model_id)
 
 
 def make_subject(parsed: ParsedRun) -> Subject:
@@ -206,7 +203,7 @@ def make_subject(parsed: ParsedRun) -> Subject:
         names = ("tokenizer_name", "document_start_fraction", "streaming", *_SOURCE)
         settings = {name: getattr(run, name) for name in names} | {"buffer_size": run.shuffle_buffer_size}
         return TextSubject([*parsed.phases, *([parsed.rival] if parsed.rival else [])], run.seed, **settings)
-    of_text = (*_OF_A_STREAM, "tokenizer_name")
+    of_text = ("tokenizer_name", *_OF_A_STREAM)
     given = [name for name in of_text if getattr(run, name) != getattr(PretrainArguments, name)]
     if given:
         raise InputError(f"`task` {run.task} brings its own data: leave {', '.join(given)} out.")
@@ -234,7 +231,7 @@ def _settings(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subject)
     if run.task != "text":
         settings |= {"curriculum": run.curriculum, "num_heldout": run.num_heldout}
     if lora is not None:
-        settings["lora"] = dataclasses.asdict(lora)
+        settings["lora"] = asdict(lora)
     if parsed.rival is not None:
         settings["compare_bptt"] = phase_settings(parsed.rival)
     return settings
@@ -326,7 +323,7 @@ def _results(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subject, 
         "config": config.to_dict(),
         "phases": [phase_settings(arguments) for arguments in phases],
         **({"compare_bptt": [phase_settings(parsed.rival)]} if parsed.rival is not None else {}),
-        **({"lora": dataclasses.asdict(lora)} if lora is not None else {}),
+        **({"lora": asdict(lora)} if lora is not None else {}),
         **({"license": run.license} if run.license is not None else {}),
         "seed": run.seed,
         **facts,

@@ -53,9 +53,7 @@ class PretrainArguments:
     lora_parts: str = argument("updater,readout", "Parts with LoRA layers: updater, readout, or both.")
     evidence_file: str | None = argument(None, "JSON lines file to which the run appends one line per arm.")
     license: str | None = argument(None, "Licence that the model card names, for example apache-2.0; default: none.")
-    compare_bptt: bool = argument(
-        False, "Also train the same student by BPTT, for the pipeline's seconds and on the same levels of a curriculum."
-    )
+    compare_bptt: bool = argument(False, "Also train the same student by BPTT: the same seconds, the same curriculum.")
     seed: int = argument(0, "Seed of everything random.")
     overwrite_output_dir: bool = argument(False, "Remove what an earlier run has left in `output_dir`.")
     resume_from_checkpoint: str | None = argument(
@@ -163,10 +161,7 @@ def read_phases(value: Any, also: Collection[str] = ()) -> list[tuple[str, dict[
 
 
 def parse_run(argv: list[str]) -> ParsedRun:
-    """All settings of a run from its command line.
-
-    Args:
-        argv: words after the script's name.
+    """All settings of a run from the words after the script's name.
 
     Raises:
         InputError: an unknown key (the closest valid one is named), a value of the wrong type, malformed YAML.

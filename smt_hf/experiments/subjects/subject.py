@@ -41,11 +41,7 @@ class Subject(ABC):
         """
 
     def required_of(self, phases: Sequence[PhaseArguments]) -> list[dict[str, Any]]:
-        """`required` of each phase of a pipeline, where what one phase asks for may concern the others.
-
-        Raises:
-            InputError: as `required`.
-        """
+        """`required`, and its errors, of each phase of a pipeline: what one phase asks for may concern the others."""
         return [self.required(arguments) for arguments in phases]
 
     def evaluate(self, model: SMTForPreTraining, arguments: PhaseArguments) -> dict[str, dict]:
