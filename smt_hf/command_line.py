@@ -5,11 +5,11 @@ take the layers of settings from `read_layers` and turn each part into its datac
 `InputError` everywhere.
 """
 
-import copy
 import dataclasses
 import difflib
 import functools
 import inspect
+import itertools
 import json
 import os
 import re
@@ -19,14 +19,13 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser, PreTrainedConfig
+from transformers import HfArgumentParser
 
 from smt_hf.errors import InputError
 
 # Former name of a flag -> its name now. The former name keeps working, with a warning.
 RENAMED: dict[str, str] = {}
 
-_OWN_METADATA = ("is_text", "may_be_bare")
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 _Dataclass = TypeVar("_Dataclass")
 
@@ -41,10 +40,9 @@ def argument(default, help: str, is_text: bool = False, may_be_bare: bool = Fals
             dashes or holds a `$`.
         may_be_bare: the flag may come without a value, which then is "True".
     """
-    metadata: dict[str, Any] = {"help": help}
-    metadata |= {name: True for name, value in zip(_OWN_METADATA, (is_text, may_be_bare)) if value}
+    metadata = {"help": help, "is_text": is_text, "may_be_bare": may_be_bare}
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -63,11 +61,7 @@ def parse(dataclass_type: type[_Dataclass], argv: list[str], usage: str) -> _Dat
     fields = dataclasses.fields(dataclass_type)  # type: ignore[arg-type]
     texts = [entry.name for entry in fields if entry.metadata.get("is_text")]
     layers = read_layers(argv, lambda: "\n".join([usage.strip(), "", *described(dataclass_type)]), texts)
-    settings: dict[str, Any] = {}
-    for layer in layers:
-        check_keys(layer, names_of(dataclass_type), "argument")
-        settings |= layer
-    return built(dataclass_type, settings)
+    return built(dataclass_type, {name: value for layer in layers for name, value in layer.items()})
 
 
 def read_layers(argv: list[str], help_text: Callable[[], str], texts: Collection[str] = ()) -> list[dict[str, Any]]:
@@ -86,10 +80,9 @@ def read_layers(argv: list[str], help_text: Callable[[], str], texts: Collection
     if "help" in flags:
         print(help_text())
         raise SystemExit(0)
-    layers = [flags]
-    if "config" in flags:
-        layers.insert(0, read_yaml(_expanded("config", str(flags["config"]))))
-    return [_with_new_names(layer) for layer in layers]
+    path = flags.get("config")  # where it is not one word, `typed` says so
+    layers = [read_yaml(_expanded("config", path))] if isinstance(path, str) else []
+    return [_with_new_names(layer) for layer in (*layers, flags)]
 
 
 def read_flags(argv: list[str], texts: Collection[str] = ()) -> dict[str, Any]:
@@ -105,7 +98,7 @@ def read_flags(argv: list[str], texts: Collection[str] = ()) -> dict[str, Any]:
             key = key.replace("-", "_")
             flags[key] = [value] if equals else []
             if key in texts and not equals:
-                flags[key] = [word for word in [next(words, None)] if word is not None]
+                flags[key] = list(itertools.islice(words, 1))
         elif key is None or key in texts:
             raise InputError(f"unexpected argument {word!r}: every value follows a `--flag`.")
         else:
@@ -126,7 +119,8 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             line = key.start_mark.line + 1
             if str(key.value) in seen:
-                raise InputError(f"`{key.value}` is given twice, in lines {seen[str(key.value)]} and {line}: keep one.")
+                earlier = seen[str(key.value)]
+                raise yaml.YAMLError(f"`{key.value}` is given twice, in lines {earlier} and {line}: keep one.")
             seen[str(key.value)] = line
         return super().construct_mapping(node, deep)
 
@@ -149,10 +143,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise InputError(f"cannot read the configuration {path!r}: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path!r} is not valid YAML: {error}") from error
-    except InputError as error:
-        raise InputError(f"{path!r}: {error}") from None
-    if content is None:
-        return {}
+    content = {} if content is None else content
     if not isinstance(content, dict):
         raise InputError(f"{path!r} must hold `name: value` lines, got a {type(content).__name__}.")
     return {str(key): value for key, value in content.items()}
@@ -167,11 +158,8 @@ def _with_new_names(layer: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Parser(HfArgumentParser):
-    @staticmethod
-    def _parse_dataclass_field(parser, field):
-        plain = copy.copy(field)  # argparse refuses metadata that it does not know
-        plain.metadata = {name: value for name, value in field.metadata.items() if name not in _OWN_METADATA}
-        HfArgumentParser._parse_dataclass_field(parser, plain)
+    def add_argument(self, *names, is_text=False, may_be_bare=False, **settings):
+        return super().add_argument(*names, **settings)  # argparse refuses metadata that it does not know
 
     def error(self, message: str) -> NoReturn:
         raise InputError(re.sub(r"^argument (--\w+)\S*:", r"`\1`:", message))
@@ -181,12 +169,10 @@ def built(dataclass_type: type[_Dataclass], settings: dict[str, Any]) -> _Datacl
     """A dataclass from settings, whose names it must have.
 
     Raises:
-        InputError: a value of the wrong type, or one that the dataclass itself or transformers refuses.
+        InputError: as `typed`, or a value that the dataclass itself or transformers refuses.
     """
     try:
         return dataclass_type(**typed(dataclass_type, settings))
-    except InputError:
-        raise
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(str(error)) from error
 
@@ -199,14 +185,11 @@ def typed(dataclass_type, settings: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: an unknown name, a value of the wrong type, an empty value.
     """
-    check_keys(settings, names_of(dataclass_type), "field")
+    check_keys(settings, names_of(dataclass_type), "argument")
     parser, hints = _parser_of(dataclass_type)
     words: list[str] = []
     for name, value in settings.items():
-        if value is not None:
-            words += _words(dataclass_type.__dataclass_fields__[name], hints[name], value)
-        elif not _accepts(hints[name], type(None)):
-            raise InputError(f"`{name}` needs a value, got null: leave it out for its default.")
+        words += _words(dataclass_type.__dataclass_fields__[name], hints[name], value)
     parsed = parser.parse_args(words)
     return {name: None if value is None else getattr(parsed, name) for name, value in settings.items()}
 
@@ -224,16 +207,19 @@ def _accepts(hint, kind: type) -> bool:
 
 
 def _words(entry: dataclasses.Field, hint, value: Any) -> list[str]:
-    """A value as words of a command line, checked for what the parser would not see."""
-    name = entry.name
+    """A value as words of a command line, none for `None`, checked for what the parser would not see."""
+    name, is_text = entry.name, entry.metadata.get("is_text", False)
+    if value is None:
+        if not _accepts(hint, type(None)):
+            raise InputError(f"`{name}` needs a value, got null: leave it out for its default.")
+        return []
     if value is True and not _accepts(hint, bool) and not entry.metadata.get("may_be_bare"):
         raise InputError(f"`--{name}` needs a value.")
     if isinstance(value, dict):
         if not _accepts(hint, dict):
             raise InputError(f"`{name}` takes one value, got `name: value` pairs: {value}.")
         return [f"--{name}={json.dumps(value)}"]
-    is_text = entry.metadata.get("is_text", False)
-    values = [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    values = [str(item) for item in (value if isinstance(value, list) else [value])]
     values = values if is_text else [_expanded(name, item) for item in values]
     if _accepts(hint, list) and values:
         return [f"--{name}", *values]
@@ -248,25 +234,17 @@ def _words(entry: dataclasses.Field, hint, value: Any) -> list[str]:
 def _expanded(name: str, value: str) -> str:
     if not value.strip():
         raise InputError(f"`{name}` is empty: give a value, or leave it out. Is a variable of the shell not set?")
-
-    def value_of(found: re.Match) -> str:
-        variable = found[1] or found[2]
-        if variable not in os.environ:
-            raise InputError(f"`{name}` is {value!r}, and the environment variable {variable} is not set.")
-        return os.environ[variable]
-
-    return os.path.expanduser(value if os.path.exists(value) else _VARIABLE.sub(value_of, value))
+    if not os.path.exists(value):
+        unset = [name for parts in _VARIABLE.findall(value) for name in parts if name and name not in os.environ]
+        if unset:
+            raise InputError(f"`{name}` is {value!r}, and the environment variable {unset[0]} is not set.")
+        value = os.path.expandvars(value)
+    return os.path.expanduser(value)
 
 
 def names_of(dataclass_type) -> set[str]:
     """The names of the fields that a dataclass is made from."""
     return {entry.name for entry in dataclasses.fields(dataclass_type) if entry.init}
-
-
-def own_fields(config_class) -> dict[str, dataclasses.Field]:
-    """The fields of a configuration that not all configurations of transformers have."""
-    own = names_of(config_class) - names_of(PreTrainedConfig)
-    return {entry.name: entry for entry in dataclasses.fields(config_class) if entry.name in own}
 
 
 def closest(key: str, valid: Iterable[str]) -> str:
@@ -275,7 +253,7 @@ def closest(key: str, valid: Iterable[str]) -> str:
     return f": did you mean {close[0]!r}?" if close else "."
 
 
-def check_keys(given: Any, valid: set[str], what: str) -> None:
+def check_keys(given: Any, valid: Collection[str], what: str) -> None:
     """Raises:
     InputError: `given` is no mapping, or has a key that is not valid.
     """
@@ -296,33 +274,25 @@ def whole_number(name: str, value: Any) -> int:
         raise InputError(f"`{name}` must be a whole number, got {value!r}.") from error
 
 
-def documented(config_class) -> dict[str, str]:
-    """Texts of the `Args:` section of a configuration's docstring."""
-    section = inspect.cleandoc(config_class.__doc__).partition("Args:\n")[2].partition("\nRaises:")[0]
-    texts: dict[str, str] = {}
-    for entry in re.split(r"\n    (?=\w)", "\n" + section):
-        names, _, text = entry.partition(": ")
-        for name in names.split(","):
-            texts[name.strip()] = " ".join(text.split())
-    return texts
-
-
-def described(
-    dataclass_type, prefix: str = "", texts: dict[str, str] | None = None, names: Collection[str] | None = None
-) -> list[str]:
+def described(dataclass_type, names: Collection[str] | None = None, prefix: str = "", documentation=None) -> list[str]:
     """Lines of `--help` about the fields of a dataclass.
 
     Args:
-        prefix: of the flags.
-        texts: name -> description of fields that have none of their own.
         names: the fields to describe; default: all.
+        prefix: of the flags.
+        documentation: a configuration class; the `Args:` of its docstring describe fields that have no `help`.
     """
+    texts: dict[str, str] = {}
+    if documentation is not None:
+        section = inspect.cleandoc(documentation.__doc__).partition("Args:\n")[2].partition("\nRaises:")[0]
+        for entry in re.split(r"\n    (?=\w)", "\n" + section):
+            heads, _, text = entry.partition(": ")
+            texts |= {head.strip(): " ".join(text.split()) for head in heads.split(",")}
     lines = []
     for entry in dataclasses.fields(dataclass_type):
-        if names is not None and entry.name not in names:
-            continue
-        made = entry.default_factory
-        default = entry.default if made is dataclasses.MISSING else made()
-        text = entry.metadata.get("help", "") or (texts or {}).get(entry.name, "")
-        lines.append(f"  --{prefix}{entry.name} (default: {default})" + (f"\n      {text}" if text else ""))
+        if names is None or entry.name in names:
+            made = entry.default_factory
+            default = entry.default if made is dataclasses.MISSING else made()
+            text = entry.metadata.get("help") or texts.get(entry.name)
+            lines.append(f"  --{prefix}{entry.name} (default: {default})" + (f"\n      {text}" if text else ""))
     return lines

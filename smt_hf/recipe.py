@@ -30,7 +30,15 @@ def run_to_end(main: Callable[[], object]) -> None:
     try:
         main()
     except InputError as error:
-        _report(error)
+        rank = int(os.environ.get("RANK", "0"))
+        sys.stdout.flush()
+        if rank:  # the other processes find the same error, or are ended by the launcher
+            time.sleep(_HEAD_START)
+        message = " ".join(str(error).split())
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # then the launcher, which has much to say of its own, ends with it
+            content = json.dumps({"message": message, "timestamp": int(time.time())})
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(content)
+        print(f"error: {f'process {rank}: ' if rank else ''}{message}", file=sys.stderr, flush=True)
         code = 2
     except Interrupted as stopped:
         if PartialState().is_main_process:
@@ -48,16 +56,3 @@ def run_to_end(main: Callable[[], object]) -> None:
         os._exit(code)
     if code:
         raise SystemExit(code)
-
-
-def _report(error: InputError) -> None:
-    """Print the error once: the other processes find the same one, or are ended by the launcher."""
-    rank = int(os.environ.get("RANK", "0"))
-    sys.stdout.flush()
-    if rank:
-        time.sleep(_HEAD_START)
-    message = " ".join(str(error).split())
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # then the launcher, which has much to say of its own, ends with it
-        content = json.dumps({"message": message, "timestamp": int(time.time())})
-        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(content)
-    print(f"error: {f'process {rank}: ' if rank else ''}{message}", file=sys.stderr, flush=True)

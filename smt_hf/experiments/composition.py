@@ -29,9 +29,6 @@ _WRITTEN_DOWN = (
     "label_cache_dir",
 )  # fmt: skip
 
-# Settings of a schedule that phases share, which follow from the others.
-_DERIVED = ("schedule_offset", "schedule_steps")
-
 
 def model_config(
     subject: Subject, phases: list[PhaseArguments], student_fields: dict, teacher_fields: dict
@@ -41,7 +38,6 @@ def model_config(
     Raises:
         InputError: a size out of range, or a vocabulary smaller than the subject's.
     """
-    tokenizer = subject.tokenizer
     fields = {"vocab_size": subject.vocab_size, **student_fields}
     if fields["vocab_size"] is not None and fields["vocab_size"] < subject.vocab_size:
         raise InputError(
@@ -49,12 +45,11 @@ def model_config(
             "out."
         )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        fields.setdefault(name, getattr(tokenizer, name))
+        fields.setdefault(name, getattr(subject.tokenizer, name))
     try:
-        student = SMTRecurrentConfig(**fields)
-        if all(arguments.phase == "bptt" for arguments in phases):
-            return SMTPreTrainingConfig(student=student)
-        return SMTPreTrainingConfig(student=student, teacher=teacher_fields)
+        has_teacher = any(arguments.phase != "bptt" for arguments in phases)
+        student, teacher = SMTRecurrentConfig(**fields), teacher_fields if has_teacher else None
+        return SMTPreTrainingConfig(student=student, teacher=teacher)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise InputError(str(error)) from error
 
@@ -85,10 +80,8 @@ def resolve(phases: list[PhaseArguments], subject: Subject, rival: BPTTTrainingA
 
 
 def set_threads(num_threads: int | None) -> int:
-    """Give torch its threads: those asked for, else OMP_NUM_THREADS, else this process's part of the cores.
-
-    Returns:
-        How many.
+    """Give torch its threads, and return how many: those asked for, else OMP_NUM_THREADS, else this process's part of
+    the cores.
 
     Raises:
         InputError: less than one was asked for.
@@ -105,16 +98,14 @@ def set_threads(num_threads: int | None) -> int:
 def _threads_of_the_user() -> int | None:
     """OMP_NUM_THREADS, unless it is the 1 that accelerate and torchrun export where the user has exported nothing."""
     given = os.environ.get("OMP_NUM_THREADS", "")
-    if not given.isdecimal() or int(given) < 1:
-        return None
-    is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ
-    if int(given) > 1 or not is_launched:
-        return int(given)
-    try:
-        of_the_launcher = Path(f"/proc/{os.getppid()}/environ").read_bytes()
-    except OSError:
-        return None
-    return 1 if b"OMP_NUM_THREADS=" in of_the_launcher else None
+    threads = int(given) if given.isdecimal() else 0
+    if threads == 1 and ("ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ):
+        try:
+            of_the_launcher = Path(f"/proc/{os.getppid()}/environ").read_bytes()
+        except OSError:
+            return None
+        threads = int(b"OMP_NUM_THREADS=" in of_the_launcher)
+    return threads or None
 
 
 def phase_settings(arguments: PhaseArguments) -> dict:
@@ -147,11 +138,12 @@ def changed_settings(arguments: PhaseArguments) -> dict:
         defaults["lr_scheduler_kwargs"] = {"min_lr_rate": 0.1}
     if arguments.max_seconds is not None:
         defaults["max_steps"] = arguments.max_steps
+    derived = ("schedule_offset", "schedule_steps")  # of a schedule that phases share
     always = ("phase", "transition_steps", "context_length", "max_seconds")
     return {
         name: value
         for name, value in phase_settings(arguments).items()
-        if value is not None and name not in _DERIVED and (name in always or value != defaults.get(name))
+        if value is not None and name not in derived and (name in always or value != defaults.get(name))
     }
 
 
@@ -163,10 +155,7 @@ def _said(value):
 def launch_settings(arguments: PhaseArguments) -> dict:
     """How many processes train, and how they work together."""
     state = arguments.distributed_state
-    return {
-        "world_size": arguments.world_size,
-        "distributed_type": state.distributed_type.value if state else "NO",
-    }
+    return {"world_size": arguments.world_size, "distributed_type": state.distributed_type.value if state else "NO"}
 
 
 def tokenizer_hash(tokenizer) -> str:
@@ -182,8 +171,4 @@ def tokenizer_hash(tokenizer) -> str:
 
 def cost_of(result: PhaseResult) -> dict:
     """What a phase has cost, as the results name it."""
-    return {
-        "wall_clock_s": result.seconds,
-        "sequential_steps": result.sequential_steps,
-        "tokens": result.tokens,
-    }
+    return {"wall_clock_s": result.seconds, "sequential_steps": result.sequential_steps, "tokens": result.tokens}

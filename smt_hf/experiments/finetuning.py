@@ -29,8 +29,7 @@ from smt_hf.training.composite import SMTForPreTraining, SMTPreTrainingConfig
 from smt_hf.training.phases import PhaseResult, apply_required, lay_out, run_phases
 
 from .composition import cost_of, launch_settings, phase_settings, set_threads, tokenizer_hash
-from .preflight import check_trackers, lora_settings, pushed_repository
-from .pretraining import publish_student
+from .pretraining import check_trackers, lora_settings, publish_student, pushed_repository
 from .run_arguments import HIDDEN, built_phase, new_fields
 from .run_folder import RESULTS, check_output_dir, writing
 from .subjects import Subject, TextSubject, refuse_curriculum

@@ -1,24 +1,194 @@
 """A grid of runs: every task at every difficulty by every arm under every seed, one JSON line per arm.
 
-Lines are appended as each run ends, so that a grid can be cut off and resumed; the report is made from them alone.
+Lines are appended as each run ends, so that a grid can be cut off and resumed; the report is made from them alone. The
+last line of a run (`is_last`) says what the run was: settings of its phases that differ from their defaults, student
+and teacher, versions, the curve of its held-out loss, and what figures are drawn from. The lines of the stages before
+it, of the teacher and of shorter pipelines, hold their scores and costs, and of their phases what tells arms apart.
 """
 
 import concurrent.futures
 import contextlib
+import json
+import math
 import multiprocessing
 import os
+import tempfile
 import threading
+import time
+import warnings
+import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
+from datasets import disable_progress_bars
 from tqdm.auto import tqdm
+from transformers import set_seed
+from transformers.utils import logging
 
 from smt_hf.errors import InputError
+from smt_hf.evaluation import evaluate_rows, score_student
+from smt_hf.publishing.arms import NAMING
 from smt_hf.publishing.evidence import append_lines, read_lines
+from smt_hf.publishing.provenance import run_facts
 from smt_hf.publishing.scores import metric_of
+from smt_hf.training.arguments import PhaseArguments
+from smt_hf.training.composite import SMTForPreTraining
+from smt_hf.training.phases import ARGUMENTS, PhaseResult, lay_out, run_phases
 
-from .grid_run import Run, train_run
+from .composition import changed_settings, cost_of, model_config, resolve
 from .run_folder import locked
+from .subjects import HELDOUT_SEED, PixelSubject, Subject, TaskSubject, TextSubject
+
+# What the data of figures is computed from: rows, tokens of a stream of text, rows of several times the length.
+_FIGURE_ROWS, _STREAM_TOKENS, _LONGER_ROWS = 64, 256 + 1, 256
+_CURVE_POINTS = 24
+_QUIET: dict[str, Any] = {"disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no", "report_to": "none"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of the grid."""
+
+    # The cell. `arm` is the name in the YAML; the lines carry the names of the pipelines that the run trains.
+    task: str
+    difficulty: int | None
+    arm: str
+    seed: int
+    phases: tuple[tuple[str, dict], ...]  # names and arguments, in order, each with its `max_seconds` or `max_steps`
+    student: dict  # fields of the configuration
+    teacher: dict  # likewise
+    curriculum: tuple[int, ...] = ()  # easier difficulties
+    group: str | None = None  # of a sweep or an ablation
+    variant: str | None = None  # what this run of the group changes
+    num_threads: int = 1  # of the process
+    num_heldout: int = 4096  # labels of a task, or images, that are scored
+    sources: dict = field(default_factory=dict)  # files that the subject is read from
+
+    def key(self) -> tuple:
+        """What tells the run from others in a file of lines."""
+        return (self.task, self.difficulty, self.arm, self.seed, self.group, self.variant)
+
+    def digest(self) -> str:
+        """A hash of the settings; the same key with another digest is another experiment."""
+        names = ("phases", "student", "teacher", "curriculum", "num_threads", "num_heldout")
+        settings = [getattr(self, name) for name in names] + ([self.sources] if self.sources else [])
+        return f"{zlib.crc32(json.dumps(settings, sort_keys=True, default=str).encode()):08x}"
+
+
+def train_run(run: Run) -> list[dict]:
+    """Train and score; the lines of all arms that the run trains, in order."""
+    fixed = {"output_dir": "unused", "seed": run.seed, **_QUIET}  # every run gets a folder of its own
+    arguments = [ARGUMENTS[name](**{**fixed, **settings}) for name, settings in run.phases]
+    torch.set_num_threads(run.num_threads)
+    logging.disable_progress_bar()
+    disable_progress_bars()
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    subject = subject_of(run, arguments)
+    resolve(arguments, subject)
+    config = model_config(subject, arguments, run.student, run.teacher)
+    set_seed(run.seed)
+    model = SMTForPreTraining(config)
+    facts = run_facts(run.num_threads, arguments[0])
+    shared = {
+        **{"task": subject.name, "difficulty": subject.difficulty, "chance": subject.chance, "seed": run.seed},
+        **{"run": run.arm, "asked_difficulty": run.difficulty},
+        **({"group": run.group, "variant": run.variant} if run.group else {}),
+        **{name: facts[name] for name in ("commit", "hardware")},
+    }
+    lines: list[dict] = []
+    spent = {"wall_clock_s": 0.0, "sequential_steps": 0, "tokens": 0, "optimizer_steps": 0}
+    phases: list[dict] = []
+    curve: list[dict] = []
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        lay_out(arguments, folder)
+        for result in run_phases(model, arguments, subject.rows, subject.eval_rows, None, subject.evaluate):
+            curve += _curve(result, spent)
+            steps = max((line.get("step", 0) for line in result.log_history), default=0)
+            spent = {name: spent[name] + cost for name, cost in {**cost_of(result), "optimizer_steps": steps}.items()}
+            phases.append(changed_settings(result.arguments))
+            if not result.arguments.trains_updater:
+                continue  # the teacher's line comes with the phase that trains the student
+            naming = [{name: phase[name] for name in NAMING if name in phase} for phase in phases]
+            for part, scores in reversed(result.scores.items()):  # the teacher's line before the student's
+                arm = result.arm if part == "student" else part
+                known = {name: _finite(scores[name]) for name in scores if name != "losses"}
+                lines.append({**shared, "arm": arm, **known, **spent, "phases": naming})
+        given = {"student": run.student, "teacher": run.teacher, "curriculum": list(run.curriculum)}
+        last = lines[-1]
+        last |= {"settings_digest": run.digest(), "phases": phases}
+        last |= {name: value for name, value in given.items() if value}
+        last |= {"data_hash": subject.facts()["hash"], "num_parameters": model.student.num_parameters()}
+        last |= {name: facts[name] for name in ("num_threads", "versions")}
+        last["curve"] = _columns(curve)
+        if last[subject.metric] is not None:  # a diverged student has no figures
+            last |= data_of_figures(model, subject)
+    last |= {"is_last": True, "total_seconds": round(time.perf_counter() - started, 1)}
+    return lines
+
+
+def _finite(value):
+    return value if not isinstance(value, float) or math.isfinite(value) else None
+
+
+def _curve(result: PhaseResult, spent: dict) -> list[dict]:
+    """Held-out loss (nats per label) of the student's own rollout on the way, and what had been spent by then."""
+    return [
+        {
+            "seconds": round(spent["wall_clock_s"] + line.get("seconds", 0.0), 1),
+            "sequential_steps": spent["sequential_steps"] + line.get("sequential_steps", 0),
+            "tokens": spent["tokens"] + line.get("tokens", 0),
+            "loss": _finite(round(line["eval_rollout"], 4)),
+            "accuracy": round(line.get("eval_accuracy", 0.0), 4),
+        }
+        for line in result.log_history
+        if "eval_rollout" in line
+    ]
+
+
+def _columns(points: list[dict]) -> dict[str, list]:
+    """Evenly spaced points of a curve, name -> values."""
+    if not points:
+        return {}
+    places = sorted(set(np.linspace(0, len(points) - 1, _CURVE_POINTS).round().astype(int)))
+    return {name: [points[at][name] for at in places] for name in points[0]}
+
+
+def data_of_figures(model: SMTForPreTraining, subject: Subject) -> dict[str, Any]:
+    """What the figures of a line are drawn from: all evaluations of `smt_hf.evaluation`, samples, longer rows."""
+    # The streams of text are long; a row of a task is asked at its end.
+    most = _STREAM_TOKENS if isinstance(subject, TextSubject) else None
+    rows, labels = (part[:_FIGURE_ROWS, :most] for part in subject.heldout)
+    shown = evaluate_rows(model, rows, labels)
+    if isinstance(subject, TextSubject):
+        shown["samples"] = [subject.tokenizer.decode(torch.cat(subject.continuation(model.student, 96, 160)))]
+    elif isinstance(subject, PixelSubject):
+        shown["samples"] = subject.samples(model.student)
+    elif isinstance(subject, TaskSubject):
+        longer = {factor: subject.longer(factor) for factor in (1, 2, 4)}
+        shown["length_generalization"] = {
+            str(factor): round(score_student(model.student, *subject.heldout_rows(level, _LONGER_ROWS)).accuracy, 4)
+            for factor, level in longer.items()
+            if level is not None
+        }
+    return shown
+
+
+def subject_of(run: Run, arguments: list[PhaseArguments]) -> Subject:
+    """The subject of a run."""
+    if run.task == "text":
+        # The held-out streams are the same for all arms.
+        return TextSubject(arguments, run.seed, run.sources.get("train_file"), stream_length=run.difficulty)
+    if run.task == "pixels":
+        return PixelSubject(run.sources.get("mnist_dir"), run.num_heldout)
+    assert run.difficulty is not None
+    # Runs of a group are there to choose settings by.
+    heldout_seed = HELDOUT_SEED + (2 if run.group else 1)
+    return TaskSubject(run.task, run.difficulty, run.curriculum, run.seed, run.num_heldout, heldout_seed)
 
 
 def is_done(run: Run, lines: list[dict]) -> bool:
@@ -28,21 +198,18 @@ def is_done(run: Run, lines: list[dict]) -> bool:
         InputError: it is, with other settings.
     """
     names = ("task", "asked_difficulty", "run", "seed", "group", "variant")
-    for line in lines:
-        if line.get("is_last") and tuple(line.get(name) for name in names) == run.key():
-            if line.get("settings_digest", run.digest()) != run.digest():
-                raise InputError(
-                    f"the lines of {run.key()} come from other settings than the grid has now: take its old lines out "
-                    "of the file, or name another `--output`."
-                )
-            return True
-    return False
+    digest = run.digest()
+    ended = [line for line in lines if line.get("is_last") and tuple(line.get(name) for name in names) == run.key()]
+    if ended and ended[0].get("settings_digest", digest) != digest:
+        raise InputError(
+            f"the lines of {run.key()} come from other settings than the grid has now: take its old lines out of the "
+            "file, or name another `--output`."
+        )
+    return bool(ended)
 
 
 def run_grid(runs: list[Run], output: Path, jobs: int = 1) -> Iterator[list[dict]]:
-    """Train what is not yet in `output`, `jobs` at a time, and append the lines of each run as it ends.
-
-    Yields the lines of each run.
+    """Train what is not yet in `output`, `jobs` at a time; append the lines of each run as it ends, and yield them.
 
     Raises:
         InputError: another process writes to `output`; it holds something else, or lines of other settings.
@@ -73,17 +240,14 @@ def _trained(runs: list[Run], jobs: int) -> Iterator[list[dict]]:
     slots = context.Queue()
     for slot in range(jobs):
         slots.put(slot)
-    with concurrent.futures.ProcessPoolExecutor(
-        jobs, context, initializer=_settle, initargs=(slots, jobs, num_threads)
-    ) as pool:
+    with concurrent.futures.ProcessPoolExecutor(jobs, context, _settle, (slots, jobs, num_threads)) as pool:
         futures = {pool.submit(_train_quietly, run): run for run in runs}
         for future in concurrent.futures.as_completed(futures):
             try:
                 yield future.result()
             except Exception:
                 tqdm.write(f"failed: {futures[future].key()}")
-                for other in futures:
-                    other.cancel()
+                pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
 

@@ -11,31 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smt_hf.command_line import (
-    argument,
-    built,
-    check_keys,
-    closest,
-    described,
-    names_of,
-    read_flags,
-    read_yaml,
-    typed,
-    whole_number,
-)
+from smt_hf.command_line import argument, built, check_keys, closest, described, read_layers, typed, whole_number
 from smt_hf.data import TASKS, task_facts
 from smt_hf.errors import InputError
 from smt_hf.training.phases import ARGUMENTS
 
-from .grid_run import Run
-from .run_arguments import PHASE_NAMES, STUDENT_FIELDS, typed_teacher
+from .grid import Run
+from .run_arguments import PHASE_NAMES, STUDENT_FIELDS, read_phases, typed_teacher
 
 _GRID_KEYS = {"output", "jobs", "num_threads", "seeds", "num_heldout", "student", "teacher", "tasks", "arms"}
 _TASK_KEYS = {"difficulties", "seconds", "curriculum", "arms"}
 _ARM_KEYS = {"phases", "student", "teacher", "only", "sweep", "variants", "group"}
 _ONLY_KEYS = ("task", "difficulty", "arm", "seed", "variant")
 _OTHER_TASKS = ("text", "pixels")  # those that need no difficulty
-_USAGE = "usage: python recipes/experiment.py --config GRID.yaml [--flag ...]\n"
 
 
 @dataclass
@@ -43,9 +31,7 @@ class GridArguments:
     """The flags of `recipes/experiment.py`."""
 
     config: str = argument("", "Grid of tasks, difficulties, arms and seeds, a YAML file.")
-    output: str | None = argument(
-        None, "File of JSON lines; runs that it has are skipped. Default: runs/, with the grid's name."
-    )
+    output: str | None = argument(None, "File of JSON lines; runs that it has are skipped. Default: runs/GRID.jsonl.")
     only: list[str] = argument(
         [], "Run a part: task= difficulty= arm= seed= variant=, with spaces between; difficulty and seed may be new."
     )
@@ -57,19 +43,12 @@ class GridArguments:
 
 @dataclass
 class ParsedGrid:
-    """A grid as its command line asks for it.
+    """A grid as its command line asks for it."""
 
-    Args:
-        runs: what the grid holds, or what `--only` leaves of it.
-        output: file of JSON lines.
-        jobs: runs side by side.
-        report: render what is in `output` instead of training.
-    """
-
-    runs: list[Run]
-    output: Path
-    jobs: int
-    report: bool
+    runs: list[Run]  # what the grid holds, or what `--only` leaves of it
+    output: Path  # file of JSON lines
+    jobs: int  # runs side by side
+    report: bool  # render what is in `output` instead of training
 
 
 def parse_grid(argv: list[str]) -> ParsedGrid:
@@ -82,15 +61,12 @@ def parse_grid(argv: list[str]) -> ParsedGrid:
         InputError: unknown keys (the closest valid one is named), values of the wrong type, malformed YAML.
         SystemExit: after `--help`.
     """
-    flags = read_flags(argv)
-    if "help" in flags:
-        print("\n".join([_USAGE, *described(GridArguments)]))
-        raise SystemExit(0)
-    check_keys(flags, names_of(GridArguments), "flag")
+    usage = "usage: python recipes/experiment.py --config GRID.yaml [--flag ...]\n"
+    *grids, flags = read_layers(argv, lambda: "\n".join([usage, *described(GridArguments)]))
     given = built(GridArguments, flags)
-    if not given.config:
+    if not grids:
         raise InputError("name the grid: `--config recipes/probes.yaml`.")
-    grid = read_yaml(given.config)
+    (grid,) = grids
     _check_grid(grid, given.config)
     only = _read_only(given.only, grid)
     sources = {name: value for name in ("train_file", "mnist_dir") if (value := getattr(given, name)) is not None}
@@ -105,8 +81,7 @@ def parse_grid(argv: list[str]) -> ParsedGrid:
     jobs = whole_number("jobs", given.jobs if given.jobs is not None else grid.get("jobs", 1))
     if jobs < 1:
         raise InputError(f"`jobs` must be at least 1, got {jobs}.")
-    output = Path(given.output or f"runs/{Path(given.config).stem}.jsonl")
-    return ParsedGrid(runs=runs, output=output, jobs=jobs, report=given.report)
+    return ParsedGrid(runs, Path(given.output or f"runs/{Path(given.config).stem}.jsonl"), jobs, given.report)
 
 
 def _check_grid(grid: dict, path: str) -> None:
@@ -121,24 +96,24 @@ def _check_grid(grid: dict, path: str) -> None:
         if whole_number(name, grid.get(name, 1)) < 1:
             raise InputError(f"`{name}` of {path} must be at least 1, got {grid[name]}.")
     for arm, spec in grid["arms"].items():
-        _check_arm(str(arm), spec, grid)
+        _check_arm(str(arm), spec, set(map(str, grid["tasks"])))
     for task, settings in grid["tasks"].items():
         check_keys({task: None}, {*TASKS, *_OTHER_TASKS}, "task")
         check_keys(settings or {}, _TASK_KEYS, f"key of task {task}")
         for arm, of_arm in ((settings or {}).get("arms") or {}).items():
             check_keys({arm: None}, set(grid["arms"]), f"arm in task {task}")
-            check_keys(of_arm or {}, _phase_names_of(grid["arms"][arm]), f"phase of arm {arm}")
+            phases = {number for number, _, _ in _numbered_phases(grid["arms"][arm])}
+            check_keys(of_arm or {}, phases, f"phase of arm {arm}")
 
 
-def _check_arm(arm: str, spec: dict, grid: dict) -> None:
+def _check_arm(arm: str, spec: dict, tasks: set[str]) -> None:
     check_keys(spec, _ARM_KEYS, f"key of arm {arm}")
-    phases = _phase_names_of(spec)
-    if not phases:
+    if not spec.get("phases"):
         raise InputError(f"arm {arm} needs `phases`.")
-    check_keys(dict.fromkeys(phase for _, phase, _ in _numbered_phases(spec)), set(ARGUMENTS), "phase")
+    phases = {number for number, _, _ in _numbered_phases(spec)}
     if ("sweep" in spec or "variants" in spec) and not spec.get("group"):
         raise InputError(f"arm {arm} has variants: name their `group`, a title for their table.")
-    check_keys(spec.get("only") or {}, set(map(str, grid["tasks"])), f"task in `only` of arm {arm}")
+    check_keys(spec.get("only") or {}, tasks, f"task in `only` of arm {arm}")
     sweep = spec.get("sweep") or {}
     check_keys(sweep, phases, f"phase in `sweep` of arm {arm}")
     if len(sweep) > 1 or not all(isinstance(axes, dict) for axes in sweep.values()):
@@ -147,20 +122,12 @@ def _check_arm(arm: str, spec: dict, grid: dict) -> None:
         check_keys(changes or {}, phases | {"student", "teacher"}, f"part of a variant of arm {arm}")
 
 
-def _phase_names_of(spec: dict) -> set[str]:
-    return {number for number, _, _ in _numbered_phases(spec)}
-
-
 def _numbered_phases(spec: dict) -> list[tuple[str, str, dict]]:
     """Name in the grid (`smt`, `smt_2`, as their folders), phase and settings of an arm's phases."""
-    numbered: list[tuple[str, str, dict]] = []
-    for entry in (spec or {}).get("phases") or []:
-        if isinstance(entry, dict) and len(entry) != 1:
-            raise InputError(f"a phase must be a name or a one-key mapping `name: {{...}}`, got {entry!r}.")
-        phase, settings = next(iter(entry.items())) if isinstance(entry, dict) else (entry, {})
-        earlier = sum(name == phase for _, name, _ in numbered)
-        numbered.append((f"{phase}_{earlier + 1}" if earlier else str(phase), str(phase), settings or {}))
-    return numbered
+    phases = read_phases(spec["phases"], also=("share",))
+    names = [name for name, _ in phases]
+    earlier = [names[:place].count(name) for place, name in enumerate(names)]
+    return [(f"{name}_{num + 1}" if num else name, name, of) for (name, of), num in zip(phases, earlier)]
 
 
 def _read_only(words: list[str], grid: dict) -> dict[str, Any]:
@@ -179,9 +146,9 @@ def _read_only(words: list[str], grid: dict) -> dict[str, Any]:
 def _runs_of_task(grid: dict, task: str, settings: dict, only: dict, sources: dict) -> Iterator[Run]:
     difficulties = [only["difficulty"]] if "difficulty" in only else settings.get("difficulties") or [None]
     if task in TASKS:
+        if None in difficulties:
+            raise InputError(f"task {task} needs `difficulties`.")
         for difficulty in difficulties:
-            if difficulty is None:
-                raise InputError(f"task {task} needs `difficulties`.")
             task_facts(task, difficulty)
     seeds = [only["seed"]] if "seed" in only else grid.get("seeds", [0])
     for seed, difficulty, (arm, spec) in itertools.product(seeds, difficulties, grid["arms"].items()):
@@ -241,17 +208,18 @@ def _phases_of_arm(spec: dict, of_task: dict, changes: dict, seconds: float | No
 
     A phase gets its `share` of the seconds (default: what the others leave, evenly).
     """
-    phases = []
-    for number, name, settings in _numbered_phases(spec):
-        merged = {**settings, **(of_task.get(number) or {}), **(changes.get(number) or {})}
-        phases.append((name, merged.pop("share", None), merged))
-    left = 1 - sum(share or 0 for _, share, _ in phases)
-    num_open = sum(share is None and "max_steps" not in settings for _, share, settings in phases)
-    built_phases = []
-    for name, share, settings in phases:
+    phases = [
+        (name, {**settings, **(of_task.get(number) or {}), **(changes.get(number) or {})})
+        for number, name, settings in _numbered_phases(spec)
+    ]
+    shares = [settings.pop("share", None) for _, settings in phases]
+    num_open = sum(share is None and "max_steps" not in of for share, (_, of) in zip(shares, phases))
+    left = 1 - sum(share or 0 for share in shares)
+    typed_phases = []
+    for (name, settings), share in zip(phases, shares):
         if seconds is not None and "max_steps" not in settings:
             settings["max_seconds"] = seconds * (share if share is not None else left / num_open)
         check_keys(settings, PHASE_NAMES[name], f"argument of phase {name}")
         arguments = built(ARGUMENTS[name], {**settings, "output_dir": "unused"})
-        built_phases.append((name, {key: getattr(arguments, key) for key in settings}))
-    return tuple(built_phases)
+        typed_phases.append((name, {key: getattr(arguments, key) for key in settings}))
+    return tuple(typed_phases)

@@ -1,16 +1,17 @@
 """Pretraining from end to end, on text, a task or pixels: what `recipes/pretrain.py` runs."""
 
 import contextlib
-import dataclasses
 import json
 import math
 import shutil
+import warnings
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import PartialState
-from transformers import TextStreamer, set_seed
+from transformers import set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 
 from smt_hf.errors import InputError
@@ -20,10 +21,13 @@ from smt_hf.publishing.figures import plot_curves, plot_loss_by_position
 from smt_hf.publishing.hub import publish
 from smt_hf.publishing.provenance import run_facts
 from smt_hf.publishing.scores import results_table
+from smt_hf.training.adapters import LoraSettings
 from smt_hf.training.arguments import UNBOUNDED, PhaseArguments
 from smt_hf.training.checkpoints import step_of
 from smt_hf.training.composite import SMTForPreTraining, SMTPreTrainingConfig
-from smt_hf.training.phases import PhaseResult, arm_name, lay_out, run_phases
+from smt_hf.training.launch import launched_sharded
+from smt_hf.training.phases import arm_name, check_named_checkpoint, lay_out, run_phases
+from smt_hf.upload import check_hub_access
 
 from .composition import (
     changed_settings,
@@ -35,37 +39,25 @@ from .composition import (
     set_threads,
     tokenizer_hash,
 )
-from .preflight import check_run, lora_settings
 from .run_arguments import ParsedRun, PretrainArguments
-from .run_folder import RESULTS, RUN, locked, writing
+from .run_folder import RESULTS, RUN, check_output_dir, check_writable, locked, writing
 from .subjects import PixelSubject, Subject, TaskSubject, TextSubject
 
 # Settings that say what is read, where no hash of the documents does.
-_OF_A_STREAM = (
-    "streaming", "shuffle_buffer_size", "train_file", "validation_file", "dataset_name", "dataset_config_name",
-    "text_column",
-)  # fmt: skip
+_SOURCE = ("train_file", "validation_file", "dataset_name", "dataset_config_name", "text_column")
+_OF_A_STREAM = ("streaming", "shuffle_buffer_size", *_SOURCE)
 
 
-@dataclasses.dataclass
+@dataclass
 class Trained:
-    """What the phases leave.
+    """What the phases leave."""
 
-    Args:
-        model: student and teacher after the last phase.
-        arms: name -> scores and cost.
-        losses: arm -> held-out loss by position, where the subject has it.
-        phases: arm -> settings of the phases that trained it.
-        histories: phase and log of each phase.
-        spent: cost of all phases so far.
-    """
-
-    model: SMTForPreTraining
-    arms: dict[str, dict] = dataclasses.field(default_factory=dict)
-    losses: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    phases: dict[str, list[dict]] = dataclasses.field(default_factory=dict)
-    histories: list[tuple[str, list[dict]]] = dataclasses.field(default_factory=list)
-    spent: dict = dataclasses.field(default_factory=dict)
+    model: SMTForPreTraining  # student and teacher after the last phase
+    spent: dict  # cost of all phases so far
+    arms: dict[str, dict] = field(default_factory=dict)  # name -> scores and cost
+    losses: dict[str, np.ndarray] = field(default_factory=dict)  # arm -> its held-out loss by position, if any
+    phases: dict[str, list[dict]] = field(default_factory=dict)  # arm -> settings of the phases that trained it
+    histories: list[tuple[str, list[dict]]] = field(default_factory=list)  # phase and log of each phase
 
     def add_arm(self, name: str, scores: dict, cost: dict, phases: list[PhaseArguments]) -> None:
         """Take in the scores of an arm; `losses` among them are kept apart."""
@@ -107,12 +99,15 @@ def pretrain(parsed: ParsedRun) -> dict:
         if results is None:
             trained = _train(parsed, config, subject, num_threads)
             if is_main:
-                _export(trained.model, subject.tokenizer, output_dir)
+                # Before anything that may take long or fail.
+                if trained.model.teacher is not None:
+                    export_model(trained.model.teacher, subject.tokenizer, output_dir / "teacher")
+                export_student(trained.model.student, subject.tokenizer, output_dir / "student")
             if parsed.rival is not None:
                 _train_rival(parsed, config, subject, trained)
             if not is_main:
                 return {}
-            results = _results(parsed, config, subject, trained, num_threads)
+            results = _results(parsed, config, subject, trained, run_facts(num_threads, phases[0]))
             print(f"\n{results_table(results)}\n")
             _describe(results, subject, trained, output_dir)
             if run.evidence_file:
@@ -125,6 +120,77 @@ def pretrain(parsed: ParsedRun) -> dict:
     return results
 
 
+def check_run(parsed: ParsedRun) -> str | None:
+    """Check everything about a pretraining run but its data, and lay out its phases, in place.
+
+    Returns:
+        The repository of the Hub to which the student is to be sent, if any.
+
+    Raises:
+        InputError: bad input, with the way to mend it.
+    """
+    run, phases, rival = parsed.run, parsed.phases, parsed.rival
+    if rival is not None and rival.warmup_steps >= 1:
+        raise InputError(
+            "`bptt_warmup_steps` must be a share of the phase, below 1, with `compare_bptt`: BPTT ends by the seconds."
+        )
+    if run.use_peft:
+        lora_settings(run)
+        if launched_sharded() or any(arguments.deepspeed or arguments.fsdp for arguments in phases):
+            raise InputError("LoRA phases run on one process or under DDP: leave DeepSpeed, FSDP or `use_peft` out.")
+        if "dmt" not in [arguments.phase for arguments in phases[1:]]:
+            raise InputError(
+                "`use_peft` is of dmt phases that follow another phase: give `--phases smt,dmt`, or leave it out."
+            )
+    check_output_dir(run)
+    if run.evidence_file:
+        check_writable("evidence_file", Path(run.evidence_file).absolute().parent)
+    lay_out(phases, run.output_dir)
+    if isinstance(run.resume, str):
+        check_named_checkpoint(phases, run.resume)
+    if rival is not None and arm_name(phases) == arm_name([rival]):
+        warnings.warn("the pipeline is BPTT itself: there is nothing to compare it with.", stacklevel=2)
+        parsed.rival = None
+    if phases[0].phase == "dmt" and phases[0].process_index == 0:
+        warnings.warn("the first phase is dmt: the student will imitate an untrained teacher.", stacklevel=2)
+    check_trackers(phases)
+    return pushed_repository(phases)
+
+
+def lora_settings(run) -> LoraSettings | None:
+    """The LoRA layers that a run asks for by `use_peft`, `lora_r`, `lora_alpha` and `lora_parts`, if it does."""
+    return LoraSettings(run.lora_r, run.lora_alpha, parts=tuple(run.lora_parts.split(","))) if run.use_peft else None
+
+
+def check_trackers(phases: list[PhaseArguments]) -> None:
+    """Raises:
+    InputError: a tracker of `report_to` is unknown or not installed.
+    """
+    for arguments in phases:
+        try:
+            for tracker in get_reporting_integration_callbacks(arguments.report_to):
+                tracker()
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise InputError(f"`report_to`: {error} Or pass `--report_to none`.") from error
+
+
+def pushed_repository(phases: list[PhaseArguments]) -> str | None:
+    """The repository that `--push_to_hub --hub_model_id` names, if any.
+
+    Raises:
+        InputError: none is named, or not one for all phases; or the account may not write there.
+    """
+    pushing = [arguments for arguments in phases if arguments.push_to_hub]
+    if not pushing:
+        return None
+    first, names = pushing[0], {str(arguments.hub_model_id) for arguments in pushing}
+    if len(names) > 1 or "/" not in str(first.hub_model_id):
+        raise InputError("`push_to_hub` needs one `--hub_model_id user/name` for the whole run.")
+    if first.process_index == 0:
+        check_hub_access(str(first.hub_model_id), first.hub_token, first.hub_private_repo)
+    return str(first.hub_model_id)
+
+
 def make_subject(parsed: ParsedRun) -> Subject:
     """What a run is to learn.
 
@@ -135,20 +201,10 @@ def make_subject(parsed: ParsedRun) -> Subject:
     if run.task == "text":
         if run.difficulty is not None or run.curriculum is not None:
             raise InputError("`difficulty` and `curriculum` are of synthetic tasks: set `task`, or leave them out.")
-        return TextSubject(
-            [*parsed.phases, *([parsed.rival] if parsed.rival else [])],
-            run.seed,
-            run.train_file,
-            run.validation_file,
-            run.dataset_name,
-            run.dataset_config_name,
-            run.text_column,
-            run.tokenizer_name,
-            run.document_start_fraction,
-            streaming=run.streaming,
-            buffer_size=run.shuffle_buffer_size,
-        )
-    of_text = (*_OF_A_STREAM, "tokenizer_name")
+        names = ("tokenizer_name", "document_start_fraction", "streaming", *_SOURCE)
+        settings = {name: getattr(run, name) for name in names} | {"buffer_size": run.shuffle_buffer_size}
+        return TextSubject([*parsed.phases, *([parsed.rival] if parsed.rival else [])], run.seed, **settings)
+    of_text = ("tokenizer_name", *_OF_A_STREAM)
     given = [name for name in of_text if getattr(run, name) != getattr(PretrainArguments, name)]
     if given:
         raise InputError(f"`task` {run.task} brings its own data: leave {', '.join(given)} out.")
@@ -176,7 +232,7 @@ def _settings(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subject)
     if run.task != "text":
         settings |= {"curriculum": run.curriculum, "num_heldout": run.num_heldout}
     if lora is not None:
-        settings["lora"] = dataclasses.asdict(lora)
+        settings["lora"] = asdict(lora)
     if parsed.rival is not None:
         settings["compare_bptt"] = phase_settings(parsed.rival)
     return settings
@@ -210,17 +266,9 @@ def _train(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subject, nu
         sizes = [f"{part} {sum(weights.numel() for weights in module.parameters()):,}" for part, module in parts]
         print(f"parameters: {', '.join(sizes)}; {num_threads} threads; pipeline {arm_name(phases)}", flush=True)
     lora = lora_settings(run)
-    trained = Trained(model, spent={"wall_clock_s": 0.0, "sequential_steps": 0, "tokens": 0})
-    stages = run_phases(
-        model,
-        phases,
-        subject.rows,
-        subject.eval_rows,
-        subject.tokenizer,
-        subject.evaluate,
-        run.resume or None,
-        {"dmt": lora} if lora else None,
-    )
+    trained = Trained(model, {"wall_clock_s": 0.0, "sequential_steps": 0, "tokens": 0})
+    of_subject = (subject.rows, subject.eval_rows, subject.tokenizer, subject.evaluate)
+    stages = run_phases(model, phases, *of_subject, run.resume or None, {"dmt": lora} if lora else None)
     for number, result in enumerate(stages, start=1):
         trained.model = result.model
         trained.spent = {name: spent + cost_of(result)[name] for name, spent in trained.spent.items()}
@@ -228,17 +276,13 @@ def _train(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subject, nu
         for part, scores in result.scores.items():
             name = result.arm if part == "student" else part
             trained.add_arm(name, scores, trained.spent, phases[:number])
-            _check_finite(name, trained.arms[name], result)
+            bad = [f"{metric} {value}" for metric, value in trained.arms[name].items() if not math.isfinite(value)]
+            if bad:
+                raise InputError(
+                    f"{name} has diverged ({bad[0]}): lower `{result.arguments.phase}_learning_rate`. Its log is in "
+                    f"{result.arguments.output_dir}."
+                )
     return trained
-
-
-def _check_finite(name: str, scores: dict, result: PhaseResult) -> None:
-    bad = [metric for metric, value in scores.items() if not math.isfinite(value)]
-    if bad:
-        raise InputError(
-            f"{name} has diverged ({bad[0]} {scores[bad[0]]}): lower `{result.arguments.phase}_learning_rate`. Its log "
-            f"is in {result.arguments.output_dir}."
-        )
 
 
 def _say_what_is_removed(checkpoint: str, phases: list[PhaseArguments]) -> None:
@@ -250,13 +294,6 @@ def _say_what_is_removed(checkpoint: str, phases: list[PhaseArguments]) -> None:
     lost = [path for path in [*sorted(later, key=step_of), *folders[index + 1 :]] if path.exists()]
     names = ", ".join(str(path.relative_to(given.parent.parent)) for path in lost)
     print(f"going on from {checkpoint}; removed, since trained after it: {names or 'nothing'}", flush=True)
-
-
-def _export(model: SMTForPreTraining, tokenizer, output_dir: Path) -> None:
-    """Save what was trained, before anything that may take long or fail."""
-    if model.teacher is not None:
-        export_model(model.teacher, tokenizer, output_dir / "teacher")
-    export_student(model.student, tokenizer, output_dir / "student")
 
 
 def _train_rival(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subject, trained: Trained) -> None:
@@ -273,9 +310,7 @@ def _train_rival(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subje
     trained.add_arm(result.arm, result.scores.get("student", {}), cost_of(result), [rival])
 
 
-def _results(
-    parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subject, trained: Trained, num_threads: int
-) -> dict:
+def _results(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subject, trained: Trained, facts: dict) -> dict:
     """The content of `eval_results.json`, with what n-grams score on the same text."""
     run, phases, lora = parsed.run, parsed.phases, lora_settings(parsed.run)
     if isinstance(subject, TextSubject):
@@ -289,17 +324,18 @@ def _results(
         "config": config.to_dict(),
         "phases": [phase_settings(arguments) for arguments in phases],
         **({"compare_bptt": [phase_settings(parsed.rival)]} if parsed.rival is not None else {}),
-        **({"lora": dataclasses.asdict(lora)} if lora is not None else {}),
+        **({"lora": asdict(lora)} if lora is not None else {}),
         **({"license": run.license} if run.license is not None else {}),
         "seed": run.seed,
-        **run_facts(num_threads, phases[0]),
+        **facts,
     }
 
 
 def _describe(results: dict, subject: Subject, trained: Trained, output_dir: Path) -> None:
     """Sample, pictures, model card, and `eval_results.json`, which is the last: with it the run is finished."""
     if isinstance(subject, TextSubject):
-        results["sample"] = _sample(trained.model.student, subject)
+        parts = zip(("prompt", "continuation"), subject.continuation(trained.model.student, 160, 240, shows=True))
+        results["sample"] = {name: subject.tokenizer.decode(part) for name, part in parts}
         losses = {arm: losses / subject.bytes_per_token for arm, losses in trained.losses.items()}
         ngrams = {arm: scores["bits_per_byte"] for arm, scores in trained.arms.items() if arm.startswith("ngram")}
         plot_loss_by_position(losses, ngrams, trained.phases, output_dir / "loss_by_position.png")
@@ -308,31 +344,7 @@ def _describe(results: dict, subject: Subject, trained: Trained, output_dir: Pat
     write_json(results, output_dir / RESULTS)
 
 
-@torch.inference_mode()
-def _sample(student, text: TextSubject, prompt_tokens: int = 160, new_tokens: int = 240) -> dict:
-    """Print a held-out prompt and stream its continuation."""
-    prompt = torch.from_numpy(text.streams[len(text.streams) // 3, :prompt_tokens])[None].to(student.device)
-    shown = text.tokenizer.decode(prompt[0])
-    print(f"--- held-out prompt ---\n{shown}\n--- continuation ---", flush=True)
-    set_seed(0)
-    generated = student.generate(
-        prompt,
-        max_new_tokens=new_tokens,
-        do_sample=True,
-        temperature=0.7,
-        synced_gpus=False,  # under ZeRO-3 transformers would wait for processes that do not generate
-        streamer=TextStreamer(text.tokenizer, skip_prompt=True),
-    )
-    return {"prompt": shown, "continuation": text.tokenizer.decode(generated[0, prompt_tokens:])}
-
-
 def publish_student(folder: Path, repo_id: str, arguments: PhaseArguments, message: str):
     """`publish` with the Hub settings of TrainingArguments."""
-    return publish(
-        folder,
-        repo_id,
-        private=arguments.hub_private_repo,
-        revision=arguments.hub_revision,
-        commit_message=message,
-        token=arguments.hub_token,
-    )
+    settings = {"private": arguments.hub_private_repo, "revision": arguments.hub_revision, "token": arguments.hub_token}
+    return publish(folder, repo_id, commit_message=message, **settings)

@@ -1,24 +1,15 @@
 """Settings of a pretraining run, from its command line and YAML."""
 
 import dataclasses
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import PreTrainedConfig, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from smt_hf.command_line import (
-    argument,
-    built,
-    closest,
-    described,
-    documented,
-    names_of,
-    own_fields,
-    read_layers,
-    typed,
-)
+from smt_hf.command_line import argument, built, check_keys, closest, described, names_of, read_layers, typed
+from smt_hf.data import TASKS
 from smt_hf.errors import InputError
 from smt_hf.student import SMTRecurrentConfig
 from smt_hf.teachers import DEFAULT_TEACHER, TEACHERS, teacher_config_class
@@ -38,51 +29,31 @@ class PretrainArguments:
     config: str | None = argument(None, "YAML file with any of these arguments; flags beat it.")
     output_dir: str = argument("runs/pretrain", "Folder for everything that the run writes.")
     phases: str = argument("smt,bptt", "Any sequence of smt, dmt and bptt, joined by commas.")
-    task: str = argument(
-        "text",
-        "What is learned: text, pixels, or a synthetic task (retrieval, string_copy, stack, keys_values, "
-        "modular_arithmetic, parity).",
-    )
+    task: str = argument("text", f"What is learned: text, pixels, or a synthetic task ({', '.join(TASKS)}).")
     difficulty: int | None = argument(None, "Of a synthetic task: its length, depth, number of pairs, or modulus.")
     curriculum: str | None = argument(
         None, "Easier difficulties of a synthetic task to begin with, joined by commas; see `curriculum_threshold`."
     )
     num_heldout: int = argument(4096, "Number of labels of a synthetic task, or of images, that are scored.")
-    mnist_dir: str | None = argument(
-        None, "Folder with MNIST's idx files for the task pixels; default: digits of 8 x 8 pixels."
-    )
+    mnist_dir: str | None = argument(None, "Folder of MNIST's idx files for the task pixels; default: 8 x 8 digits.")
     train_file: list[str] | None = argument(
-        None,
-        "Text to train on: files, folders or patterns of plain text, json, jsonl, csv or parquet; default: Python's "
-        "standard library.",
+        None, "Files, folders or patterns of text, json, jsonl, csv or parquet; default: Python's standard library."
     )
     validation_file: list[str] | None = argument(None, "Held-out text; default: a tenth of the training text.")
     dataset_name: str | None = argument(None, "Dataset of the Hub, or a local one that `datasets` knows.")
     dataset_config_name: str | None = argument(None, "Configuration of that dataset.")
     text_column: str = argument("text", "Column of a table or dataset that holds the text.", is_text=True)
-    streaming: bool = argument(
-        False, "Read the text while training: nothing is downloaded or tokenised before the first step."
-    )
-    shuffle_buffer_size: int = argument(
-        1000, "With `streaming`: number of documents among which the next one is drawn."
-    )
+    streaming: bool = argument(False, "Read the text while training; nothing is downloaded or tokenised beforehand.")
+    shuffle_buffer_size: int = argument(1000, "With `streaming`: documents among which the next one is drawn.")
     tokenizer_name: str | None = argument(None, "Any Hugging Face tokenizer; default: one token per byte.")
-    document_start_fraction: float = argument(
-        0.05, "Share of training rows that begin at the beginning of a document. Ours."
-    )
-    use_peft: bool = argument(
-        False, "Train LoRA layers alone in dmt phases, as a cheap second phase. They are merged when the phase ends."
-    )
+    document_start_fraction: float = argument(0.05, "Share of training rows that begin with a document. Ours.")
+    use_peft: bool = argument(False, "Train LoRA layers alone in later dmt phases; each phase merges them at its end.")
     lora_r: int = argument(8, "Rank of the LoRA layers. Not searched.")
     lora_alpha: int = argument(16, "Scale of the LoRA layers: `lora_alpha / lora_r`. Not searched.")
     lora_parts: str = argument("updater,readout", "Parts with LoRA layers: updater, readout, or both.")
     evidence_file: str | None = argument(None, "JSON lines file to which the run appends one line per arm.")
     license: str | None = argument(None, "Licence that the model card names, for example apache-2.0; default: none.")
-    compare_bptt: bool = argument(
-        False,
-        "Also train the same student by BPTT, for as many seconds as the pipeline has trained and on the same levels "
-        "of a curriculum.",
-    )
+    compare_bptt: bool = argument(False, "Also train the same student by BPTT: the same seconds, the same curriculum.")
     seed: int = argument(0, "Seed of everything random.")
     overwrite_output_dir: bool = argument(False, "Remove what an earlier run has left in `output_dir`.")
     resume_from_checkpoint: str | None = argument(
@@ -92,12 +63,11 @@ class PretrainArguments:
         "the result must be those that the run was started with.",
         may_be_bare=True,
     )
-    num_threads: int | None = argument(
-        None, "CPU threads per process; default: OMP_NUM_THREADS, else cores / processes of this machine."
-    )
+    num_threads: int | None = argument(None, "Threads per process; default: OMP_NUM_THREADS or cores / processes.")
 
     def __post_init__(self):
-        check_seed(self.seed)
+        if not 0 <= self.seed < 2**32:  # NumPy's seeds
+            raise InputError(f"`seed` must lie between 0 and 2^32 - 1, got {self.seed}.")
         for name in ("num_heldout", "shuffle_buffer_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
@@ -111,41 +81,28 @@ class PretrainArguments:
         return word.lower() == "true" if word.lower() in ("true", "false") else word
 
 
-def check_seed(seed: int) -> None:
-    """Raises:
-    InputError: the seed is not one of NumPy's, 0 to 2^32 - 1.
-    """
-    if not 0 <= seed < 2**32:
-        raise InputError(f"`seed` must lie between 0 and 2^32 - 1, got {seed}.")
-
-
 @dataclass
 class ParsedRun:
-    """Args:
-    run: arguments of the whole run.
-    student, teacher: fields of the configurations that were given.
-    phases: arguments of each phase, in order.
-    rival: arguments of `compare_bptt`, those of the bptt phase; `None` without it.
-    notes: what was given and does nothing, or was set for other arguments' sake; a line each.
-    """
+    """All settings of a run."""
 
     run: PretrainArguments
-    student: dict[str, Any]
-    teacher: dict[str, Any]
-    phases: list[PhaseArguments]
-    rival: BPTTTrainingArguments | None
+    student: dict[str, Any]  # fields of the configuration that were given
+    teacher: dict[str, Any]  # likewise
+    phases: list[PhaseArguments]  # in order
+    rival: BPTTTrainingArguments | None  # of `compare_bptt`: those of the bptt phase
+    # What was given and does nothing, or was set for other arguments' sake; a line each.
     notes: list[str] = field(default_factory=list)
 
 
-def _plain_dataclass(config_class, left_out: Iterable[str] = ()):
-    """The fields of a transformers configuration as a dataclass that `HfArgumentParser` understands."""
+def _plain_dataclass(config_class, left_out: Collection[str] = ()):
+    """The fields that are a transformers configuration's own, as a dataclass that `HfArgumentParser` understands."""
+    names = names_of(config_class) - names_of(PreTrainedConfig) - set(left_out)
     plain = []
-    for name, entry in own_fields(config_class).items():
-        if name in left_out:
-            continue
-        types = getattr(entry.type, "__args__", (entry.type,))
-        kind = next((kind for kind in (bool, float, int, str) if kind in types), str)
-        plain.append((name, kind | None, dataclasses.field(default=entry.default)))
+    for entry in dataclasses.fields(config_class):
+        if entry.name in names:
+            types = getattr(entry.type, "__args__", (entry.type,))
+            kind = next((kind for kind in (bool, float, int, str) if kind in types), str)
+            plain.append((entry.name, kind | None, field(default=entry.default)))
     return dataclasses.make_dataclass(config_class.__name__ + "Fields", plain)
 
 
@@ -154,94 +111,86 @@ STUDENT_FIELDS = _plain_dataclass(SMTRecurrentConfig)
 TEACHER_FIELDS = {name: _plain_dataclass(teacher.config_class, _TEACHER_SHAPE) for name, teacher in TEACHERS.items()}
 PHASE_NAMES = {phase: names_of(arguments) - HIDDEN for phase, arguments in ARGUMENTS.items()}
 _TEACHER_NAMES = {"model_type"}.union(*map(names_of, TEACHER_FIELDS.values()))
+# Key -> where it belongs ("run", "student", "teacher", "phases" or a phase), and its name there. Later entries win.
+_ROUTES = {
+    **{f"teacher_{name}": ("teacher", name) for name in _TEACHER_NAMES},
+    **{f"{phase}_{name}": (phase, name) for phase, names in PHASE_NAMES.items() for name in names},
+    **{name: ("phases", name) for names in PHASE_NAMES.values() for name in names},
+    **{name: ("student", name) for name in names_of(STUDENT_FIELDS)},
+    **{name: ("run", name) for name in names_of(PretrainArguments)},
+}
 
 
 def _route(key: str) -> tuple[str, str]:
-    """Where a key belongs: ("run" | "student" | "teacher" | "phases" | a phase, name there)."""
     if key.endswith("num_train_epochs"):
         raise InputError("a pipeline counts steps, not epochs: set `max_steps`.")
-    if key in names_of(PretrainArguments):
-        return "run", key
-    if key in names_of(STUDENT_FIELDS):
-        return "student", key
-    if any(key in names for names in PHASE_NAMES.values()):
-        return "phases", key
     prefix, _, rest = key.partition("_")
-    if prefix in ARGUMENTS and rest in PHASE_NAMES[prefix]:
-        return prefix, rest
-    if prefix == "teacher" and rest in _TEACHER_NAMES:
-        return "teacher", rest
     having = [phase for phase, names in PHASE_NAMES.items() if prefix in ARGUMENTS and rest in names]
-    if having:
+    if having and key not in _ROUTES:
         raise InputError(f"the {prefix} phase has no `{rest}`, only {' and '.join(having)}: leave `{key}` out.")
-    keys = names_of(PretrainArguments) | names_of(STUDENT_FIELDS) | {f"teacher_{name}" for name in _TEACHER_NAMES}
-    keys |= {name for names in PHASE_NAMES.values() for name in names}
-    keys |= {f"{phase}_{name}" for phase, names in PHASE_NAMES.items() for name in names}
-    raise InputError(f"unknown argument {key!r}{closest(key, keys)}")
+    check_keys({key: None}, _ROUTES.keys(), "argument")
+    return _ROUTES[key]
 
 
-def _read_phases(value: Any) -> list[tuple[str, dict[str, Any]]]:
-    """`smt,dmt`, or a list of names and one-key mappings `smt: {max_steps: 800}`."""
+def read_phases(value: Any, also: Collection[str] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """Names and settings of phases, from `smt,dmt`, or a list of names and one-key mappings `smt: {max_steps: 800}`.
+
+    Args:
+        also: keys beside a phase's arguments.
+
+    Raises:
+        InputError: something else, an unknown phase, or an unknown key.
+    """
     entries = value.split(",") if isinstance(value, str) else value
     if not isinstance(entries, list) or not entries:
         raise InputError("`phases` must be a list like `smt,dmt`, or a YAML list of names or one-key mappings.")
     phases = []
     for entry in entries:
-        if isinstance(entry, dict) and len(entry) == 1:
-            name, settings = next(iter(entry.items()))
-        elif isinstance(entry, str):
-            name, settings = entry.strip(), {}
-        else:
+        if isinstance(entry, str):
+            entry = {entry.strip(): {}}
+        if not isinstance(entry, dict) or len(entry) != 1:
             raise InputError(f"a phase must be a name or a one-key mapping `name: {{...}}`, got {entry!r}.")
+        ((name, settings),) = entry.items()
         if name not in ARGUMENTS:
-            raise InputError(
-                f"unknown phase {name!r}: choose from {', '.join(ARGUMENTS)}{closest(str(name), ARGUMENTS)}"
-            )
-        if settings is not None and not isinstance(settings, dict):
-            raise InputError(f"the settings of phase {name!r} must be `name: value` pairs, got {settings!r}.")
-        for key in settings or {}:
-            if key not in PHASE_NAMES[name]:
-                raise InputError(f"unknown argument {key!r} of phase {name!r}{closest(key, PHASE_NAMES[name])}")
-        phases.append((name, dict(settings or {})))
+            choice = f"choose from {', '.join(ARGUMENTS)}{closest(str(name), ARGUMENTS)}"
+            raise InputError(f"unknown phase {name!r}: {choice}")
+        settings = {} if settings is None else settings
+        check_keys(settings, PHASE_NAMES[name].union(also), f"argument of phase {name}")
+        phases.append((name, settings))
     return phases
 
 
 def parse_run(argv: list[str]) -> ParsedRun:
-    """All settings of a run from its command line.
-
-    Args:
-        argv: words after the script's name.
+    """All settings of a run from the words after the script's name.
 
     Raises:
         InputError: an unknown key (the closest valid one is named), a value of the wrong type, malformed YAML.
         SystemExit: after `--help`.
     """
     layers = read_layers(argv, help_text)
-    parts: dict[str, dict[str, Any]] = {"run": {}, "student": {}, "teacher": {}}
-    phases = _read_phases(PretrainArguments.phases)
-    before: list[tuple[str, str, Any]] = []  # what the settings inside a phase of the YAML beat
-    after: list[tuple[str, str, Any]] = []  # what beats them; in order, later ones win
-    for number, layer in enumerate(layers):
-        is_last = number == len(layers) - 1
-        if "phases" in layer:
-            phases = _read_phases(layer["phases"])
-        routed = [(*_route(key), value) for key, value in layer.items() if key != "phases"]
+    parts: dict[str, dict[str, Any]] = {"run": {"phases": PretrainArguments.phases}, "student": {}, "teacher": {}}
+    # Settings of phases: what those inside a phase of the YAML beat, and for each phase what beats those.
+    below: dict[str, Any] = {}
+    above: dict[str, dict[str, Any]] = {phase: {} for phase in ARGUMENTS}
+    for layer in layers:
+        routed = [(*_route(key), value) for key, value in layer.items()]
         for place, name, value in sorted(routed, key=lambda entry: entry[0] in ARGUMENTS):
             if place in parts:
                 parts[place][name] = value
-            elif place == "phases" and not is_last:
-                before.append((place, name, value))
+            elif place in ARGUMENTS:
+                above[place][name] = value
+            elif layer is not layers[-1]:
+                below[name] = value
             else:
-                after.append((place, name, value))
+                for of_phase in above.values():
+                    of_phase[name] = value
+    phases = read_phases(parts["run"]["phases"])
     run = built(PretrainArguments, {**parts["run"], "phases": ",".join(name for name, _ in phases)})
     teacher = typed_teacher({}, {}, parts["teacher"])
-    notes = _notes(run, phases, {**parts["run"]}, before + after, parts["teacher"])
+    notes = _notes(run, {name for name, _ in phases}, [key for layer in layers for key in layer])
 
     def settings_of(phase: str, inside: dict[str, Any]) -> dict[str, Any]:
-        def chosen(entries):
-            return {name: value for place, name, value in entries if place in ("phases", phase)}
-
-        merged = {**chosen(before), **inside, **chosen(after)}
+        merged = {**below, **inside, **above[phase]}
         merged = {name: value for name, value in merged.items() if name in PHASE_NAMES[phase]}
         return _with_teacher(phase, {**merged, "seed": run.seed}, teacher, notes)
 
@@ -288,26 +237,24 @@ def _with_teacher(phase: str, settings: dict[str, Any], teacher: dict[str, Any],
     return {**settings, "teacher_weight": 0.0}
 
 
-def _notes(run: PretrainArguments, phases, given: Collection[str], per_phase, teacher: Collection[str]) -> list[str]:
+def _notes(run: PretrainArguments, running: set[str], given: list[str]) -> list[str]:
     """A line for everything that was given and does nothing in this run."""
-    running = {name for name, _ in phases} | ({"bptt"} if run.compare_bptt else set())
-    idle = {
-        name: f"no phase of {','.join(sorted(running))} has it"
-        for place, name, _ in per_phase
-        if place == "phases" and not any(name in PHASE_NAMES[phase] for phase in running)
-    }
-    if running == {"bptt"}:
-        idle |= {f"teacher_{name}": "bptt has no teacher" for name in teacher}
-    if not run.use_peft:
-        idle |= {name: "it needs `use_peft`" for name in ("lora_r", "lora_alpha", "lora_parts") if name in given}
-    if not run.streaming and "shuffle_buffer_size" in given:
-        idle["shuffle_buffer_size"] = "it needs `streaming`"
-    if run.streaming and "document_start_fraction" in given:
-        idle["document_start_fraction"] = "every row of a stream begins with a document"
-    if run.task == "text" and "num_heldout" in given:
-        idle["num_heldout"] = "it is of synthetic tasks and images"
-    if run.task != "pixels" and "mnist_dir" in given:
-        idle["mnist_dir"] = "it is of the task pixels"
+    running = running | ({"bptt"} if run.compare_bptt else set())
+    idle = {}
+    for key in given:
+        place, name = _ROUTES[key]
+        if place == "phases" and not any(name in PHASE_NAMES[phase] for phase in running):
+            idle[key] = f"no phase of {','.join(sorted(running))} has it"
+        elif place == "teacher" and running == {"bptt"}:
+            idle[key] = "bptt has no teacher"
+    for names, is_idle, why in (
+        (("lora_r", "lora_alpha", "lora_parts"), not run.use_peft, "it needs `use_peft`"),
+        (("shuffle_buffer_size",), not run.streaming, "it needs `streaming`"),
+        (("document_start_fraction",), run.streaming, "every row of a stream begins with a document"),
+        (("num_heldout",), run.task == "text", "it is of synthetic tasks and images"),
+        (("mnist_dir",), run.task != "pixels", "it is of the task pixels"),
+    ):
+        idle |= {name: why for name in names if is_idle and name in given}
     return [f"`{name}` does nothing here: {why}" for name, why in idle.items()]
 
 
@@ -332,21 +279,19 @@ All arguments, which the YAML file may hold too:
 def help_text() -> str:
     """What `--help` prints."""
     lines = [_FIRST, "the run:", *described(PretrainArguments), ""]
-    lines += ["the student:", *described(STUDENT_FIELDS, "", documented(SMTRecurrentConfig)), ""]
+    lines += ["the student:", *described(STUDENT_FIELDS, documentation=SMTRecurrentConfig), ""]
     shown: set[str] = set()
     for name, fields in TEACHER_FIELDS.items():
-        texts, which = documented(teacher_config_class(name)), "" if shown else ", the default"
-        own = "what is its own" if shown else "its fields"
-        lines += [f"the teacher `--teacher_model_type {name}`{which}, {own}:"]
-        lines += [*described(fields, "teacher_", texts, names_of(fields) - shown), ""]
+        which = ", what is its own" if shown else ", the default, its fields"
+        lines += [f"the teacher `--teacher_model_type {name}`{which}:"]
+        lines += [*described(fields, names_of(fields) - shown, "teacher_", teacher_config_class(name)), ""]
         shown |= names_of(fields)
     lines += ["all phases (`--NAME`), or one (`--smt_NAME`, `--dmt_NAME`, `--bptt_NAME`):"]
-    lines += [*described(PhaseArguments, "", {}, new_fields(PhaseArguments, TrainingArguments)), ""]
+    lines += [*described(PhaseArguments, new_fields(PhaseArguments, TrainingArguments)), ""]
     for phase, kind in ARGUMENTS.items():
         lines += [f"the {phase} phase, what is its own or has another default:"]
-        lines += [*described(kind, "", {}, new_fields(kind, PhaseArguments)), ""]
-    lines.append("Every other field of transformers' TrainingArguments is a flag of the phases too.")
-    return "\n".join(lines)
+        lines += [*described(kind, new_fields(kind, PhaseArguments)), ""]
+    return "\n".join([*lines, "Every other field of transformers' TrainingArguments is a flag of the phases too."])
 
 
 def new_fields(kind, parent) -> set[str]:
@@ -367,5 +312,5 @@ def typed_teacher(of_grid: dict, of_arm: dict, of_variant: dict) -> dict:
     settings = {**of_grid, **changes} if changes.get("model_type", of_that_kind) == of_that_kind else changes
     name = settings.get("model_type", DEFAULT_TEACHER)
     teacher_config_class(name)  # knows the name, or says which there are
-    fields = {key: value for key, value in settings.items() if key != "model_type"}
-    return {**{key: name for key in ("model_type",) if key in settings}, **typed(TEACHER_FIELDS[name], fields)}
+    fields = typed(TEACHER_FIELDS[name], {key: value for key, value in settings.items() if key != "model_type"})
+    return {"model_type": name, **fields} if "model_type" in settings else fields

@@ -112,8 +112,9 @@ def locked(folder: Path, name: str = LOCK, waits: bool = False) -> Iterator[None
         if not _try_lock(descriptor, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB)):
             os.close(descriptor)
             raise InputError(_in_use(folder, name))
-        if _is_there(folder / name, descriptor):
-            break
+        with contextlib.suppress(FileNotFoundError):  # the last holder has removed the file if it was waited for
+            if os.path.samestat(os.stat(folder / name), os.fstat(descriptor)):
+                break
         os.close(descriptor)
     _held.add(descriptor)
     since = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
@@ -125,14 +126,6 @@ def locked(folder: Path, name: str = LOCK, waits: bool = False) -> Iterator[None
         (folder / name).unlink(missing_ok=True)
         _held.discard(descriptor)
         os.close(descriptor)
-
-
-def _is_there(path: Path, descriptor: int) -> bool:
-    """Whether the locked file still has its name: the last holder has removed it if it was waited for."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
 
 
 def _let_go() -> None:
@@ -158,32 +151,28 @@ def writing(run: RunArguments, settings: dict) -> Iterator[None]:
     """
     folder = Path(run.output_dir)
     is_new = not folder.exists() or not any(path.name != LOCK for path in folder.iterdir())
-    with contextlib.ExitStack() as stack:
-        if is_new:
-            stack.callback(_remove_if_empty, folder)
-        stack.enter_context(locked(folder))
-        if run.resume_from_checkpoint:
-            settings = same_run(folder / RUN, settings)
-        else:
-            if run.overwrite_output_dir:
+    try:
+        with locked(folder):
+            if run.resume_from_checkpoint:
+                settings = same_run(folder / RUN, settings)
+            elif run.overwrite_output_dir:
                 _remove(path for path in folder.iterdir() if _OF_A_RUN.fullmatch(path.name))
-        write_json(settings, folder / RUN)
-        try:
-            yield
-        except InputError:
-            if is_new and not any(folder.rglob("checkpoint-*")):
-                _remove(path for path in folder.iterdir() if path.name != LOCK)
-            raise
+            write_json(settings, folder / RUN)
+            try:
+                yield
+            except InputError:
+                if is_new and not any(folder.rglob("checkpoint-*")):
+                    _remove(path for path in folder.iterdir() if path.name != LOCK)
+                raise
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):  # it holds something, or was never made
+                folder.rmdir()
 
 
 def _remove(paths: Iterable[Path]) -> None:
     for path in list(paths):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _remove_if_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        folder.rmdir()
 
 
 def same_run(path: Path, settings: dict) -> dict:

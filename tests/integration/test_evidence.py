@@ -9,10 +9,9 @@ from statistics import fmean
 
 import pytest
 
-from smt_hf.experiments.composition import phase_settings
+from smt_hf.experiments.composition import changed_settings, phase_settings
 from smt_hf.experiments.grid import is_done
 from smt_hf.experiments.grid_file import parse_grid
-from smt_hf.experiments.grid_run import changed_settings
 from smt_hf.publishing.arms import display_name, is_whole_run
 from smt_hf.publishing.evidence import read_lines
 from smt_hf.training.phases import ARGUMENTS

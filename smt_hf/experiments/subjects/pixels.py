@@ -55,8 +55,7 @@ class PixelSubject(Subject):
             "name": name,
             "hash": f"{name}-{len(self.train)}",
             "training_tokens": len(self.train) * self.difficulty,
-            "heldout_tokens": int(self.heldout[0].size),
-            "heldout_streams": len(self.heldout[0]),
+            **super().facts(),
         }
 
     def describe(self) -> str:

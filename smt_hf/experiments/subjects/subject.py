@@ -16,25 +16,16 @@ HELDOUT_SEED = 1_000_000
 
 
 class Subject(ABC):
-    """Rows to train on, and scores.
+    """Rows to train on, and scores."""
 
-    Attributes:
-        name: goes under `task` in the results, as `difficulty` does.
-        chance: the score of knowing nothing.
-        metric: name of the score.
-        tokenizer: of the rows; it is exported with the student.
-        vocab_size: tokens that the rows are made of.
-        eval_rows: held-out rows for the evaluations within a phase, labelled like training rows.
-        heldout: `input_ids` and `labels` of the rows to score, `(N, T + 1)` each, as in `smt_hf.evaluation.scores`.
-    """
-
-    name: str
+    name: str  # goes under `task` in the results, as `difficulty` does
     difficulty: int
-    chance: float
-    metric: str
-    tokenizer: Any
-    vocab_size: int
-    eval_rows: Any
+    chance: float  # the score of knowing nothing
+    metric: str  # name of the score
+    tokenizer: Any  # of the rows; it is exported with the student
+    vocab_size: int  # tokens that the rows are made of
+    eval_rows: Any  # held-out rows for the evaluations within a phase, labelled like training rows
+    # `input_ids` and `labels` of the rows to score, `(N, T + 1)` each, as in `smt_hf.evaluation.scores`.
     heldout: tuple[np.ndarray, np.ndarray]
 
     @abstractmethod
@@ -50,11 +41,7 @@ class Subject(ABC):
         """
 
     def required_of(self, phases: Sequence[PhaseArguments]) -> list[dict[str, Any]]:
-        """`required` of each phase of a pipeline, where what one phase asks for may concern the others.
-
-        Raises:
-            InputError: as `required`.
-        """
+        """`required`, and its errors, of each phase of a pipeline: what one phase asks for may concern the others."""
         return [self.required(arguments) for arguments in phases]
 
     def evaluate(self, model: SMTForPreTraining, arguments: PhaseArguments) -> dict[str, dict]:
@@ -78,7 +65,8 @@ class Subject(ABC):
 
     @abstractmethod
     def facts(self) -> dict:
-        """What it is made of; goes under `data` in the results."""
+        """What it is made of, with its `name` and `hash`; goes under `data` in the results."""
+        return {"heldout_tokens": int((self.heldout[1] != -100).sum()), "heldout_streams": len(self.heldout[0])}
 
     @abstractmethod
     def describe(self) -> str:

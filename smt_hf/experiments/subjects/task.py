@@ -64,11 +64,9 @@ class TaskSubject(Subject):
 
     def longer(self, factor: int) -> int | None:
         """The difficulty of rows `factor` times as long, where the difficulty is a length of some kind."""
-        family = TASKS[self.name]
-        difficulty = self.difficulty * factor
-        if family.allowed is not None or (family.largest is not None and difficulty > family.largest):
-            return None
-        return difficulty
+        family, difficulty = TASKS[self.name], self.difficulty * factor
+        is_possible = family.allowed is None and (family.largest is None or difficulty <= family.largest)
+        return difficulty if is_possible else None
 
     def required(self, arguments: PhaseArguments) -> dict[str, Any]:
         required = row_length(arguments, self.num_transitions)
@@ -118,8 +116,7 @@ class TaskSubject(Subject):
             "name": self.name,
             "hash": f"{self.name}-{self.difficulty}",
             "training_tokens": len(self.levels[self.difficulty]) * self.num_transitions,
-            "heldout_tokens": int((self.heldout[1] != -100).sum()),
-            "heldout_streams": len(self.heldout[0]),
+            **super().facts(),
         }
 
     def describe(self) -> str:

@@ -5,9 +5,10 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TextStreamer, set_seed
 
 from smt_hf.data import StreamedRows, byte_tokenizer, heldout_streams, load_corpus, pack, stream_corpus, tokenize
 from smt_hf.data.sources import Files
@@ -40,7 +41,7 @@ class TextSubject(Subject):
         stream_length: tokens per held-out stream; default: 2,048. Shorter where the held-out text is, with a warning.
         streaming: read the documents while training; rows then start anew with every document.
         buffer_size: documents that the next one of a stream is drawn from.
-        others: see `smt_hf.data`.
+        train_file, validation_file, source: as `smt_hf.data.load_corpus`.
 
     Raises:
         InputError: no such text or tokenizer, a text shorter than a training row, or too little held-out text.
@@ -55,21 +56,19 @@ class TextSubject(Subject):
         seed: int = 0,
         train_file: Files = None,
         validation_file: Files = None,
-        dataset_name: str | None = None,
-        dataset_config_name: str | None = None,
-        text_column: str = "text",
         tokenizer_name: str | None = None,
         document_start_fraction: float = 0.05,
         stream_length: int | None = None,
         streaming: bool = False,
         buffer_size: int = 1000,
+        **source: Any,
     ):
         self.streaming, self.buffer_size, self.seed = streaming, buffer_size, seed
         self.tokenizer = byte_tokenizer() if tokenizer_name is None else _tokenizer(tokenizer_name)
         self.vocab_size = len(self.tokenizer)
-        named = (train_file, validation_file, dataset_name, dataset_config_name, text_column)
         phases = list(phases)
-        self.corpus = stream_corpus(*named, num_ranks=phases[0].world_size) if streaming else load_corpus(*named)
+        named: dict[str, Any] = {"train_file": train_file, "validation_file": validation_file, **source}
+        self.corpus = stream_corpus(num_ranks=phases[0].world_size, **named) if streaming else load_corpus(**named)
         heldout = tokenize(self.corpus.heldout, self.tokenizer)
         self._rows: dict[int, Any] = {}
         self.num_train_tokens: int | None = None  # of a stream, nobody knows
@@ -138,25 +137,33 @@ class TextSubject(Subject):
 
     def rows(self, arguments: PhaseArguments):
         if self.streaming:
-            return StreamedRows(
-                copy.copy(self.corpus.train),
-                self.tokenizer,
-                arguments.context_length,
-                self.buffer_size,
-                self.seed,
-                arguments.process_index,
-                arguments.world_size,
-            )
+            shuffling = (self.buffer_size, self.seed, arguments.process_index, arguments.world_size)
+            return StreamedRows(copy.copy(self.corpus.train), self.tokenizer, arguments.context_length, *shuffling)
         return self._rows[arguments.context_length]
 
     def described_scores(self, scores: Scores) -> dict[str, Any]:
-        losses = scores.nats[1:] / scores.counts[1:]
-        return {
-            "bits_per_byte": scores.bits_per(self.num_bytes),
-            "accuracy": scores.accuracy,
-            "losses": [round(float(loss), 5) for loss in losses],
-            "n": scores.n,
-        }
+        losses = [round(float(loss), 5) for loss in scores.nats[1:] / scores.counts[1:]]
+        bits = scores.bits_per(self.num_bytes)
+        return {"bits_per_byte": bits, "accuracy": scores.accuracy, "losses": losses, "n": scores.n}
+
+    @torch.inference_mode()
+    def continuation(self, student, prompt_tokens: int, new_tokens: int, shows=False) -> tuple[torch.Tensor, ...]:
+        """A held-out prompt and how the student continues it, a sample under seed 0.
+
+        Args:
+            shows: print the prompt, and its continuation as it comes.
+
+        Returns:
+            Tokens of the prompt, at most `(prompt_tokens,)`, and of its continuation, at most `(new_tokens,)`.
+        """
+        prompt = torch.from_numpy(self.streams[len(self.streams) // 3, :prompt_tokens])[None].to(student.device)
+        if shows:
+            print(f"--- held-out prompt ---\n{self.tokenizer.decode(prompt[0])}\n--- continuation ---", flush=True)
+        set_seed(0)
+        settings: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": True, "temperature": 0.7}
+        settings["synced_gpus"] = False  # under ZeRO-3 transformers would wait for processes that do not generate
+        settings["streamer"] = TextStreamer(self.tokenizer, skip_prompt=True) if shows else None
+        return prompt[0], student.generate(prompt, **settings)[0, prompt.shape[1] :]
 
     def ngram_bits(self) -> dict[str, float]:
         """Bits per byte of n-gram models of 1, 2 and 3 bytes of context; none for a stream, which is not read whole."""
@@ -179,18 +186,14 @@ class TextSubject(Subject):
             **({"hub_name": self.corpus.hub_name} if self.corpus.hub_name else {}),
             "hash": self.corpus.digest,
             **({"streamed": True} if self.streaming else {"training_tokens": self.num_train_tokens}),
-            "heldout_tokens": int(self.streams[:, 1:].size),
-            "heldout_streams": len(self.streams),
+            **super().facts(),
         }
 
     def describe(self) -> str:
-        if self.streaming:
-            held_out = f"{len(self.corpus.heldout)} held-out documents, hash {self.corpus.digest}"
-            return f"{self.corpus.name}: streamed, {held_out}"
-        return (
-            f"{self.corpus.name}: {self.num_train_tokens:,} training tokens, {len(self.corpus.train)} documents, hash "
-            f"{self.corpus.digest}"
-        )
+        what = f"streamed, {len(self.corpus.heldout)} held-out documents"
+        if not self.streaming:
+            what = f"{self.num_train_tokens:,} training tokens, {len(self.corpus.train)} documents"
+        return f"{self.corpus.name}: {what}, hash {self.corpus.digest}"
 
 
 def trained_share(train: Dataset, heldout: Dataset) -> float:
