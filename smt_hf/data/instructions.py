@@ -72,7 +72,7 @@ def tokenize_instructions(examples: Iterable[tuple[str, dict]], tokenizer, max_t
 
     Args:
         examples: rows with the places where they stand.
-        max_tokens: longer rows are left out, not cut: half an answer is a wrong one.
+        max_tokens: longer rows are left out, not cut: a cut answer has no end to learn.
 
     Raises:
         InputError: columns or a row of another form (named), messages or tools that the tokenizer has no chat template

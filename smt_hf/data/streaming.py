@@ -118,7 +118,7 @@ class StreamedRows(IterableDataset):
             while len(state["texts"]) < _AT_A_TIME:
                 state["texts"].append(next(drawn))
             for ids in token_ids(state["texts"], self.tokenizer)["input_ids"]:
-                del state["texts"][0]  # before its rows are given out: a position lies behind them
+                del state["texts"][0]  # before its rows are yielded: a saved position comes after them
                 yield ids
 
     def _drawn(self) -> Iterator[str]:

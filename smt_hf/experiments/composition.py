@@ -148,7 +148,7 @@ def changed_settings(arguments: PhaseArguments) -> dict:
 
 
 def _said(value):
-    """A value, where all ways to leave a setting out are one."""
+    """A value; `None` for every way to leave a setting out."""
     return None if value is None or value is False or value in ("", [], {}) else getattr(value, "value", value)
 
 
@@ -159,7 +159,7 @@ def launch_settings(arguments: PhaseArguments) -> dict:
 
 
 def tokenizer_hash(tokenizer) -> str:
-    """Of everything that a tokenizer makes tokens by."""
+    """Hash of everything that determines the tokens of a tokenizer."""
     if tokenizer.is_fast:
         content = json.loads(tokenizer.backend_tokenizer.to_str())
         content = {name: part for name, part in content.items() if name not in ("truncation", "padding")}

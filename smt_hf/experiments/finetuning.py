@@ -155,7 +155,7 @@ def finetune(run: FinetuneArguments, arguments: FinetuneTrainingArguments) -> di
     lay_out([arguments], run.output_dir)
     set_seed(run.seed)
     student, tokenizer = load_checkpoint(run.checkpoint)
-    student = student.float()  # a checkpoint may be of bfloat16; what is trained is not
+    student = student.float()  # a checkpoint may be in bfloat16; training needs float32
     with arguments.main_process_first(desc="preparing the data"):
         subject = _subject(run, arguments, tokenizer)
     changes = apply_required(arguments, subject.required(arguments))
@@ -225,7 +225,7 @@ def _settings(run: FinetuneArguments, arguments: FinetuneTrainingArguments, stud
 
 
 def _write(output_dir: Path, result: PhaseResult, tokenizer, results: dict) -> None:
-    """Export the student first: pictures can be made again, a training cannot."""
+    """Export the student first, so that a failure in a figure loses no training."""
     export_student(result.model.student, tokenizer, output_dir / "student")
     adapter = Path(str(result.arguments.output_dir)) / "adapter"
     if adapter.exists():
@@ -272,7 +272,7 @@ def _subject(run: FinetuneArguments, arguments: FinetuneTrainingArguments, token
         return TextSubject([arguments], run.seed, tokenizer_name=str(run.checkpoint), **files)
     heldout = load_table(run.validation_file) if run.validation_file else None
     if run.validation_file and not heldout:
-        raise InputError("`validation_file` holds no table of instructions, as `train_file` does: give one.")
+        raise InputError("`train_file` holds instructions, `validation_file` holds none: give instructions in both.")
     examples = load_table(train_file) or []
     return InstructionSubject(examples, heldout, name_of_files(train_file), tokenizer, arguments.context_length)
 

@@ -229,7 +229,7 @@ def _trained(runs: list[Run], jobs: int) -> Iterator[list[dict]]:
     """The lines of each run, in the order in which the runs end.
 
     Workers are processes of their own, with no more threads than a run has, and with cores of their own where there are
-    enough: two timed runs on one core would each take the other's seconds.
+    enough: two timed runs on one core would slow each other down.
     """
     if not runs:
         return

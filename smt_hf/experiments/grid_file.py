@@ -85,7 +85,7 @@ def parse_grid(argv: list[str]) -> ParsedGrid:
 
 
 def _check_grid(grid: dict, path: str) -> None:
-    """Names that are spelled right but belong to nothing would leave a run as it is, unseen."""
+    """Refuse keys and names that belong to nothing in the grid: they would have no effect."""
     check_keys(grid, _GRID_KEYS, f"key of {path}")
     if "output" in grid:
         warnings.warn(f"`output` of {path} is ignored: lines go to runs/, or where `--output` says.", stacklevel=3)

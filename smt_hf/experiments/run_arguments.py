@@ -26,11 +26,11 @@ _TEACHER_SHAPE = {"vocab_size", "num_memory_tokens", "memory_size"}
 class PretrainArguments:
     """Arguments of the whole run. Phases, student and teacher have their own."""
 
-    config: str | None = argument(None, "YAML file with any of these arguments; flags beat it.")
+    config: str | None = argument(None, "YAML file with any of these arguments; flags override it.")
     output_dir: str = argument("runs/pretrain", "Folder for everything that the run writes.")
     phases: str = argument("smt,bptt", "Any sequence of smt, dmt and bptt, joined by commas.")
     task: str = argument("text", f"What is learned: text, pixels, or a synthetic task ({', '.join(TASKS)}).")
-    difficulty: int | None = argument(None, "Of a synthetic task: its length, depth, number of pairs, or modulus.")
+    difficulty: int | None = argument(None, "Difficulty of a synthetic task: length, depth, pairs, or modulus.")
     curriculum: str | None = argument(
         None, "Easier difficulties of a synthetic task to begin with, joined by commas; see `curriculum_threshold`."
     )
@@ -40,7 +40,7 @@ class PretrainArguments:
         None, "Files, folders or patterns of text, json, jsonl, csv or parquet; default: Python's standard library."
     )
     validation_file: list[str] | None = argument(None, "Held-out text; default: a tenth of the training text.")
-    dataset_name: str | None = argument(None, "Dataset of the Hub, or a local one that `datasets` knows.")
+    dataset_name: str | None = argument(None, "Dataset of the Hub, or a local one that `datasets.load_dataset` reads.")
     dataset_config_name: str | None = argument(None, "Configuration of that dataset.")
     text_column: str = argument("text", "Column of a table or dataset that holds the text.", is_text=True)
     streaming: bool = argument(False, "Read the text while training; nothing is downloaded or tokenised beforehand.")
@@ -49,12 +49,12 @@ class PretrainArguments:
     document_start_fraction: float = argument(0.05, "Share of training rows that begin with a document. Ours.")
     use_peft: bool = argument(False, "Train LoRA layers alone in later dmt phases; each phase merges them at its end.")
     lora_r: int = argument(8, "Rank of the LoRA layers. Not searched.")
-    lora_alpha: int = argument(16, "Scale of the LoRA layers: `lora_alpha / lora_r`. Not searched.")
+    lora_alpha: int = argument(16, "The LoRA update is scaled by `lora_alpha / lora_r`. Not searched.")
     lora_parts: str = argument("updater,readout", "Parts with LoRA layers: updater, readout, or both.")
     evidence_file: str | None = argument(None, "JSON lines file to which the run appends one line per arm.")
     license: str | None = argument(None, "Licence that the model card names, for example apache-2.0; default: none.")
     compare_bptt: bool = argument(False, "Also train the same student by BPTT: the same seconds, the same curriculum.")
-    seed: int = argument(0, "Seed of everything random.")
+    seed: int = argument(0, "Seed of all random numbers.")
     overwrite_output_dir: bool = argument(False, "Remove what an earlier run has left in `output_dir`.")
     resume_from_checkpoint: str | None = argument(
         None,
@@ -90,7 +90,7 @@ class ParsedRun:
     teacher: dict[str, Any]  # likewise
     phases: list[PhaseArguments]  # in order
     rival: BPTTTrainingArguments | None  # of `compare_bptt`: those of the bptt phase
-    # What was given and does nothing, or was set for other arguments' sake; a line each.
+    # What was given and does nothing, or was set because of other arguments; one line per note.
     notes: list[str] = field(default_factory=list)
 
 
@@ -251,8 +251,8 @@ def _notes(run: PretrainArguments, running: set[str], given: list[str]) -> list[
         (("lora_r", "lora_alpha", "lora_parts"), not run.use_peft, "it needs `use_peft`"),
         (("shuffle_buffer_size",), not run.streaming, "it needs `streaming`"),
         (("document_start_fraction",), run.streaming, "every row of a stream begins with a document"),
-        (("num_heldout",), run.task == "text", "it is of synthetic tasks and images"),
-        (("mnist_dir",), run.task != "pixels", "it is of the task pixels"),
+        (("num_heldout",), run.task == "text", "it applies to synthetic tasks and images only"),
+        (("mnist_dir",), run.task != "pixels", "it applies to the task pixels only"),
     ):
         idle |= {name: why for name in names if is_idle and name in given}
     return [f"`{name}` does nothing here: {why}" for name, why in idle.items()]
@@ -268,11 +268,11 @@ _FIRST = """usage: accelerate launch recipes/pretrain.py [--config FILE.yaml] [-
   --hidden_size N           width of the student; --num_memory_tokens N, --num_hidden_layers N, --updater_type NAME
   --tokenizer_name NAME     any Hugging Face tokenizer (default: one token per byte)
   --compare_bptt            also train the same student by BPTT for the same seconds
-  --seed N                  seed of everything random
+  --seed N                  seed of all random numbers
   --resume_from_checkpoint  go on with the run in `output_dir`
   --overwrite_output_dir    start over in `output_dir`
 
-All arguments, which the YAML file may hold too:
+All arguments, which the YAML file may hold too. "Paper": the default of arXiv:2606.06479. "Ours": chosen here.
 """
 
 

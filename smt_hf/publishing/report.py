@@ -29,7 +29,7 @@ _HOW_TO_READ = f"""How to read the tables:
 - Mean ± standard error over seeds (number of seeds). Bold: the best student of a row.
 - `teacher` (the mean of the teachers of all arms) and n-grams are yardsticks, not students.
 - Ours: the best arm with an smt or dmt phase and no bptt phase. Bptt: the best arm with bptt phases alone. The best of
-  many arms is lucky more often than the best of a few: count the columns of both sides.
+  many arms is better by chance than the best of a few: compare the numbers of columns of both sides.
 - Differences are ours minus bptt. For bits, a difference below zero is in our favour. A difference counts beyond
   {MARGIN} and beyond two of its standard errors.
 - Both fail: both accuracies are below {SOLVED}. The difference is shown all the same."""

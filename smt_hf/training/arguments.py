@@ -25,8 +25,8 @@ _CONTINUES = (
     "starting both anew. Ours: going on was better for dmt (2.70 bits per byte against 2.80)."
 )
 _MODES = (
-    "Where own memories come from: `sequential` (rolled out from m_0: all ages, T cheap steps), `parallel` (sweeps "
-    "over all chunks at once: ages up to `on_policy_sweeps` chunks) or `aggregate` (sequential ones, kept and reused; "
+    "Where own memories come from: `sequential` (rolled out from m_0 over the row), `parallel` (sweeps "
+    "over all chunks: up to `on_policy_sweeps` chunks after a label) or `aggregate` (sequential ones, kept and reused; "
     "dmt only)."
 )
 
@@ -58,15 +58,15 @@ class PhaseArguments(TrainingArguments):
     label_cache_dir = None
 
     learning_rate: float = argument(
-        4e-3, "Peak learning rate. Ours: for BPTT level with 2e-3, better than 8e-3; see model_cards/evidence."
+        4e-3, "Peak learning rate. Ours: for BPTT as good as 2e-3, better than 8e-3; see model_cards/evidence."
     )
     per_device_train_batch_size: int = argument(
         16, "Rows per device. Ours; with Muon at a rate of 0.016, smt is better with 32 in 180 s on text."
     )
     global_batch_size: int | None = argument(
         None,
-        "Rows per optimiser step, over all processes and `gradient_accumulation_steps`: the same recipe at any scale. "
-        "It sets `per_device_train_batch_size`.",
+        "Rows per optimiser step, over all processes and `gradient_accumulation_steps`. "
+        "It sets `per_device_train_batch_size`, so that the rows per step do not depend on the number of processes.",
     )
     per_device_eval_batch_size: int = argument(32, "Rows per device in evaluation.")
     max_seconds: float | None = argument(
@@ -74,12 +74,12 @@ class PhaseArguments(TrainingArguments):
         "Seconds inside training steps after which the phase ends, instead of `max_steps`; schedule and warm-ups then "
         "go by seconds. For comparisons at equal time; such a run cannot be repeated bit by bit.",
     )
-    evaluates_by_seconds: bool = argument(True, "With `max_seconds`: evaluate ten times on the way.")
+    evaluates_by_seconds: bool = argument(True, "With `max_seconds`: evaluate ten times during the phase.")
     curriculum_threshold: float | None = argument(
         None,
         "Loss of the student's own rollout, in nats per label, below which the next level of a curriculum begins. Data "
         "of one level has no curriculum. In a phase that does not train the updater it is the loss of the readout on "
-        "the teacher's memories. Ours: gated by the teacher throughout, the student stays at chance.",
+        "the teacher's memories. Ours: if the teacher's loss sets the student's levels, the student stays at chance.",
     )
     curriculum_levels: list[str] | None = argument(
         None,
@@ -96,10 +96,10 @@ class PhaseArguments(TrainingArguments):
         "rate). Muon does not run under DeepSpeed or FSDP. Ours: far better on text, worse on some probes; see "
         "model_cards/evidence.",
     )
-    adam_beta2: float = argument(0.95, "Paper.")
-    weight_decay: float = argument(0.01, "Paper. Applied to the weights of linear layers only.")
-    max_grad_norm: float = argument(1.0, "Paper.")
-    lr_scheduler_type: str = argument("cosine_with_min_lr", "Ours: cosine to a tenth of the peak.")
+    adam_beta2: float = argument(0.95, "Decay rate of AdamW's second moment. Paper.")
+    weight_decay: float = argument(0.01, "Weight decay, applied to the weights of linear layers only. Paper.")
+    max_grad_norm: float = argument(1.0, "Norm to which larger gradients are scaled down. Paper.")
+    lr_scheduler_type: str = argument("cosine_with_min_lr", "Rate schedule. Ours: cosine to a tenth of the peak.")
     lr_scheduler_kwargs: dict | str | None = argument(
         None, "Arguments of the scheduler; default for cosine_with_min_lr: min_lr_rate 0.1. Ours."
     )
@@ -109,9 +109,9 @@ class PhaseArguments(TrainingArguments):
     logging_steps: float = argument(10, "Steps between two lines of the log.")
     logging_nan_inf_filter: bool = argument(False, "Hide losses that are not finite in the log.")
     save_total_limit: int | None = argument(2, "Checkpoints kept per phase.")
-    remove_unused_columns: bool = argument(False, "Leave it false: the collator keeps what the objective needs.")
+    remove_unused_columns: bool = argument(False, "Leave it false: the Trainer would drop columns that are needed.")
     context_length: int = argument(64, "Transitions per training row; a row holds one token more. Ours, not searched.")
-    transition_steps: int = argument(8, "Transitions that a gradient crosses [k]; divides `context_length`.")
+    transition_steps: int = argument(8, "Transitions that a gradient crosses [k]; must divide `context_length`.")
     trainable: list[str] | None = argument(
         None,
         "Parts that the phase trains, of teacher, embeddings, updater and readout; the others stay bit-equal. Default: "
@@ -253,7 +253,7 @@ class SupervisedArguments(PhaseArguments):
 
     readout_trains_updater: bool = argument(
         True,
-        "The readout loss on the student's memories reaches the updater. Paper: no. Ours: yes; after smt8 the paper's "
+        "The gradient of the student's readout loss reaches the updater. Paper: no. Ours: yes; after smt8 the paper's "
         "dmt made the student worse (2.66 to 2.70 bits per byte), this one better (2.66 to 2.54).",
     )
     on_policy_fraction: float = argument(
@@ -296,7 +296,7 @@ class SMTTrainingArguments(loss_weights("smt"), SupervisedArguments):  # type: i
     dynamics_starts_below: float | None = argument(  # type: ignore[assignment]
         None,
         "Nats per label: the dynamics terms stay at 5 % of their weight while the running loss of the readout on the "
-        "teacher's memories (else the predictive loss) is above it. Default: they do not wait. Ours.",
+        "teacher's memories (without it: the predictive loss) is above this value. Default: no such wait. Ours.",
     )
     dynamics_full_below: float | None = argument(  # type: ignore[assignment]
         None,
@@ -306,7 +306,7 @@ class SMTTrainingArguments(loss_weights("smt"), SupervisedArguments):  # type: i
     num_consistency_chunks: int = argument(2, "Chunk ends per row whose future is decoded. Ours.")
     hard_chunk_fraction: float = argument(
         0.7,
-        "Share of the decoded chunk ends at the chunk with the largest dynamics error; the others are drawn anywhere. "
+        "Share of the decoded chunk ends at the chunk with the largest dynamics error; the others are drawn uniformly. "
         "Ours.",
     )
     num_supervised_transitions: int = argument(
@@ -315,7 +315,7 @@ class SMTTrainingArguments(loss_weights("smt"), SupervisedArguments):  # type: i
     trains_updater: bool = argument(
         True,
         "False: train the teacher and the readout of its memories alone, before a phase that trains the student; a "
-        "curriculum then goes by the teacher. Ours: this solves in seconds what the student learns from it afterwards.",
+        "curriculum then goes by the teacher's loss. Ours: on probes the teacher solves the task in seconds.",
     )
     num_predictive_positions: int = argument(8, "Random positions per row whose future is decoded. Ours, not searched.")
     future_length: int = argument(
@@ -396,7 +396,7 @@ class DMTTrainingArguments(loss_weights("dmt"), SupervisedArguments):  # type: i
     label_cache_dir: str | None = argument(  # type: ignore[assignment]
         None,
         "Folder for the frozen teacher's memories of every training row, in a file named after teacher and data: "
-        "epochs after the first do without the teacher. Its size is "
+        "later epochs then do not run the teacher. The size of the file is "
         "4 bytes x rows x transitions x numbers in a memory.",
     )
 
@@ -419,7 +419,7 @@ class DMTTrainingArguments(loss_weights("dmt"), SupervisedArguments):  # type: i
 
 @dataclass
 class BPTTTrainingArguments(loss_weights("bptt"), PhaseArguments):  # type: ignore[misc]
-    """Backpropagation through time, without a teacher: the rival, and a way to fine-tune after the other phases.
+    """Backpropagation through time, without a teacher: the baseline, and a way to fine-tune after the other phases.
 
     `transition_steps == context_length` is full BPTT, every row from `m_0`; below it, rows are read in windows of
     `transition_steps` with the memory carried on and its gradient cut (truncated BPTT).
@@ -428,7 +428,7 @@ class BPTTTrainingArguments(loss_weights("bptt"), PhaseArguments):  # type: igno
     phase = "bptt"
 
     per_device_train_batch_size: int = argument(
-        48, "Streams per device. Ours: 32 was level (2.150 against 2.147 bits per byte)."
+        48, "Streams per device. Ours: 32 was as good (2.150 against 2.147 bits per byte)."
     )
     max_steps: int = argument(
         2800,

@@ -15,7 +15,7 @@ class LabelCache:
     """`(num_rows, S, K, D)` float32 in a memory-mapped file, and which rows are there; the processes of a machine
     share it, machines do not.
 
-    Its name is the hash of what the labels follow from, so that another teacher or other data never meet it.
+    The file is named by a hash of teacher, rows and settings: another teacher or other data have another file.
 
     Args:
         folder: where it lies; made if it is missing.
@@ -54,7 +54,7 @@ class LabelCache:
         return torch.from_numpy(self._labels[places]) if self._filled[places].all() else None
 
     def put(self, numbers: torch.Tensor, labels: torch.Tensor) -> None:
-        """Keep the labels of rows; what is marked as there is on the disk before, whatever is cut off then."""
+        """Write the labels to the disk, and only then mark the rows as present: a killed run marks no missing row."""
         places = (numbers % self.num_rows).cpu().numpy()
         self._labels[places] = labels.detach().float().cpu().numpy()
         self._labels.flush()
@@ -62,7 +62,7 @@ class LabelCache:
 
 
 def _occupy(path: Path) -> None:
-    """Take the whole file's room now: a mapped file that the disk has no room for kills the process later."""
+    """Allocate the whole file now: a full disk would otherwise kill the process at a later write to the mapping."""
     if not hasattr(os, "posix_fallocate"):
         return
     size = path.stat().st_size

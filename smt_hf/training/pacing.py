@@ -79,7 +79,7 @@ class Pace(_KeptState):
         level: index of the level that is trained.
         own_loss: running mean of the student's own rollout, nats per label; in a phase that does not train the student,
             of the readout on the teacher's memories. A curriculum of the student that the *teacher* gated left the
-            student at chance: the teacher had solved every length before the student had learned to write.
+            student at chance: the teacher reached the last level before the student had learned the first.
         teacher_loss: running mean of the readout on the teacher's memories; `None` before the first step.
     """
 

@@ -276,7 +276,7 @@ def _trained(
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
     if trainer._is_sharded:
-        # What is left of the model belongs to the engine; the checkpoint has it whole.
+        # The engine has split the weights of this model; the checkpoint has whole ones.
         model = SMTForPreTraining(model.config)
         _load_weights(model, checkpoint)
         model.to(trainer.args.device)

@@ -115,7 +115,7 @@ def example_uniforms(example_ids: torch.Tensor, num: int, seed: int, stream: int
     Args:
         example_ids: `(B,)`, unique over the run (row and epoch).
         num: numbers per example.
-        seed, stream: of the run; of the decision that the numbers are for.
+        seed, stream: seed of the run; number of the decision that the random numbers are for.
 
     Returns:
         `(B, num)` float32, uniform in [0, 1): the SplitMix64 hash (Steele et al. 2014) of example and counter.

@@ -371,10 +371,10 @@ def _consistency_positions(batch: TransitionBatch, objective: Objective, errors:
 
 @torch.no_grad()
 def rollout_scores(model: "SMTForPreTraining", batch: TransitionBatch, with_teacher: bool) -> dict[str, torch.Tensor]:
-    """What the student is worth on its own, `(B,)` each: loss (nats), accuracy and drift of its rollout from `m_0`.
+    """Scores of the student's own rollout from `m_0`, `(B,)` each: loss (nats), accuracy and drift.
 
     Drift is the squared distance to the teacher's memories relative to their spread over the row, no unit. A teacher
-    that pays for every position is not asked for it.
+    that computes every position by itself is too slow: drift is then left out.
     """
     m_0 = model.student.model.start_memory()
     start = m_0.expand(batch.size, 1, -1, -1)

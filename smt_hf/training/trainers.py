@@ -116,7 +116,7 @@ class DMTTrainer(PhaseTrainer):
             raise InputError("`label_cache_dir` is for one process or DDP: leave it out with DeepSpeed and FSDP.")
         rows: Any = getattr(self.train_dataset, "rows", [{"levels": ()}])
         if not isinstance(self.train_dataset, IndexedExamples) or "levels" in rows[0]:
-            raise InputError("`label_cache_dir` needs rows of one level that can be counted: leave it out here.")
+            raise InputError("`label_cache_dir` needs an indexed dataset without levels: leave it out here.")
         if "attention_mask" in rows[0] or "document_ids" in rows[0]:
             raise InputError("`label_cache_dir` needs packed rows without padding: leave it out here.")
         student = self.model.config.student

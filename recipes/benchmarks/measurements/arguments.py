@@ -26,7 +26,7 @@ class BenchmarkArguments:
     """The student, a folder or sizes, and where results go."""
 
     model: str | None = argument(None, "Folder of a student; default: a fresh one with the sizes below.")
-    vocab_size: int | None = argument(None, "As in SMTRecurrentConfig, like the sizes that follow.")
+    vocab_size: int | None = argument(None, "Tokens of the vocabulary. Sizes are those of SMTRecurrentConfig.")
     hidden_size: int | None = argument(None, "Width of a memory token.")
     num_hidden_layers: int | None = argument(None, "Blocks of the updater.")
     num_readout_layers: int | None = argument(None, "Blocks of the readout.")

@@ -35,7 +35,7 @@ class LongContextArguments(BenchmarkArguments):
 
     text_students: list[str] = argument([], "name=folder pairs of students of text.")
     retrieval_students: list[str] = argument([], "name=folder pairs of students of retrieval.")
-    lengths: list[int] = argument([1024, 4096, 8192, 16384], "Tokens of the streams, and rows with the needle.")
+    lengths: list[int] = argument([1024, 4096, 8192, 16384], "Lengths of streams and needle rows, in tokens.")
     num_streams: int = argument(8, "Held-out streams of text.")
     num_rows: int = argument(256, "Rows of retrieval per length.")
     train_file: str | None = argument(None, "Text whose held-out part is scored; default: the embedded corpus.")

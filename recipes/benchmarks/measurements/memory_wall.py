@@ -48,15 +48,15 @@ class MemoryWallArguments(BenchmarkArguments):
     arms: list[str] = argument(list(ARMS), "Arms to measure.")
     min_tokens: int = argument(1024, "Shortest context.")
     max_tokens: int = argument(1024**2, "Longest context.")
-    growth_factor: int = argument(4, "How many times as long the next context is.")
+    growth_factor: int = argument(4, "Ratio of each context to the one before it.")
     batch_size: int = argument(1, "Sequences side by side.")
     steps: int = argument(16, "Timed one-token steps at every context; the median counts.")
     chunk_tokens: int = argument(256, "Tokens that the student reads in one forward between contexts.")
     num_key_value_heads: int | None = argument(None, "Key-value heads of the Transformer; default: as many as heads.")
-    memory_limit_gb: float = argument(8.0, "Parameters and state must fit into so many 1e9 bytes.")
+    memory_limit_gb: float = argument(8.0, "Limit of parameters and state together, in 1e9 bytes.")
     seconds_limit: float = argument(
         300.0,
-        "The student stops reading after so many seconds; the Transformer stops after a context that took longer.",
+        "Seconds after which the student stops reading; the Transformer stops after a context that took longer.",
     )
     figure: str | None = argument(None, "Picture of the result, a file that ends in .png.")
 

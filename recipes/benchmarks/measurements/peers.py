@@ -62,7 +62,7 @@ def load_student(arguments: BenchmarkArguments) -> SMTRecurrentForCausalLM:
         except (ValueError, TypeError, StrictDataclassError) as error:
             raise InputError(str(error)) from error
         student = SMTRecurrentForCausalLM(config).eval()
-        # Zero at birth: no token would change the memory, and all ways to generate would agree whatever they do.
+        # Zero initially: no token would change the memory, and all ways to generate would agree whatever they do.
         torch.nn.init.normal_(student.model.updater.out_proj.weight, std=0.3)
         return student
     if not Path(arguments.model).is_dir():

@@ -5,7 +5,7 @@
 - **smt**, **smt8**: ours. A causal teacher makes the labels of all prefixes in one pass and every transition of every
   row is supervised, by a gradient that crosses 1 or 8 transitions; all losses that are on by default.
 - **smt8_compiled**: the same with the student's transition compiled by `torch.compile`.
-- **bptt_truncated**, **bptt**: the yardstick without a teacher, in windows with a carried memory (one step per window)
+- **bptt_truncated**, **bptt**: the baseline without a teacher, in windows with a carried memory (one step per window)
   and over the whole row.
 
 Student, rows, number of rows and context are equal, as are layers and width of the two teachers.
@@ -40,7 +40,7 @@ def _default_device() -> str:
 class TrainStepArguments(BenchmarkArguments):
     """Arms, sizes and how long. Of a `model` only the sizes are used: every arm starts from fresh weights."""
 
-    arms: list[str] = argument(list(ARMS), f"Arms to measure, side by side; {PUBLISHED} is what others are held to.")
+    arms: list[str] = argument(list(ARMS), f"Arms to measure, side by side; {PUBLISHED} is the baseline.")
     context_length: int = argument(64, "Transitions per row, and tokens that a teacher sees. Paper: 256.")
     batch_size: int = argument(16, "Rows per step of every arm. Paper: 128.")
     future_length: int = argument(8, "Tokens decoded from a memory. Paper: 64.")
@@ -55,9 +55,9 @@ class TrainStepArguments(BenchmarkArguments):
     repeats: int = argument(7, "Repeats, each of which runs all arms; medians count.")
     memory_steps: int = argument(3, "Steps of an arm in a fresh process whose peak memory is read; 0: leave it out.")
     reach_seconds: float | None = argument(
-        None, f"Train {PUBLISHED} for so many seconds, then ours until it is as good; default: leave it out."
+        None, f"Seconds of training of {PUBLISHED}; ours then trains until it reaches that loss. Default: none."
     )
-    reach_interval: float = argument(2.0, "Seconds of training between two looks at the held-out loss.")
+    reach_interval: float = argument(2.0, "Seconds of training between two evaluations of the held-out loss.")
     heldout_rows: int = argument(2048, "Held-out rows, of which the token after the last is predicted.")
     learning_rate: float = argument(4e-3, "Learning rate of ours in training for `reach_seconds`.")
     published_learning_rates: list[float] = argument(

@@ -106,8 +106,8 @@ class TextSubject(Subject):
         share = 0.0 if self.streaming or is_named else trained_share(self.corpus.train, self.corpus.heldout)
         if share > 0.5:
             messages.append(
-                f"{share:.0%} of the held-out text is also in the training text, line by line: bits per byte will tell "
-                "what was learned by heart. Hold out other text by `validation_file`."
+                f"{share:.0%} of the held-out text is also in the training text, line by line: bits per byte include "
+                "memorised text. Hold out other text by `validation_file`."
             )
         for message in messages if PartialState().is_main_process else ():
             warnings.warn(message, stacklevel=3)
@@ -129,7 +129,7 @@ class TextSubject(Subject):
         if arguments.max_steps < 1:
             raise InputError("a stream has no end: set `max_steps`.")
         if arguments.label_cache_dir:
-            raise InputError("`label_cache_dir` needs rows that come again: leave it out with a stream.")
+            raise InputError("`label_cache_dir` needs rows that are read again: leave it out with a stream.")
         if arguments.dataloader_num_workers:
             raise InputError("a stream is read in the process that trains: leave `dataloader_num_workers` at 0.")
         # The next row may be of another document, and a resumed run goes to its place without reading up to it.
