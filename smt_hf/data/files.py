@@ -227,10 +227,7 @@ def _kind(value: Any) -> str:
 
 
 def load_table(pattern: str | Sequence[str], num_rows: int | None = None) -> list[tuple[str, dict[str, Any]]] | None:
-    """The rows of table files with their places, or `None` where the files are text.
-
-    Args:
-        num_rows: only so many of them, the first ones.
+    """The rows of table files, or the first `num_rows`, with their places; `None` where the files are text.
 
     Raises:
         InputError: as `find_files` and `rows_of`, or the first faulty row.

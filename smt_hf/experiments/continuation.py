@@ -33,10 +33,7 @@ class GenerateArguments:
 
 
 def continue_text(arguments: GenerateArguments) -> str:
-    """Print the prompt and, token by token, how the checkpoint continues it.
-
-    Returns:
-        The continuation.
+    """Print the prompt and, token by token, how the checkpoint continues it; return the continuation.
 
     Raises:
         InputError: bad input, with the way to fix it.

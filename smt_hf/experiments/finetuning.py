@@ -175,15 +175,9 @@ def finetune(run: FinetuneArguments, arguments: FinetuneTrainingArguments) -> di
         PartialState().wait_for_everyone()  # an old run's folders are gone before a process looks into them
         model = SMTForPreTraining.from_student(student)
         before = _scores(subject.evaluate(model.eval(), arguments))
+        resume, layers = run.resume_from_checkpoint, {"bptt": lora} if lora is not None else None
         (result,) = run_phases(
-            model,
-            [arguments],
-            subject.rows,
-            subject.eval_rows,
-            tokenizer,
-            subject.evaluate,
-            run.resume_from_checkpoint,
-            {"bptt": lora} if lora is not None else None,
+            model, [arguments], subject.rows, subject.eval_rows, tokenizer, subject.evaluate, resume, layers
         )
         if not is_main:
             return {}
