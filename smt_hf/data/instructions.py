@@ -6,13 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
 from jinja2 import TemplateError
 
 from smt_hf.errors import InputError
 
-from .batching import collate
 from .packing import token_ids
 
 # Columns of other conventions, and what to make of them.
@@ -27,10 +25,9 @@ _Tokens = tuple[list[int], list[int]]  # `input_ids` and `labels`
 
 @dataclass(frozen=True)
 class Instructions:
-    """Rows of `input_ids` and `labels` (-100 where nothing is to be learned), and what was left out.
+    """Rows of `input_ids` and `labels` (-100 where nothing is to be learned), one per example, and what was left out.
 
     Args:
-        rows: one row per example.
         digest: SHA-256 over all examples in order, the first 16 hex digits.
         without_answer, too_long: places of the examples that were left out.
     """
@@ -207,9 +204,3 @@ def _written(place: str, messages: list[dict], tools: list | None, tokenizer, **
     if not writes_tools:
         raise InputError(f"{place} has `tools`, and the chat template does not write them: leave the column out.")
     return text
-
-
-def padded(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """`input_ids` and `labels` `(N, longest)`, filled up at the end with 0 and -100."""
-    batch = collate(list(rows))
-    return batch["input_ids"].numpy(), batch["labels"].numpy()

@@ -147,7 +147,8 @@ class StreamedRows(IterableDataset):
         tokenizer: with an `eos_token`, which ends each document.
         context_length: transitions per row.
         buffer_size: number of documents that the next one is drawn from; 1 keeps their order.
-        seed, rank, num_ranks: of the order, and of this process.
+        seed: of the order.
+        rank, num_ranks: of this process.
 
     Raises:
         InputError: the tokenizer has no `eos_token`, `buffer_size` is below 1, or a rank gets no document.
@@ -199,29 +200,24 @@ class StreamedRows(IterableDataset):
         self._state = copy.deepcopy(state)
 
     def __iter__(self) -> Iterator[dict]:
-        state, length = self._state, self.context_length
-        for text_tokens in self._tokenised():
-            state["tokens"].extend(text_tokens)
-            state["document_ids"].extend([state["num_documents"]] * len(text_tokens))
-            state["num_documents"] += 1
-            while len(state["tokens"]) > length:
-                tokens = np.array(state["tokens"][: length + 1], dtype=np.int64)
-                documents = np.array(state["document_ids"][: length + 1], dtype=np.int64)
-                del state["tokens"][:length], state["document_ids"][:length]
-                labels = tokens.copy()
-                labels[1:][documents[1:] != documents[:-1]] = -100  # no memory says what the next document is
-                number = state["num_rows"] * self.num_ranks + self.rank
-                state["num_rows"] += 1
-                yield {"input_ids": tokens, "labels": labels, "document_ids": documents, "example_ids": number}
-
-    def _tokenised(self) -> Iterator[list[int]]:
-        state, drawn = self._state, self._drawn()
+        state, length, drawn = self._state, self.context_length, self._drawn()
         while True:
             while len(state["texts"]) < _AT_A_TIME:
                 state["texts"].append(next(drawn))
             for ids in token_ids(state["texts"], self.tokenizer)["input_ids"]:
                 del state["texts"][0]  # before its rows are given out: a position lies behind them
-                yield ids
+                state["tokens"].extend(ids)
+                state["document_ids"].extend([state["num_documents"]] * len(ids))
+                state["num_documents"] += 1
+                while len(state["tokens"]) > length:
+                    tokens = np.array(state["tokens"][: length + 1], dtype=np.int64)
+                    documents = np.array(state["document_ids"][: length + 1], dtype=np.int64)
+                    del state["tokens"][:length], state["document_ids"][:length]
+                    labels = tokens.copy()
+                    labels[1:][documents[1:] != documents[:-1]] = -100  # no memory says what the next document is
+                    number = state["num_rows"] * self.num_ranks + self.rank
+                    state["num_rows"] += 1
+                    yield {"input_ids": tokens, "labels": labels, "document_ids": documents, "example_ids": number}
 
     def _drawn(self) -> Iterator[str]:
         """Documents in the order that the buffer gives them, pass after pass."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import os
 import sysconfig
 import warnings
 from collections.abc import Iterable, Sequence
@@ -158,9 +157,7 @@ def stream_corpus(
 
 def _names_of_dataset(dataset_name: str) -> tuple[str, str | None]:
     """A title, and the name on the Hub. The path of a local dataset says where it is, not what."""
-    if os.path.exists(dataset_name):
-        return os.path.basename(os.path.normpath(dataset_name)), None
-    return dataset_name, dataset_name
+    return (name_of_files(dataset_name), None) if Path(dataset_name).exists() else (dataset_name, dataset_name)
 
 
 def _splits(name: str, config_name: str | None, **settings) -> list:
@@ -346,8 +343,7 @@ def _divided(documents: Dataset) -> tuple[Dataset, Dataset]:
     if len(documents) >= 10:
         left = [index for index in range(len(documents)) if index % 10 != 3]
         return documents.select(left), documents.select(range(3, len(documents), 10))
-    train, heldout = (documents.map(_part, fn_kwargs={"is_heldout": is_heldout}) for is_heldout in (False, True))
-    return train, heldout
+    return documents.map(_part, fn_kwargs={"is_heldout": False}), documents.map(_part, fn_kwargs={"is_heldout": True})
 
 
 def _part(document: dict[str, str], is_heldout: bool) -> dict[str, str]:
@@ -359,6 +355,5 @@ def _part(document: dict[str, str], is_heldout: bool) -> dict[str, str]:
 def _digest(texts: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for text in texts:
-        digest.update(text.encode())
-        digest.update(b"\0")
+        digest.update(text.encode() + b"\0")
     return digest.hexdigest()[:16]

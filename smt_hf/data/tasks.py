@@ -234,7 +234,7 @@ def task_facts(name: str, difficulty: int) -> TaskFacts:
 
 
 def load_task(name: str, difficulty: int, num_rows: int, seed: int) -> Dataset:
-    """Rows of a task, a key of `TASKS`: `input_ids` and `labels` of `T + 1` tokens each, int32, in numpy format.
+    """Rows of the task `TASKS[name]`: `input_ids` and `labels` of `T + 1` tokens each, int32, in numpy format.
 
     `labels[t] == input_ids[t]` where token `t` is an answer, to be predicted from the memory after `t` tokens, and -100
     elsewhere. Rows are a function of the arguments. Different seeds give independent rows, so that training and
