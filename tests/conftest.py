@@ -1,11 +1,15 @@
 """Tiny models and texts; everything offline."""
 
 import os
+import sys
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers would write each other's copies of remote code
     os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules")
+# Where the scripts of the benchmarks find their package.
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "benchmarks"))
 
 import datasets
 import pytest

@@ -33,11 +33,7 @@ def rows_at(rows: Sequence[dict], indices: list[int]) -> list[dict]:
 
 
 class IndexedExamples(Dataset):
-    """Rows under global numbers: number `i` is row `i % len(rows)` in epoch `i // len(rows)`.
-
-    Args:
-        column: that the numbers are put in.
-    """
+    """Rows under global numbers, in `column`: number `i` is row `i % len(rows)` in epoch `i // len(rows)`."""
 
     def __init__(self, rows: Sequence[dict], column: str = "example_ids"):
         self.rows, self.column = rows, column
@@ -54,13 +50,10 @@ class IndexedExamples(Dataset):
 
 
 class Levels(Dataset):
-    """A curriculum: datasets of rising difficulty and equal size. An example holds one row of each level.
+    """A curriculum: datasets of equal size, easiest first. An example holds one row of each level.
 
     The level is chosen when a step begins, not when its batch is fetched, so that a resumed run trains on the same
     rows as an uninterrupted one.
-
-    Args:
-        levels: datasets of rows, easiest first.
 
     Raises:
         InputError: no level, or levels of different sizes.

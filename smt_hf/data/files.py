@@ -5,6 +5,7 @@ A text file is one row with the column `text`. json, jsonl, csv, tsv and parquet
 """
 
 import bz2
+import codecs
 import csv
 import glob
 import gzip
@@ -29,7 +30,6 @@ Row = tuple[str, dict[str, Any] | InputError]
 _TABLES = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 _UNPACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _PACKED = (".zip", ".tar", ".tgz", ".zst", ".lz4", ".7z", ".rar")
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def find_files(pattern: str | Sequence[str]) -> tuple[list[Path], str | None]:
@@ -134,7 +134,7 @@ def _decoded(path: Path, content: bytes) -> str:
 
 def _json_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
     """Objects, one per line, or a list of objects."""
-    if file.peek(64).lstrip(_BYTE_ORDER_MARK + b" \t\r\n").startswith(b"["):  # type: ignore[attr-defined]
+    if file.peek(64).lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):  # type: ignore[attr-defined]
         try:
             rows = json.loads(file.read())
         except ValueError as error:
@@ -227,10 +227,7 @@ def _kind(value: Any) -> str:
 
 
 def load_table(pattern: str | Sequence[str], num_rows: int | None = None) -> list[tuple[str, dict[str, Any]]] | None:
-    """The rows of table files with their places, or `None` where the files are text.
-
-    Args:
-        num_rows: only so many of them, the first ones.
+    """The rows of table files, or the first `num_rows`, with their places; `None` where the files are text.
 
     Raises:
         InputError: as `find_files` and `rows_of`, or the first faulty row.

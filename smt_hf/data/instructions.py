@@ -6,13 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
 from jinja2 import TemplateError
 
 from smt_hf.errors import InputError
 
-from .batching import collate
 from .packing import token_ids
 
 # Columns of other conventions, and what to make of them.
@@ -27,10 +25,9 @@ _Tokens = tuple[list[int], list[int]]  # `input_ids` and `labels`
 
 @dataclass(frozen=True)
 class Instructions:
-    """Rows of `input_ids` and `labels` (-100 where nothing is to be learned), and what was left out.
+    """Rows of `input_ids` and `labels` (-100 where nothing is to be learned), one per example, and what was left out.
 
     Args:
-        rows: one row per example.
         digest: SHA-256 over all examples in order, the first 16 hex digits.
         without_answer, too_long: places of the examples that were left out.
     """
@@ -106,15 +103,24 @@ def _tokenized(place: str, example: dict, tokenizer) -> _Tokens:
     tools = _tools(place, example.get("tools"))
     if "messages" in example:
         prompt, completion = [], _messages(place, example, "messages")
-    elif holds_instructions(example):
-        pair = example["prompt"], example["completion"]
-        if all(isinstance(part, str) or part is None for part in pair):
-            return _from_texts(place, *pair, tools, tokenizer)
-        prompt, completion = (_messages(place, example, name) for name in ("prompt", "completion"))
-    else:
+    elif not holds_instructions(example):
         raise InputError(
             f"{place} has neither `messages` nor `prompt` and `completion`, but {', '.join(map(str, example))}."
         )
+    elif all(isinstance(example[name], str | None) for name in ("prompt", "completion")):
+        question, answer = example["prompt"], example["completion"]
+        if question is None:
+            raise InputError(f"{place}: `prompt` is null. Give an empty text where there is no prompt.")
+        if not _says_something(answer):
+            return [], []
+        if tokenizer.chat_template is None:
+            if tools is not None:
+                raise InputError(f"{place} has `tools`, which a chat template writes, and the tokenizer has none.")
+            (*before, _), after = token_ids([question, answer], tokenizer)["input_ids"]  # no end after the prompt
+            return before + after, [-100] * len(before) + after
+        prompt, completion = [{"role": "user", "content": question}], [{"role": "assistant", "content": answer}]
+    else:
+        prompt, completion = (_messages(place, example, name) for name in ("prompt", "completion"))
     if tokenizer.chat_template is None:
         raise InputError(
             f"{place} holds messages, which a chat template writes, and the tokenizer has none: set "
@@ -155,20 +161,6 @@ def _tools(place: str, tools: Any) -> list | None:
     if tools is not None and not isinstance(tools, list):
         raise InputError(f"{place}: `tools` must be a list of functions, as JSON schema describes them.")
     return _known(tools)
-
-
-def _from_texts(place: str, prompt: str | None, completion: str | None, tools: list | None, tokenizer) -> _Tokens:
-    if prompt is None:
-        raise InputError(f"{place}: `prompt` is null. Give an empty text where there is no prompt.")
-    if completion is None or not completion.strip():
-        return [], []
-    if tokenizer.chat_template is not None:
-        messages = [{"role": "user", "content": prompt}], [{"role": "assistant", "content": completion}]
-        return _from_messages(place, *messages, tools, tokenizer)
-    if tools is not None:
-        raise InputError(f"{place} has `tools`, which a chat template writes, and the tokenizer has none.")
-    (*before, _), after = token_ids([prompt, completion], tokenizer)["input_ids"]  # no end of text after the prompt
-    return before + after, [-100] * len(before) + after
 
 
 def _from_messages(place: str, prompt: list, completion: list, tools: list | None, tokenizer) -> _Tokens:
@@ -212,9 +204,3 @@ def _written(place: str, messages: list[dict], tools: list | None, tokenizer, **
     if not writes_tools:
         raise InputError(f"{place} has `tools`, and the chat template does not write them: leave the column out.")
     return text
-
-
-def padded(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """`input_ids` and `labels` `(N, longest)`, filled up at the end with 0 and -100."""
-    batch = collate(list(rows))
-    return batch["input_ids"].numpy(), batch["labels"].numpy()

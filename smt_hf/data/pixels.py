@@ -49,10 +49,16 @@ def load_pixels(mnist_dir: str | os.PathLike | None = None) -> tuple[Dataset, Da
         InputError: scikit-learn or a file is missing, or a file is not what its name says.
     """
     if mnist_dir is None:
-        images, levels = _digits(), 17
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise InputError(
+                "the digits come with scikit-learn, which is not installed: `pip install smt_hf[test]`, or name a "
+                "folder with MNIST as `mnist_dir`."
+            ) from error
+        images, levels = load_digits().images.astype(np.int64), 17
         order = np.random.default_rng([zlib.crc32(b"digits")]).permutation(len(images))
-        num_heldout = round(len(images) / 10)
-        train, heldout = images[order[num_heldout:]], images[order[:num_heldout]]
+        heldout, train = np.split(images[order], [round(len(images) / 10)])
     else:
         train, heldout = (_idx_images(Path(mnist_dir), f"{part}-images-idx3-ubyte") for part in ("train", "t10k"))
         if train.shape[1:] != heldout.shape[1:]:
@@ -65,17 +71,6 @@ def load_pixels(mnist_dir: str | os.PathLike | None = None) -> tuple[Dataset, Da
     facts = PixelFacts(levels, train.shape[1], train.shape[2], math.log2(levels))
     train, heldout = (images.reshape(len(images), -1) for images in (train, heldout))
     return labelled_rows(train, train), labelled_rows(heldout, heldout), facts
-
-
-def _digits() -> np.ndarray:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise InputError(
-            "the digits come with scikit-learn, which is not installed: `pip install smt_hf[test]`, or name a folder "
-            "with MNIST as `mnist_dir`."
-        ) from error
-    return load_digits().images.astype(np.int64)
 
 
 def _idx_images(folder: Path, name: str) -> np.ndarray:

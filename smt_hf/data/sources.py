@@ -2,10 +2,9 @@
 
 import contextlib
 import hashlib
-import os
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -158,9 +157,7 @@ def stream_corpus(
 
 def _names_of_dataset(dataset_name: str) -> tuple[str, str | None]:
     """A title, and the name on the Hub. The path of a local dataset says where it is, not what."""
-    if os.path.exists(dataset_name):
-        return os.path.basename(os.path.normpath(dataset_name)), None
-    return dataset_name, dataset_name
+    return (name_of_files(dataset_name), None) if Path(dataset_name).exists() else (dataset_name, dataset_name)
 
 
 def _splits(name: str, config_name: str | None, **settings) -> list:
@@ -189,7 +186,13 @@ def _from_files(pattern: str | Sequence[str], text_column: str) -> Dataset:
     """Documents on disk, memory-mapped; `datasets` caches them by the names of their files and what these hold."""
     reading = _reading(pattern, text_column)
     digests = [_digest_of(path) for path in reading["paths"]]
-    return _filled(_generated(_texts_of_files, **reading, digests=digests), shown(pattern))
+    try:
+        documents = Dataset.from_generator(_texts_of_files, _TEXT, gen_kwargs={**reading, "digests": digests})
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, InputError):
+            raise error.__cause__ from None
+        raise
+    return _filled(documents, shown(pattern))
 
 
 def _digest_of(path: str) -> str:
@@ -211,21 +214,6 @@ def _texts_of_files(paths: list[str], table_format: str | None, text_column: str
             yield {"text": text_in(place, row, text_column)}
     if is_empty:  # which `datasets` reports as a missing split
         raise InputError(f"{paths[0]} has no rows: there is nothing to train on.")
-
-
-def _texts(texts: list[str]):
-    for text in texts:
-        yield {"text": text}
-
-
-def _generated(generator: Callable[..., Iterator[dict]], **arguments) -> Dataset:
-    """Documents on disk, memory-mapped; `datasets` caches them by the arguments."""
-    try:
-        return Dataset.from_generator(generator, features=_TEXT, gen_kwargs=arguments)
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, InputError):
-            raise error.__cause__ from None
-        raise
 
 
 def _filled(documents: Dataset, name: str) -> Dataset:
@@ -355,15 +343,17 @@ def _divided(documents: Dataset) -> tuple[Dataset, Dataset]:
     if len(documents) >= 10:
         left = [index for index in range(len(documents)) if index % 10 != 3]
         return documents.select(left), documents.select(range(3, len(documents), 10))
-    texts = documents["text"][:]
-    cuts = [len(text) - max(len(text) // 10, 1) for text in texts]
-    heldout = _generated(_texts, texts=[text[cut:] for text, cut in zip(texts, cuts)])
-    return _generated(_texts, texts=[text[:cut] for text, cut in zip(texts, cuts)]), heldout
+    return documents.map(_part, fn_kwargs={"is_heldout": False}), documents.map(_part, fn_kwargs={"is_heldout": True})
+
+
+def _part(document: dict[str, str], is_heldout: bool) -> dict[str, str]:
+    text = document["text"]
+    cut = len(text) - max(len(text) // 10, 1)
+    return {"text": text[cut:] if is_heldout else text[:cut]}
 
 
 def _digest(texts: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for text in texts:
-        digest.update(text.encode())
-        digest.update(b"\0")
+        digest.update(text.encode() + b"\0")
     return digest.hexdigest()[:16]

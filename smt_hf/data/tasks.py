@@ -32,12 +32,9 @@ def labelled_rows(input_ids: np.ndarray, labels: np.ndarray) -> Dataset:
         input_ids: `(num_rows, T + 1)` tokens.
         labels: `(num_rows, T + 1)`, aligned with the tokens and not shifted; -100 where nothing is to be predicted.
     """
-
-    def column(tokens):
-        ends = np.arange(len(tokens) + 1, dtype=np.int32) * tokens.shape[1]
-        return pa.ListArray.from_arrays(ends, pa.array(np.ascontiguousarray(tokens, dtype=np.int32).reshape(-1)))
-
-    columns = {"input_ids": column(input_ids), "labels": column(labels)}
+    ends = np.arange(len(input_ids) + 1, dtype=np.int32) * input_ids.shape[1]
+    flat = {"input_ids": input_ids.astype(np.int32).ravel(), "labels": labels.astype(np.int32).ravel()}
+    columns = {name: pa.ListArray.from_arrays(ends, pa.array(tokens)) for name, tokens in flat.items()}
     return Dataset.from_dict(columns, features=_LABELLED_TOKENS).with_format("numpy")
 
 
@@ -237,18 +234,12 @@ def task_facts(name: str, difficulty: int) -> TaskFacts:
 
 
 def load_task(name: str, difficulty: int, num_rows: int, seed: int) -> Dataset:
-    """Rows of a task: `input_ids` and `labels` of `T + 1` tokens each, int32, in numpy format.
+    """Rows of the task `TASKS[name]`: `input_ids` and `labels` of `T + 1` tokens each, int32, in numpy format.
 
     `labels[t] == input_ids[t]` where token `t` is an answer, to be predicted from the memory after `t` tokens, and -100
     elsewhere. Rows are a function of the arguments. Different seeds give independent rows, so that training and
     held-out rows only need different seeds. Where a difficulty has few distinct rows, as parity of 16 bits has, some
     rows are drawn under both seeds.
-
-    Args:
-        name: a key of `TASKS`.
-        difficulty: see `TASKS[name].meaning`.
-        num_rows: to draw.
-        seed: 0 or more.
 
     Raises:
         InputError: no such task or difficulty, no rows, or a negative seed.

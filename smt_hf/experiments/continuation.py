@@ -33,10 +33,7 @@ class GenerateArguments:
 
 
 def continue_text(arguments: GenerateArguments) -> str:
-    """Print the prompt and, token by token, how the checkpoint continues it.
-
-    Returns:
-        The continuation.
+    """Print the prompt and, token by token, how the checkpoint continues it; return the continuation.
 
     Raises:
         InputError: bad input, with the way to fix it.
@@ -61,8 +58,7 @@ def continue_text(arguments: GenerateArguments) -> str:
         if start is None:
             raise InputError("the prompt is empty and the tokenizer has no beginning-of-text token: give a prompt.")
         ids = torch.tensor([[start]])
-    ids = ids.to(model.device)
-    already = state.get_seq_length()
+    ids, already = ids.to(model.device), state.get_seq_length()
     set_seed(arguments.seed)
     sampling = {"temperature": arguments.temperature, "top_p": arguments.top_p} if arguments.temperature > 0 else {}
     generated = model.generate(

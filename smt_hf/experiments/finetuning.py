@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Tra
 from transformers.utils import logging
 
 from smt_hf.command_line import argument, built, check_keys, described, names_of, read_layers, whole_number
+from smt_hf.data import collate
 from smt_hf.data.files import load_table, name_of_files
-from smt_hf.data.instructions import check_columns, holds_instructions, padded, tokenize_instructions
+from smt_hf.data.instructions import check_columns, holds_instructions, tokenize_instructions
 from smt_hf.errors import InputError
 from smt_hf.evaluation import Scores
 from smt_hf.evaluation.text import count_bytes, uniform_bits
@@ -77,7 +78,6 @@ class InstructionSubject(Subject):
         train, heldout: tables of `messages`, or of `prompt` and `completion`, with the places of their rows; without
             `heldout`, every tenth example of `train` that has an answer and is not too long.
         file_name: of the training file, for results and cards.
-        tokenizer: of the checkpoint.
         context_length: examples with more transitions are left out.
 
     Raises:
@@ -101,7 +101,8 @@ class InstructionSubject(Subject):
                 raise InputError(f"{file_name} has {num} examples to learn: give ten or more, or a `validation_file`.")
             scored = self.train.select(range(3, num, 10))
             self.train = self.train.select([index for index in range(num) if index % 10 != 3])
-        self.heldout = padded(scored)
+        batch = collate(list(scored))
+        self.heldout = batch["input_ids"].numpy(), batch["labels"].numpy()
         answers = [[token for token in labels if token != -100] for labels in scored["labels"]]
         self.num_bytes = sum(count_bytes(tokenizer, np.array([tokens])) for tokens in answers)
         self.eval_rows = scored.select(range(min(128, len(scored))))
@@ -173,15 +174,9 @@ def finetune(run: FinetuneArguments, arguments: FinetuneTrainingArguments) -> di
         PartialState().wait_for_everyone()  # an old run's folders are gone before a process looks into them
         model = SMTForPreTraining.from_student(student)
         before = _scores(subject.evaluate(model.eval(), arguments))
+        resume, layers = run.resume_from_checkpoint, {"bptt": lora} if lora is not None else None
         (result,) = run_phases(
-            model,
-            [arguments],
-            subject.rows,
-            subject.eval_rows,
-            tokenizer,
-            subject.evaluate,
-            run.resume_from_checkpoint,
-            {"bptt": lora} if lora is not None else None,
+            model, [arguments], subject.rows, subject.eval_rows, tokenizer, subject.evaluate, resume, layers
         )
         if not is_main:
             return {}

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from smt_hf.data.batching import EpochSampler, IndexedExamples, Levels, collate
-from smt_hf.data.streaming import StreamedRows
+from smt_hf.data.packing import StreamedRows
 from smt_hf.errors import InputError
 from smt_hf.student import SMTRecurrentForCausalLM
 

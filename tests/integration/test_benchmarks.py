@@ -11,16 +11,16 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from recipes.benchmarks.measurements import (
+from measurements import (
     GenerationArguments,
     MemoryWallArguments,
     measure_generation,
     train_step,
 )
-from recipes.benchmarks.measurements.generation import by_forward, by_generate
-from recipes.benchmarks.measurements.long_context import needles
-from recipes.benchmarks.measurements.memory_wall import filled_cache
-from recipes.benchmarks.measurements.peers import (
+from measurements.generation import by_forward, by_generate
+from measurements.long_context import needles
+from measurements.memory_wall import filled_cache
+from measurements.peers import (
     STATE_NAMES,
     count_parameters,
     llama_config_like,
@@ -29,9 +29,9 @@ from recipes.benchmarks.measurements.peers import (
     rwkv_like,
     start_state,
 )
-from recipes.benchmarks.measurements.time_to_loss import heldout_losses
-from recipes.benchmarks.measurements.train_step import Stepper, measure_train_step
-from recipes.benchmarks.measurements.training_arms import ARMS, PUBLISHED, TrainStepArguments, build
+from measurements.time_to_loss import heldout_losses
+from measurements.train_step import Stepper, measure_train_step
+from measurements.training_arms import ARMS, PUBLISHED, TrainStepArguments, build
 from smt_hf.command_line import parse
 from smt_hf.errors import InputError
 from smt_hf.student.modeling_smt_recurrent import CACHE_NAME

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from recipes.benchmarks.measurements.cost_model import (
+from measurements.cost_model import (
     STRATEGIES,
     CostModelArguments,
     cost_lines,

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from recipes.benchmarks.measurements.long_context import bits_by_position, far_needle_accuracy
+from measurements.long_context import bits_by_position, far_needle_accuracy
 from smt_hf.evaluation import score_student
 from tests.conftest import VOCAB, make_student
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from smt_hf.data import byte_tokenizer
-from smt_hf.data.instructions import check_columns, padded, tokenize_instructions
+from smt_hf.data import byte_tokenizer, collate
+from smt_hf.data.instructions import check_columns, tokenize_instructions
 from smt_hf.errors import InputError
 
 TEMPLATE = (
@@ -43,7 +43,8 @@ def test_prompt_and_completion():
     assert made.too_long == made.without_answer == []
     assert learned(made) == ("2+2=4<|endoftext|>", ["4<|endoftext|>"])
     assert learned(made, 1) == ("h\xe9<|endoftext|>", ["h\xe9<|endoftext|>"])
-    ids, labels = padded(made.rows)
+    batch = collate(list(made.rows))
+    ids, labels = batch["input_ids"].numpy(), batch["labels"].numpy()
     assert ids.shape == labels.shape == (2, 6) and (labels[1, 4:] == -100).all() and (ids[1, 4:] == 0).all()
     assert np.array_equal(ids[labels != -100], labels[labels != -100])
 

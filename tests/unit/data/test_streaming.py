@@ -97,7 +97,7 @@ def test_bad_streams():
 
 def test_all_ranks_hear_of_one_without_a_document(monkeypatch):
     """Else the error of the one would be hidden by those of the others, which lose their connection."""
-    monkeypatch.setattr("smt_hf.data.streaming.gather_object", lambda own: [*own, False])
+    monkeypatch.setattr("smt_hf.data.packing.gather_object", lambda own: [*own, False])
     with pytest.raises(InputError, match="too few documents"):
         stream(rank=0, num_ranks=2)
 
