@@ -168,11 +168,13 @@ def parse_run(argv: list[str]) -> ParsedRun:
         SystemExit: after `--help`.
     """
     layers = read_layers(argv, help_text)
-    parts: dict[str, dict[str, Any]] = {"run": {"phases": PretrainArguments.phases}, "student": {}, "teacher": {}}
+    parts: dict[str, dict[str, Any]] = {"run": {}, "student": {}, "teacher": {}}
+    phases = read_phases(PretrainArguments.phases)
     # Settings of phases: what those inside a phase of the YAML beat, and for each phase what beats those.
     below: dict[str, Any] = {}
     above: dict[str, dict[str, Any]] = {phase: {} for phase in ARGUMENTS}
     for layer in layers:
+        phases = read_phases(layer["phases"]) if "phases" in layer else phases
         routed = [(*_route(key), value) for key, value in layer.items()]
         for place, name, value in sorted(routed, key=lambda entry: entry[0] in ARGUMENTS):
             if place in parts:
@@ -184,7 +186,6 @@ def parse_run(argv: list[str]) -> ParsedRun:
             else:
                 for of_phase in above.values():
                     of_phase[name] = value
-    phases = read_phases(parts["run"]["phases"])
     run = built(PretrainArguments, {**parts["run"], "phases": ",".join(name for name, _ in phases)})
     teacher = typed_teacher({}, {}, parts["teacher"])
     notes = _notes(run, {name for name, _ in phases}, [key for layer in layers for key in layer])
