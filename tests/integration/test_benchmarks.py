@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM
-
 from measurements import (
     GenerationArguments,
     MemoryWallArguments,
@@ -32,6 +30,8 @@ from measurements.peers import (
 from measurements.time_to_loss import heldout_losses
 from measurements.train_step import Stepper, measure_train_step
 from measurements.training_arms import ARMS, PUBLISHED, TrainStepArguments, build
+from transformers import LlamaForCausalLM
+
 from smt_hf.command_line import parse
 from smt_hf.errors import InputError
 from smt_hf.student.modeling_smt_recurrent import CACHE_NAME

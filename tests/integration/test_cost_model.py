@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 from measurements.cost_model import (
     STRATEGIES,
     CostModelArguments,
@@ -15,6 +13,8 @@ from measurements.cost_model import (
     state_bytes,
     step_flops,
 )
+from torch.utils.flop_counter import FlopCounterMode
+
 from smt_hf import SMTForPreTraining
 from smt_hf.training import SMTPreTrainingConfig
 from smt_hf.training.objective import Objective

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
 from measurements.long_context import bits_by_position, far_needle_accuracy
+
 from smt_hf.evaluation import score_student
 from tests.conftest import VOCAB, make_student
 

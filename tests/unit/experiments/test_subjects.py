@@ -101,7 +101,7 @@ def test_levels_that_do_not_fit(settings, message):
 def test_pixels():
     pytest.importorskip("sklearn", reason='needs the extra: pip install -e ".[test]"')
     subject = PixelSubject(num_heldout=4)
-    with pytest.raises(InputError, match="synthetic tasks"):
+    with pytest.raises(InputError, match="synthetic task"):
         subject.required(phase(curriculum_levels="4", curriculum_threshold=0.5))
     whole = phase(transition_steps=256, curriculum_threshold=0.5)
     fitted(subject, whole)
@@ -172,7 +172,7 @@ def test_held_out_text_that_means_nothing(tmp_path, long_text):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"curriculum_levels": "4", "curriculum_threshold": 0.5}, "synthetic tasks"),
+        ({"curriculum_levels": "4", "curriculum_threshold": 0.5}, "synthetic task"),
         ({"context_length": 8, "future_length": 8}, "must be shorter"),
         ({"context_length": 60, "transition_steps": 7}, "must divide"),
     ],

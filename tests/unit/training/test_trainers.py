@@ -579,7 +579,7 @@ def test_labels_that_cannot_be_cached(tmp_path):
     words = {"label_cache_dir": str(tmp_path / "labels")}
     with pytest.raises(ValueError, match="exchanges rows"):
         make_trainer("dmt_aggregate", tmp_path, **words)
-    with pytest.raises(ValueError, match="one level"):
+    with pytest.raises(ValueError, match="without levels"):
         make_trainer("dmt", tmp_path, rows=some_levels(7, 13), **words)
     rows = [{**row, "document_ids": row["input_ids"] * 0} for row in some_rows()]
     with pytest.raises(ValueError, match="without padding"):
