@@ -22,6 +22,7 @@ from smt_hf.evaluation import Scores
 from smt_hf.evaluation.text import count_bytes, uniform_bits
 from smt_hf.publishing.export import export_student, write_card, write_json
 from smt_hf.publishing.figures import plot_curves
+from smt_hf.publishing.model_card import license_of
 from smt_hf.publishing.provenance import run_facts
 from smt_hf.publishing.scores import results_table
 from smt_hf.student import SMTRecurrentConfig, SMTRecurrentForCausalLM
@@ -32,12 +33,12 @@ from smt_hf.training.phases import PhaseResult, apply_required, lay_out, run_pha
 from .composition import cost_of, launch_settings, phase_settings, set_threads, tokenizer_hash
 from .pretraining import check_trackers, lora_settings, publish_student, pushed_repository
 from .run_arguments import HIDDEN, built_phase, new_fields
-from .run_folder import RESULTS, check_output_dir, writing
+from .run_folder import RESULTS, RunArguments, check_output_dir, writing
 from .subjects import Subject, TextSubject, refuse_curriculum
 
 
 @dataclass
-class FinetuneArguments:
+class FinetuneArguments(RunArguments):
     """Arguments of the whole run; those of the training are `FinetuneTrainingArguments`."""
 
     checkpoint: str | None = argument(None, "Folder or Hub name of an SMTRecurrentForCausalLM.")
@@ -46,17 +47,9 @@ class FinetuneArguments:
     )
     validation_file: list[str] | None = argument(None, "Held-out files of that kind; default: a tenth of `train_file`.")
     text_column: str = argument("text", "Column of a table that holds the text.", is_text=True)
-    config: str | None = argument(None, "YAML file with any of these arguments; flags override it.")
-    output_dir: str = argument("runs/finetune", "Folder that the run writes to.")
+    output_dir: str = argument("runs/finetune", "Folder for everything that the run writes.")
     use_peft: bool = argument(False, "Train LoRA layers only: `adapter/` holds them, and `student/` the merged model.")
-    lora_r: int = argument(8, "Rank of the LoRA layers. Not searched.")
-    lora_alpha: int = argument(16, "The LoRA update is scaled by `lora_alpha / lora_r`. Not searched.")
-    lora_parts: str = argument("updater,readout", "Parts that get LoRA layers: updater, readout, or both.")
-    license: str | None = argument(None, "Licence that the model card names, for example apache-2.0. Default: none.")
-    seed: int = argument(0, "Seed of all random numbers.")
-    overwrite_output_dir: bool = argument(False, "Remove what an earlier run left in `output_dir`.")
     resume_from_checkpoint: bool = argument(False, "Continue from the newest complete checkpoint of the run.")
-    num_threads: int | None = argument(None, "CPU threads of this process. Default: cores / local processes.")
 
 
 @dataclass
@@ -180,6 +173,7 @@ def finetune(run: FinetuneArguments, arguments: FinetuneTrainingArguments) -> di
         )
         if not is_main:
             return {}
+        licence = run.license or license_of(run.checkpoint)
         results = {
             "arms": {"checkpoint": before, "finetuned": {**_scores(result.scores), **cost_of(result)}},
             "student_arm": "finetuned",
@@ -191,7 +185,7 @@ def finetune(run: FinetuneArguments, arguments: FinetuneTrainingArguments) -> di
             "config": {"student": result.model.student.config.to_dict(), "teacher": None},
             "phases": [phase_settings(arguments)],
             **({"lora": dataclasses.asdict(lora)} if lora is not None else {}),
-            **({"license": run.license} if run.license is not None else {}),
+            **({"license": licence} if licence is not None else {}),
             "seed": run.seed,
             **run_facts(num_threads, arguments),
         }

@@ -16,6 +16,8 @@ from smt_hf.teachers import DEFAULT_TEACHER, TEACHERS, teacher_config_class
 from smt_hf.training.arguments import BPTTTrainingArguments, PhaseArguments
 from smt_hf.training.phases import ARGUMENTS
 
+from .run_folder import RunArguments
+
 # Set by the pipeline, or arguments of the whole run.
 HIDDEN = {"schedule_offset", "schedule_steps", "output_dir", "resume_from_checkpoint", "seed"}
 # Sizes of a teacher that follow from the student.
@@ -23,11 +25,9 @@ _TEACHER_SHAPE = {"vocab_size", "num_memory_tokens", "memory_size"}
 
 
 @dataclass
-class PretrainArguments:
+class PretrainArguments(RunArguments):
     """Arguments of the whole run. Phases, student and teacher have their own."""
 
-    config: str | None = argument(None, "YAML file with any of these arguments; flags override it.")
-    output_dir: str = argument("runs/pretrain", "Folder for everything that the run writes.")
     phases: str = argument("smt,bptt", "Any sequence of smt, dmt and bptt, joined by commas.")
     task: str = argument("text", f"What is learned: text, pixels, or a synthetic task ({', '.join(TASKS)}).")
     difficulty: int | None = argument(None, "Difficulty of a synthetic task: length, depth, pairs, or modulus.")
@@ -48,14 +48,8 @@ class PretrainArguments:
     tokenizer_name: str | None = argument(None, "Any Hugging Face tokenizer; default: one token per byte.")
     document_start_fraction: float = argument(0.05, "Share of training rows that begin with a document. Ours.")
     use_peft: bool = argument(False, "Train LoRA layers alone in later dmt phases; each phase merges them at its end.")
-    lora_r: int = argument(8, "Rank of the LoRA layers. Not searched.")
-    lora_alpha: int = argument(16, "The LoRA update is scaled by `lora_alpha / lora_r`. Not searched.")
-    lora_parts: str = argument("updater,readout", "Parts with LoRA layers: updater, readout, or both.")
     evidence_file: str | None = argument(None, "JSON lines file to which the run appends one line per arm.")
-    license: str | None = argument(None, "Licence that the model card names, for example apache-2.0; default: none.")
     compare_bptt: bool = argument(False, "Also train the same student by BPTT: the same seconds, the same curriculum.")
-    seed: int = argument(0, "Seed of all random numbers.")
-    overwrite_output_dir: bool = argument(False, "Remove what an earlier run has left in `output_dir`.")
     resume_from_checkpoint: str | None = argument(
         None,
         "Without a value: go on from the newest complete checkpoint of the run in `output_dir`. With the path of one "
@@ -63,7 +57,6 @@ class PretrainArguments:
         "the result must be those that the run was started with.",
         may_be_bare=True,
     )
-    num_threads: int | None = argument(None, "Threads per process; default: OMP_NUM_THREADS or cores / processes.")
 
     def __post_init__(self):
         if not 0 <= self.seed < 2**32:  # NumPy's seeds

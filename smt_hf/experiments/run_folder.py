@@ -9,9 +9,11 @@ import re
 import shutil
 import socket
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from smt_hf.command_line import argument
 from smt_hf.errors import InputError
 from smt_hf.publishing.export import write_json
 
@@ -28,12 +30,20 @@ _OF_A_RUN = re.compile(
 _held: set[int] = set()
 
 
-class RunArguments(Protocol):
-    """What all runs with a folder have among their arguments."""
+@dataclass
+class RunArguments:
+    """What all runs that write a folder have among their arguments."""
 
-    output_dir: str
-    overwrite_output_dir: bool
-    resume_from_checkpoint: Any
+    config: str | None = argument(None, "YAML file with any of these arguments; flags override it.")
+    output_dir: str = argument("runs/pretrain", "Folder for everything that the run writes.")
+    lora_r: int = argument(8, "Rank of the LoRA layers. Not searched.")
+    lora_alpha: int = argument(16, "The LoRA update is scaled by `lora_alpha / lora_r`. Not searched.")
+    lora_parts: str = argument("updater,readout", "Parts with LoRA layers: updater, readout, or both.")
+    license: str | None = argument(None, "Licence that the model card names, for example apache-2.0; default: none.")
+    seed: int = argument(0, "Seed of all random numbers.")
+    overwrite_output_dir: bool = argument(False, "Remove what an earlier run has left in `output_dir`.")
+    resume_from_checkpoint: Any = argument(False, "Continue from the newest complete checkpoint of the run.")
+    num_threads: int | None = argument(None, "Threads per process; default: OMP_NUM_THREADS or cores / processes.")
 
 
 def check_output_dir(run: RunArguments) -> None:

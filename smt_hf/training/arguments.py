@@ -142,17 +142,11 @@ class PhaseArguments(TrainingArguments):
 
     def _check_numbers(self) -> None:
         """Ranges, before transformers derives anything from the numbers."""
-        at_least_1 = ["context_length", "transition_steps", "gradient_accumulation_steps"]
-        at_least_1 += ["per_device_train_batch_size", "per_device_eval_batch_size"]
-        for name in at_least_1:
-            refuse(
-                getattr(self, name) < 1,
-                f"`{name}` of the {self.phase} phase must be at least 1, got {getattr(self, name)}.",
-            )
-        refuse(
-            self.max_steps == 0 or self.max_steps < -1,
-            f"`max_steps` of the {self.phase} phase must be at least 1, got {self.max_steps}.",
-        )
+        at_least_1 = ["context_length", "transition_steps", "gradient_accumulation_steps", "max_steps"]
+        for name in [*at_least_1, "per_device_train_batch_size", "per_device_eval_batch_size"]:
+            value = getattr(self, name)
+            is_epochs = name == "max_steps" and value == -1  # as transformers has it
+            refuse(value < 1 and not is_epochs, f"`{name}` of the {self.phase} phase must be at least 1, got {value}.")
         own = [entry.name for entry in fields(self)]
         not_negative = [name for name in own if name.endswith("_weight")]
         for name in [*not_negative, "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon"]:

@@ -49,24 +49,16 @@ class SMTPreTrainingConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if not isinstance(self.student, SMTRecurrentConfig):
             self.student = SMTRecurrentConfig(**(self.student or {}))
+        own = {"vocab_size": "vocab_size", "num_memory_tokens": "num_memory_tokens", "memory_size": "hidden_size"}
+        shape = {name: getattr(self.student, students) for name, students in own.items()}
         if isinstance(self.teacher, dict):
-            shape = {
-                "vocab_size": self.student.vocab_size,
-                "num_memory_tokens": self.student.num_memory_tokens,
-                "memory_size": self.student.hidden_size,
-            }
             self.teacher = teacher_config({**shape, **self.teacher})
-        if self.teacher is not None:
-            shapes = {
-                "vocab_size": (self.teacher.vocab_size, self.student.vocab_size),
-                "num_memory_tokens": (self.teacher.num_memory_tokens, self.student.num_memory_tokens),
-                "memory_size (the student's hidden_size)": (self.teacher.memory_size, self.student.hidden_size),
-            }
-            for name, (teachers, students) in shapes.items():
-                if teachers != students:
-                    raise InputError(
-                        f"the teacher's {name} is {teachers}, the student's is {students}: make them equal."
-                    )
+        for name, size in shape.items() if self.teacher is not None else ():
+            if getattr(self.teacher, name) != size:
+                raise InputError(
+                    f"the teacher's {name} is {getattr(self.teacher, name)}, the student's {own[name]} is {size}: make "
+                    "them equal."
+                )
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(self, name, getattr(self.student, name))
             kwargs.pop(name, None)

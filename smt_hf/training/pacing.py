@@ -1,14 +1,17 @@
-"""What sets the pace of a phase: its budget of seconds, its curriculum, and dynamics that wait for the teacher."""
+"""The pace of a phase: budget of seconds, curriculum, dynamics that wait for the teacher, and the progress bar."""
 
 import time
 
 import torch
 from accelerate.utils import broadcast
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 # With a budget of seconds the learning-rate schedule counts milliseconds instead of steps.
 VIRTUAL_STEPS_PER_SECOND = 1000
+# Values of the log that the progress bar shows.
+_SHOWN = ("loss", "readout", "dynamics", "predictive", "teacher", "eval_rollout", "eval_drift")
 
 
 class _KeptState(TrainerCallback, ExportableState):
@@ -127,3 +130,32 @@ def shifted_schedule(function, offset: int, cost: TrainingCost | None):
         return function(offset + (step if cost is None else int(cost.seconds * VIRTUAL_STEPS_PER_SECOND)))
 
     return rate
+
+
+class PhaseProgress(TrainerCallback):
+    """One bar per phase: its name, the named losses of the last log lines, steps and time to go."""
+
+    def __init__(self, phase: str):
+        self.phase, self.bar = phase, None
+        self._shown: dict[str, str] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            total = None if args.max_seconds else state.max_steps
+            self.bar = tqdm(total=total, initial=state.global_step, desc=self.phase, dynamic_ncols=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.bar is None or logs is None:
+            return
+        self._shown |= {name.removeprefix("eval_"): f"{logs[name]:.3g}" for name in _SHOWN if name in logs}
+        if self._shown:
+            self.bar.set_postfix(self._shown, refresh=False)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

@@ -25,8 +25,7 @@ from .checkpoints import CheckpointingTrainer
 from .composite import SMTForPreTraining
 from .launch import check_launch
 from .optimizer import muon_with_adamw
-from .pacing import VIRTUAL_STEPS_PER_SECOND, Pace, TrainingCost, shifted_schedule
-from .progress import PhaseProgress
+from .pacing import VIRTUAL_STEPS_PER_SECOND, Pace, PhaseProgress, TrainingCost, shifted_schedule
 from .pushing import StudentPushingTrainer
 from .sharding import STUDENT_OPTIMIZER, give_state, whole_state
 from .stopping import check_finite

@@ -322,11 +322,13 @@ def _scored(model: SMTForPreTraining, arguments: PhaseArguments, evaluate, path:
 
 
 def _start_of(arguments: PhaseArguments, handed: dict[str, Any]) -> dict[str, Any]:
-    """What a phase begins with: the optimiser state, and the level of the curriculum that the student has reached."""
-    return {
-        "student_optimizer_state": handed.get("optimizer") if arguments.continue_previous_phase else None,
-        "curriculum_level": _first_level(arguments, handed.get("level", 0), handed.get("reached", 0)),
-    }
+    """What a phase begins with: the optimiser state, and the first level that is no easier than what the student has
+    reached."""
+    level, reached = handed.get("level", 0), handed.get("reached", 0)
+    if arguments.levels:
+        level = next((at for at, own in enumerate(arguments.levels) if own >= reached), len(arguments.levels) - 1)
+    state = handed.get("optimizer") if arguments.continue_previous_phase else None
+    return {"student_optimizer_state": state, "curriculum_level": level}
 
 
 def _handed_on(arguments: PhaseArguments, checkpoint: str, callbacks: dict, handed: dict[str, Any]) -> dict[str, Any]:
@@ -337,13 +339,6 @@ def _handed_on(arguments: PhaseArguments, checkpoint: str, callbacks: dict, hand
         level = callbacks[Pace.__name__]["attributes"]["level"]
         reached = max(reached, arguments.levels[level]) if arguments.levels else reached
     return {"optimizer": load_student_optimizer(checkpoint), "level": level, "reached": reached}
-
-
-def _first_level(arguments: PhaseArguments, level: int, reached: int) -> int:
-    """Where a phase begins: at the first level that is no easier than what the student has reached."""
-    if not arguments.levels:
-        return level
-    return next((index for index, own in enumerate(arguments.levels) if own >= reached), len(arguments.levels) - 1)
 
 
 def _is_last(checkpoint: str, arguments: PhaseArguments) -> bool:
