@@ -25,17 +25,12 @@ _Tokens = tuple[list[int], list[int]]  # `input_ids` and `labels`
 
 @dataclass(frozen=True)
 class Instructions:
-    """Rows of `input_ids` and `labels` (-100 where nothing is to be learned), one per example, and what was left out.
-
-    Args:
-        digest: SHA-256 over all examples in order, the first 16 hex digits.
-        without_answer, too_long: places of the examples that were left out.
-    """
+    """Rows of `input_ids` and `labels` (-100 where nothing is to be learned), one per example, and what was left out."""
 
     rows: Dataset
-    digest: str
-    without_answer: list[str]
-    too_long: list[str]
+    digest: str  # SHA-256 over all examples in order, the first 16 hex digits
+    without_answer: list[str]  # places of examples that were left out
+    too_long: list[str]  # likewise
 
 
 def holds_instructions(column_names: Iterable[str]) -> bool:

@@ -17,19 +17,12 @@ _CARD_FIELDS = ("library_name", "pipeline_tag", "tags", "datasets", "model_name"
 
 @dataclass(frozen=True)
 class Publication:
-    """What was sent, or would be.
-
-    Args:
-        repo_id: of the repository.
-        files: path in the repository -> bytes.
-        url: of the commit; `None` after a dry run.
-        notes: what the publisher should know before a reader does, one sentence each.
-    """
+    """What was sent, or would be."""
 
     repo_id: str
-    files: dict[str, int]
-    url: str | None = None
-    notes: tuple[str, ...] = ()
+    files: dict[str, int]  # path in the repository -> bytes
+    url: str | None = None  # of the commit; `None` after a dry run
+    notes: tuple[str, ...] = ()  # what the publisher should know before a reader does, one sentence each
 
     def __str__(self) -> str:
         width = max(map(len, self.files))

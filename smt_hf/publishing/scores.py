@@ -18,16 +18,10 @@ _DIVERGED = 1e9  # badness of an arm that has no finite score
 
 @dataclass(frozen=True)
 class Unit:
-    """The unit of a score.
+    """The unit of a score."""
 
-    Args:
-        label: in a sentence or at an axis, "bits per byte".
-        heading: at the head of a narrow column, "bits/byte".
-        higher_is_better: false for losses.
-    """
-
-    label: str
-    heading: str
+    label: str  # in a sentence or at an axis, "bits per byte"
+    heading: str  # at the head of a narrow column, "bits/byte"
     higher_is_better: bool = False
 
     @property
@@ -85,17 +79,11 @@ def results_table(results: dict) -> str:
 
 @dataclass(frozen=True)
 class Score:
-    """A metric over seeds.
+    """A metric over seeds."""
 
-    Args:
-        mean: accuracy (0 to 1), or bits per byte or per pixel.
-        error: standard error of the mean; `None` for a single seed.
-        num_seeds: different seeds. Several lines of one seed are averaged first.
-    """
-
-    mean: float
-    error: float | None
-    num_seeds: int
+    mean: float  # accuracy (0 to 1), or bits per byte or per pixel
+    error: float | None  # standard error of the mean; `None` for a single seed
+    num_seeds: int  # different seeds; several lines of one seed are averaged first
 
     def __str__(self):
         return f"{self.mean:.3f}" + ("" if self.error is None else f" ± {self.error:.3f}")
@@ -103,18 +91,12 @@ class Score:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Our best arm against the better BPTT in one cell.
-
-    Args:
-        ours, rival: the two arms.
-        difference: ours minus rival, its error the root of the sum of the two squared.
-        word: "ahead", "level" or "behind", with ", both fail" after it for two accuracies below 0.9.
-    """
+    """Our best arm against the better BPTT in one cell."""
 
     ours: str
     rival: str
-    difference: Score
-    word: str
+    difference: Score  # ours minus rival, its error the root of the sum of the two squared
+    word: str  # "ahead", "level" or "behind", with ", both fail" after it for two accuracies below 0.9
 
     def signed(self) -> str:
         """The difference with its sign, in the metric's units."""

@@ -21,19 +21,13 @@ LORA_PARTS = ("updater", "readout")
 class LoraSettings:
     """Sizes of the LoRA layers, and the parts of the student that get them.
 
-    Args:
-        rank: rank of the change of a weight, which is the product of two factors.
-        alpha: the change is scaled by `alpha / rank`.
-        dropout: probability of dropout on the input of the change.
-        parts: some of `LORA_PARTS`.
-
     Raises:
         InputError: a value is out of range, or a part is unknown.
     """
 
-    rank: int = 8
-    alpha: int = 16
-    dropout: float = 0.0
+    rank: int = 8  # of the change of a weight, which is the product of two factors
+    alpha: int = 16  # the change is scaled by `alpha / rank`
+    dropout: float = 0.0  # probability of dropout on the input of the change
     parts: tuple[str, ...] = LORA_PARTS
 
     def __post_init__(self):

@@ -25,30 +25,22 @@ PARTS = ("teacher", "embeddings", "updater", "readout")
 
 @dataclass(frozen=True)
 class LossTerm:
-    """One term of the total loss.
+    """One term of the total loss."""
 
-    Args:
-        name: in the log, and before `_weight` and `_warmup_ratio` in the arguments.
-        meaning: for the help text, after "Weight of".
-        compute: `(student, supervision, objective) -> (B,)`, the mean of the term inside each example, in nats unless
-            `meaning` says otherwise.
-        needs: the attribute of `Supervision` that the term is computed from. A batch where it is `None` is trained
-            without the term.
-        weights: phase -> default weight and the source of that default. Other phases do not have the term.
-        trains: of `PARTS`, those that the gradient of the term reaches in the smt phase at `on_policy_fraction` 0. The
-            learned initial memory counts as a part of the updater.
-        waits_for_teacher: `dynamics_starts_below` holds the term back while the teacher is poor.
-        is_always_logged: computed, and shown in the log, at weight 0 too.
-    """
-
-    name: str
-    meaning: str
+    name: str  # in the log, and before `_weight` and `_warmup_ratio` in the arguments
+    meaning: str  # for the help text, after "Weight of"
+    # (student, supervision, objective) -> (B,): the mean of the term inside each example, in nats unless `meaning` says
+    # otherwise.
     compute: Callable[[Any, Any, "Objective"], torch.Tensor]
+    # The attribute of `Supervision` that the term is computed from. A batch where it is `None` is trained without it.
     needs: str
+    # Phase -> default weight and the source of that default. Other phases do not have the term.
     weights: dict[str, tuple[float, str]]
+    # Of `PARTS`, those that the gradient of the term reaches in the smt phase at `on_policy_fraction` 0. The learned
+    # initial memory counts as a part of the updater.
     trains: tuple[str, ...]
-    waits_for_teacher: bool = False
-    is_always_logged: bool = False
+    waits_for_teacher: bool = False  # `dynamics_starts_below` holds the term back while the teacher is poor
+    is_always_logged: bool = False  # computed, and shown in the log, at weight 0 too
 
 
 LOSS_TERMS = {

@@ -45,29 +45,17 @@ _CARRIED_OPTIMIZERS = ("adamw_torch", "sgd", "rmsprop", "adagrad")
 
 @dataclass(frozen=True)
 class PhaseResult:
-    """What a finished phase leaves.
+    """What a finished phase leaves."""
 
-    Args:
-        arm: name of the pipeline up to here (`smt8_bptt`).
-        arguments: of the phase.
-        seconds: inside training steps, evaluation and saving excluded, over interruptions.
-        sequential_steps: transitions computed one after the other.
-        tokens: transitions supervised.
-        log_history: the Trainer's.
-        scores: what `evaluate` returned after the phase.
-        is_new: whether it was trained now, not found complete on disk.
-        model: student and teacher after the phase. The one that `run_phases` was given, unless the phase was sharded.
-    """
-
-    arm: str
+    arm: str  # name of the pipeline up to here (`smt8_bptt`)
     arguments: PhaseArguments
-    seconds: float
-    sequential_steps: int
-    tokens: int
-    log_history: list[dict]
-    scores: dict
-    is_new: bool
-    model: SMTForPreTraining
+    seconds: float  # inside training steps, evaluation and saving excluded, over interruptions
+    sequential_steps: int  # transitions computed one after the other
+    tokens: int  # transitions supervised
+    log_history: list[dict]  # the Trainer's
+    scores: dict  # what `evaluate` returned after the phase
+    is_new: bool  # trained now, not found complete on disk
+    model: SMTForPreTraining  # the one that `run_phases` was given, unless the phase was sharded
 
 
 def arm_name(phases: list[PhaseArguments]) -> str:

@@ -75,44 +75,28 @@ class TransitionBatch:
 
 @dataclass
 class Supervision:
-    """What the supervision of a batch has computed. `None` where a way to supervise has no such thing.
-
-    Args:
-        batch: the tokens.
-        depth: transitions computed one after the other.
-        transitions: transitions supervised, all rows together (memories, where the teacher is trained alone).
-        reached, reached_labels: `(B, S, K, D)`, the student's memories after transitions and the teacher's there.
-        reached_mask: `(B, S)` bool, those that count; `None`: all.
-        errors: `(B, S)`, normalised squared errors between the two.
-        read, read_targets: `(B, S, K, D)`, `(B, S)`: memories of the student and the tokens that follow.
-        labels: `(B, T + 1, K, D)`, the teacher's memories after 0 .. T tokens.
-        teacher_logits: `(B, T + 1, V)`, its own next-token logits there.
-        picked: the teacher's memories whose future is decoded `(B, S, K, D)`, the number of tokens read there `(B, S)`,
-            and whether they count `(B, S)` or `None`.
-        chunk_ends: likewise, the student's memories at chunk ends.
-        memory: `(B, K, D)`, the student's memory after the last transition.
-        starts: `(B, C, K, D)`, start states of the chunks.
-        own: `(B,)` bool, rows that the student rolled out from `m_0` by itself.
-        label_moments: see `SMTForPreTrainingOutput`.
-    """
+    """What the supervision of a batch has computed. `None` where a way to supervise has no such thing."""
 
     batch: TransitionBatch
-    depth: int
-    transitions: int
+    depth: int  # transitions computed one after the other
+    transitions: int  # transitions supervised, all rows together (memories, where the teacher is trained alone)
+    # The student's memories after transitions, the teacher's there (B, S, K, D); those that count (B, S), `None`: all.
     reached: torch.Tensor | None = None
     reached_labels: torch.Tensor | None = None
     reached_mask: torch.Tensor | None = None
-    errors: torch.Tensor | None = None
-    read: torch.Tensor | None = None
-    read_targets: torch.Tensor | None = None
-    labels: torch.Tensor | None = None
-    teacher_logits: torch.Tensor | None = None
+    errors: torch.Tensor | None = None  # (B, S), normalised squared errors between the two
+    read: torch.Tensor | None = None  # (B, S, K, D), memories of the student
+    read_targets: torch.Tensor | None = None  # (B, S), the tokens that follow them
+    labels: torch.Tensor | None = None  # (B, T + 1, K, D), the teacher's memories after 0 .. T tokens
+    teacher_logits: torch.Tensor | None = None  # (B, T + 1, V), its own next-token logits there
+    # Memories whose future is decoded (B, S, K, D), number of tokens read there (B, S), whether they count (B, S) or
+    # `None`: of the teacher, and of the student at chunk ends.
     picked: tuple | None = None
     chunk_ends: tuple | None = None
-    memory: torch.Tensor | None = None
-    starts: torch.Tensor | None = None
-    own: torch.Tensor | None = None
-    label_moments: torch.Tensor | None = None
+    memory: torch.Tensor | None = None  # (B, K, D), the student's after the last transition
+    starts: torch.Tensor | None = None  # (B, C, K, D), start states of the chunks
+    own: torch.Tensor | None = None  # (B,) bool, rows that the student rolled out from `m_0` by itself
+    label_moments: torch.Tensor | None = None  # see `SMTForPreTrainingOutput`
 
     @staticmethod
     def readout_loss(student, memories: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
