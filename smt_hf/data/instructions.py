@@ -25,7 +25,7 @@ _Tokens = tuple[list[int], list[int]]  # `input_ids` and `labels`
 
 @dataclass(frozen=True)
 class Instructions:
-    """Rows of `input_ids` and `labels` (-100 where nothing is to be learned), one per example, and what was left out."""
+    """Rows of `input_ids` and `labels` (-100 where nothing is to be learned), one per example, and those left out."""
 
     rows: Dataset
     digest: str  # SHA-256 over all examples in order, the first 16 hex digits

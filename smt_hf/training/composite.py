@@ -67,33 +67,24 @@ class SMTPreTrainingConfig(PreTrainedConfig):
 
 @dataclass
 class SMTForPreTrainingOutput(ModelOutput):
-    """
-    Args:
-        loss: scalar, nats: the weighted terms, each example weighted by its number of labels, over `num_items`.
-        term_sums: name -> detached scalar, sum over examples of (mean of the term) x (labels of the example).
-        num_items: scalar, labels in this batch; `term_sums / num_items` are means.
-        memory: `(B, K, D)`, detached: the student's memory after the last transition (bptt: carried on).
-        starts: `(B, C, K, D)`, detached: start states of the chunks (dmt in `aggregate` mode: stored).
-        memory_labels: `(B, S, K, D)`, detached: the teacher's memories after the supervised positions (dmt: cached).
-        own_sums: `(2,)`, detached: readout loss (nats, summed over labels) of the rows that the student rolled out from
-            `m_0` by itself, and the number of their labels; where the student is not trained, of the teacher's
-            memories. A curriculum is gated by it.
-        label_moments: `(1 + 2 K, D)`, detached: number of memory labels seen, their sum and the sum of their squares
-            per coordinate; `None` where nothing is normalised by them.
-        sequential_steps: transitions that this forward computed one after the other.
-        transitions: transitions supervised, all rows together (memories, where the teacher is trained alone).
-    """
+    """What a forward in a phase returns; all but `loss` is detached."""
 
+    # Scalar, nats: the weighted terms, each example weighted by its number of labels, over `num_items`.
     loss: torch.Tensor | None = None
+    # Name -> scalar, sum over examples of (mean of the term) x (labels of the example).
     term_sums: dict[str, torch.Tensor] | None = None
-    num_items: torch.Tensor | None = None
-    memory: torch.Tensor | None = None
-    starts: torch.Tensor | None = None
-    memory_labels: torch.Tensor | None = None
+    num_items: torch.Tensor | None = None  # scalar, labels in this batch; `term_sums / num_items` are means
+    memory: torch.Tensor | None = None  # (B, K, D), the student's after the last transition (bptt: carried on)
+    starts: torch.Tensor | None = None  # (B, C, K, D), start states of the chunks (dmt, `aggregate`: stored)
+    memory_labels: torch.Tensor | None = None  # (B, S, K, D), the teacher's at supervised positions (dmt: cached)
+    # (2,): readout loss (nats, summed over labels) of the rows that the student rolled out from `m_0` by itself, and the
+    # number of their labels; where the student is not trained, of the teacher's memories. It gates a curriculum.
     own_sums: torch.Tensor | None = None
+    # (1 + 2 K, D): number of memory labels seen, their sum and the sum of their squares per coordinate; `None` where
+    # nothing is normalised by them.
     label_moments: torch.Tensor | None = None
-    sequential_steps: int | None = None
-    transitions: int | None = None
+    sequential_steps: int | None = None  # transitions that this forward computed one after the other
+    transitions: int | None = None  # transitions supervised (memories, where the teacher is trained alone)
 
 
 class SMTForPreTraining(PreTrainedModel):
