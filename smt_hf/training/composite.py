@@ -77,8 +77,8 @@ class SMTForPreTrainingOutput(ModelOutput):
     memory: torch.Tensor | None = None  # (B, K, D), the student's after the last transition (bptt: carried on)
     starts: torch.Tensor | None = None  # (B, C, K, D), start states of the chunks (dmt, `aggregate`: stored)
     memory_labels: torch.Tensor | None = None  # (B, S, K, D), the teacher's at supervised positions (dmt: cached)
-    # (2,): readout loss (nats, summed over labels) of the rows that the student rolled out from `m_0` by itself, and the
-    # number of their labels; where the student is not trained, of the teacher's memories. It gates a curriculum.
+    # (2,): readout loss (nats, summed over labels) of the rows that the student rolled out from `m_0` by itself, and
+    # the number of their labels; where the student is not trained, of the teacher's memories. It gates a curriculum.
     own_sums: torch.Tensor | None = None
     # (1 + 2 K, D): number of memory labels seen, their sum and the sum of their squares per coordinate; `None` where
     # nothing is normalised by them.
