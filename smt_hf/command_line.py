@@ -24,7 +24,7 @@ from transformers import HfArgumentParser
 from smt_hf.errors import InputError
 
 # Former name of a flag -> its name now. The former name keeps working, with a warning.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {"warmup_ratio": "warmup_steps"}  # transformers has dropped the first
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 _Dataclass = TypeVar("_Dataclass")
@@ -197,7 +197,11 @@ def typed(dataclass_type, settings: dict[str, Any]) -> dict[str, Any]:
 @functools.cache
 def _parser_of(dataclass_type) -> tuple[_Parser, dict[str, Any]]:
     """The parser of a dataclass, and the types of its fields."""
-    return _Parser(dataclass_type), get_type_hints(dataclass_type)
+    parser, hints = _Parser(dataclass_type), get_type_hints(dataclass_type)
+    for action in parser._actions:  # transformers' parser takes the first type of a union alone
+        if action.nargs is None and _accepts(hints.get(action.dest), list):
+            action.nargs = "+"
+    return parser, hints
 
 
 def _accepts(hint, kind: type) -> bool:
@@ -224,10 +228,9 @@ def _words(entry: dataclasses.Field, hint, value: Any) -> list[str]:
     if _accepts(hint, list) and values:
         return [f"--{name}", *values]
     if len(values) != 1:
-        raise InputError(
-            f"`{name}` takes one value, got {len(values)} ({', '.join(values[:3])}{', ...' if values[3:] else ''}): "
-            "quote a pattern of file names, so that the shell does not expand it."
-        )
+        shown = f"{', '.join(values[:3])}{', ...' if values[3:] else ''}"
+        advice = ": quote a pattern of file names, so that the shell does not expand it" if "file" in name else ""
+        raise InputError(f"`{name}` takes one value, got {len(values)} ({shown}){advice}.")
     return [f"--{name}={values[0]}"]
 
 

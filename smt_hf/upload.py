@@ -32,7 +32,7 @@ _RUNS_CODE = re.compile(
     rb"\x80[\x02-\x05]|\x93NUMPY|\x89HDF|\x1f\x8b|BZh[1-9]|\xfd7zXZ|\x28\xb5\x2f\xfd|x[\x01\x9c\xda]"
 )
 _SECRET = re.compile(
-    rb"(?<![A-Za-z0-9])(?:"
+    rb"(?:(?<![A-Za-z0-9])|(?<=\\[nrtbf]))(?:"  # a letter before it is no part of it in an escape such as \n
     rb"hf_[A-Za-z0-9]{30}|api_org_[A-Za-z0-9]{30}"  # Hugging Face
     rb"|sk-[A-Za-z0-9_-]{20}"  # OpenAI, Anthropic
     rb"|gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{22}|glpat-[A-Za-z0-9_-]{20}"  # GitHub, GitLab

@@ -168,9 +168,9 @@ class StreamedRows(IterableDataset):
             raise InputError("the tokenizer has no `eos_token`, which goes between documents: set one before training.")
         if buffer_size < 1:
             raise InputError(f"`buffer_size` must be at least 1, got {buffer_size}.")
-        self.documents = split_dataset_by_node(documents, rank, num_ranks) if num_ranks > 1 else documents
-        self._start = self.documents.state_dict()
-        if not all(gather_object([next(iter(self.documents), None) is not None])):
+        # Never read itself: a dataset that has been read begins where its reader was, and so do its shallow copies.
+        self._unread = split_dataset_by_node(documents, rank, num_ranks) if num_ranks > 1 else documents
+        if not all(gather_object([next(iter(copy.deepcopy(self._unread)), None) is not None])):
             raise InputError(
                 f"the stream has too few documents, or too few files with documents, to give each of {num_ranks} "
                 "process(es) one: bring more, or start fewer processes."
@@ -228,10 +228,12 @@ class StreamedRows(IterableDataset):
                 generator.bit_generator.state = state["random"]
             found = bool(state["buffer"]) or state["is_drained"]
             if not state["is_drained"]:
-                self.documents.load_state_dict(state["source"] or self._start)  # or a later pass would give nothing
-                for row in self.documents:
+                documents = copy.deepcopy(self._unread)
+                if state["source"] is not None:
+                    documents.load_state_dict(state["source"])
+                for row in documents:
                     found = True
-                    state["source"] = self.documents.state_dict()
+                    state["source"] = documents.state_dict()
                     if len(state["buffer"]) < self.buffer_size:
                         state["buffer"].append(row["text"])
                         continue

@@ -20,18 +20,12 @@ _IMAGES_MAGIC = 2051  # unsigned bytes in three dimensions
 
 @dataclass(frozen=True)
 class PixelFacts:
-    """What is known of the images.
+    """What is known of the images."""
 
-    Attributes:
-        vocab_size: grey levels.
-        height, width: in pixels; rows have `height * width` tokens, one line of pixels after the other.
-        uniform_bits: bits per pixel of a uniform guess over all levels.
-    """
-
-    vocab_size: int
-    height: int
+    vocab_size: int  # grey levels
+    height: int  # in pixels; rows have height * width tokens, one line of pixels after the other
     width: int
-    uniform_bits: float
+    uniform_bits: float  # bits per pixel of a uniform guess over all levels
 
 
 def load_pixels(mnist_dir: str | os.PathLike | None = None) -> tuple[Dataset, Dataset, PixelFacts]:

@@ -31,22 +31,15 @@ Files = str | Sequence[str] | None
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents for training and held-out documents.
+    """Documents for training and held-out documents."""
 
-    Args:
-        name: for tables and model cards.
-        train, heldout: `datasets.Dataset`s with a column `text`, one row per document, none of them blank; a stream's
-            `train` is an `IterableDataset`.
-        digest: SHA-256 over all documents in order, the first 16 hex digits; names what was trained on. Of a stream,
-            over the held-out documents.
-        hub_name: of a dataset of the Hub.
-    """
-
-    name: str
+    name: str  # for tables and model cards
+    # With a column `text`, one row per document, none of them blank; the `train` of a stream is an `IterableDataset`.
     train: Dataset | IterableDataset
     heldout: Dataset
+    # SHA-256 over all documents in order, the first 16 hex digits; of a stream, over the held-out documents.
     digest: str
-    hub_name: str | None
+    hub_name: str | None  # of a dataset of the Hub
 
     @property
     def heldout_bytes(self) -> int:

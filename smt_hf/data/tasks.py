@@ -148,28 +148,18 @@ def _at(ids: np.ndarray, places) -> np.ndarray:
 
 @dataclass(frozen=True)
 class TaskFamily:
-    """A task at every difficulty.
+    """A task at every difficulty."""
 
-    Attributes:
-        draw: `(difficulty, num_rows, rng)` -> tokens and where they are answers, both `(num_rows, T + 1)`.
-        meaning: what the difficulty counts.
-        difficulties: the three standard ones.
-        vocab_size: the same at every difficulty, so that a model can move from one to the next.
-        num_transitions: T, given the difficulty.
-        num_answers: number of admissible answers, given the difficulty.
-        smallest, largest: valid difficulties; no largest one where it is `None`.
-        allowed: all valid difficulties, if they are no range.
-    """
-
+    # (difficulty, num_rows, rng) -> tokens and where they are answers, both (num_rows, T + 1).
     draw: Callable[[int, int, np.random.Generator], _Rows]
-    meaning: str
-    difficulties: tuple[int, int, int]
-    vocab_size: int
-    num_transitions: Callable[[int], int]
-    num_answers: Callable[[int], int] = lambda difficulty: _NUM_VALUES
-    smallest: int = 1
+    meaning: str  # what the difficulty counts
+    difficulties: tuple[int, int, int]  # the three standard ones
+    vocab_size: int  # the same at every difficulty, so that a model can move from one to the next
+    num_transitions: Callable[[int], int]  # T, given the difficulty
+    num_answers: Callable[[int], int] = lambda difficulty: _NUM_VALUES  # admissible answers, given the difficulty
+    smallest: int = 1  # valid difficulty; no largest one where it is `None`
     largest: int | None = None
-    allowed: tuple[int, ...] | None = None
+    allowed: tuple[int, ...] | None = None  # all valid difficulties, if they are no range
 
 
 TASKS: dict[str, TaskFamily] = {

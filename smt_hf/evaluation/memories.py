@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
+from smt_hf.student.recurrence_smt_recurrent import state_dtype
+
 # Memories (rows x positions) per pass of a teacher that computes every position from tokens of its own.
 _MEMORIES_PER_PASS = 4096
 
@@ -23,7 +25,8 @@ def own_memories(student, tokens: torch.Tensor, window: int = 32) -> Iterator[tu
         The position (tokens read) of the first memory and the memories: first 0 and `m_0`, `(B, 1, K, D)`, then up to
         W memories at a time, `(B, W, K, D)`.
     """
-    memory = student.model.start_memory().expand(len(tokens), -1, -1)
+    m_0 = student.model.start_memory()
+    memory = m_0.to(state_dtype(m_0.dtype)).expand(len(tokens), -1, -1)  # as `forward` and `generate` carry it
     yield 0, memory[:, None]
     for start in range(0, tokens.shape[1], window):
         memories = student.model.unroll(memory, student.model.embed_tokens(tokens[:, start : start + window]))

@@ -21,17 +21,11 @@ _TOKENS_PER_PASS = 8192  # of the rows that a teacher reads side by side
 
 @dataclass(frozen=True)
 class Scores:
-    """Sums over the labels at each position (t tokens read).
+    """Sums over the labels at each position (t tokens read)."""
 
-    Args:
-        hits: `(T + 1,)`, labels predicted right.
-        nats: `(T + 1,)`, losses in nats.
-        counts: `(T + 1,)`, labels.
-    """
-
-    hits: np.ndarray
-    nats: np.ndarray
-    counts: np.ndarray
+    hits: np.ndarray  # (T + 1,), labels predicted right
+    nats: np.ndarray  # (T + 1,), losses
+    counts: np.ndarray  # (T + 1,), labels
 
     @property
     def n(self) -> int:

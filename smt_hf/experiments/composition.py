@@ -26,7 +26,7 @@ _WRITTEN_DOWN = (
     "per_device_eval_batch_size", "prediction_loss_only", "batch_eval_metrics", "bf16", "seed", "save_", "push_to_hub",
     "enable_jit_checkpoint", "hub_", "resume_from_checkpoint", "restore_", "use_cpu", "dataloader_num_workers",
     "dataloader_p", "dataloader_multiprocessing_context", "ddp_", "debug", "skip_memory_metrics", "local_rank",
-    "label_cache_dir",
+    "label_cache_dir", "evaluates_by_seconds",
 )  # fmt: skip
 
 
@@ -122,6 +122,8 @@ def phase_settings(arguments: PhaseArguments) -> dict:
     for name, value in sorted(arguments.to_dict().items()):
         if name not in names_of(type(arguments)) or name.startswith(_WRITTEN_DOWN):
             continue
+        if name in ("deepspeed", "fsdp_config") and isinstance(value, str) and os.path.isfile(value):
+            value = hashlib.sha256(Path(value).read_bytes()).hexdigest()[:16]  # wherever the file lies
         is_own = name not in inherited or type(arguments).__dataclass_fields__[name] is not inherited[name]
         if is_own or _said(value) != _said(defaults[name]):
             settings[name] = value

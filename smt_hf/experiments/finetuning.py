@@ -149,6 +149,9 @@ def finetune(run: FinetuneArguments, arguments: FinetuneTrainingArguments) -> di
     lay_out([arguments], run.output_dir)
     set_seed(run.seed)
     student, tokenizer = load_checkpoint(run.checkpoint)
+    licence = run.license or license_of(run.checkpoint)
+    if run.overwrite_output_dir and Path(run.checkpoint).resolve().is_relative_to(Path(run.output_dir).resolve()):
+        raise InputError("`overwrite_output_dir` would remove the checkpoint, which is inside it: name another folder.")
     student = student.float()  # a checkpoint may be in bfloat16; training needs float32
     with arguments.main_process_first(desc="preparing the data"):
         subject = _subject(run, arguments, tokenizer)
@@ -173,7 +176,9 @@ def finetune(run: FinetuneArguments, arguments: FinetuneTrainingArguments) -> di
         )
         if not is_main:
             return {}
-        licence = run.license or license_of(run.checkpoint)
+        config = {
+            name: value for name, value in result.model.student.config.to_dict().items() if name != "_name_or_path"
+        }
         results = {
             "arms": {"checkpoint": before, "finetuned": {**_scores(result.scores), **cost_of(result)}},
             "student_arm": "finetuned",
@@ -182,7 +187,7 @@ def finetune(run: FinetuneArguments, arguments: FinetuneTrainingArguments) -> di
             "task": {"name": subject.name, "difficulty": subject.difficulty, "chance": subject.chance},
             "metric": subject.metric,
             "data": {**subject.facts(), "tokenizer_hash": tokenizer_hash(tokenizer)},
-            "config": {"student": result.model.student.config.to_dict(), "teacher": None},
+            "config": {"student": config, "teacher": None},
             "phases": [phase_settings(arguments)],
             **({"lora": dataclasses.asdict(lora)} if lora is not None else {}),
             **({"license": licence} if licence is not None else {}),

@@ -95,15 +95,29 @@ def _check_grid(grid: dict, path: str) -> None:
     for name in ("num_threads", "num_heldout"):
         if whole_number(name, grid.get(name, 1)) < 1:
             raise InputError(f"`{name}` of {path} must be at least 1, got {grid[name]}.")
+    _check_numbers(grid.get("seeds", [0]), f"`seeds` of {path}")
     for arm, spec in grid["arms"].items():
         _check_arm(str(arm), spec, set(map(str, grid["tasks"])))
     for task, settings in grid["tasks"].items():
         check_keys({task: None}, {*TASKS, *_OTHER_TASKS}, "task")
         check_keys(settings or {}, _TASK_KEYS, f"key of task {task}")
+        for name in ("difficulties", "curriculum"):
+            _check_numbers((settings or {}).get(name) or [0], f"`{name}` of task {task}")
+        seconds = (settings or {}).get("seconds", 1)
+        for value in seconds.values() if isinstance(seconds, dict) and seconds else (seconds,):
+            if not isinstance(value, int | float) or not value > 0:
+                raise InputError(
+                    f"`seconds` of task {task} must be a positive number, or one per difficulty: {seconds!r}."
+                )
         for arm, of_arm in ((settings or {}).get("arms") or {}).items():
             check_keys({arm: None}, set(grid["arms"]), f"arm in task {task}")
             phases = {number for number, _, _ in _numbered_phases(grid["arms"][arm])}
             check_keys(of_arm or {}, phases, f"phase of arm {arm}")
+
+
+def _check_numbers(values: Any, what: str) -> None:
+    if not isinstance(values, list) or not all(isinstance(value, int) and value >= 0 for value in values):
+        raise InputError(f"{what} must be a list of whole numbers, such as [0, 1], got {values!r}.")
 
 
 def _check_arm(arm: str, spec: dict, tasks: set[str]) -> None:
@@ -114,9 +128,10 @@ def _check_arm(arm: str, spec: dict, tasks: set[str]) -> None:
     if ("sweep" in spec or "variants" in spec) and not spec.get("group"):
         raise InputError(f"arm {arm} has variants: name their `group`, a title for their table.")
     check_keys(spec.get("only") or {}, tasks, f"task in `only` of arm {arm}")
-    sweep = spec.get("sweep") or {}
+    sweep = spec.get("sweep", {})
     check_keys(sweep, phases, f"phase in `sweep` of arm {arm}")
-    if len(sweep) > 1 or not all(isinstance(axes, dict) for axes in sweep.values()):
+    axes = [values for of_phase in sweep.values() if isinstance(of_phase, dict) for values in of_phase.values()]
+    if ("sweep" in spec and (len(sweep) != 1 or not axes)) or not all(isinstance(values, list) for values in axes):
         raise InputError("`sweep` takes one phase with lists of values: `bptt: {learning_rate: [...], ...}`.")
     for changes in (spec.get("variants") or {}).values():
         check_keys(changes or {}, phases | {"student", "teacher"}, f"part of a variant of arm {arm}")
@@ -164,7 +179,7 @@ def _runs_of_task(grid: dict, task: str, settings: dict, only: dict, sources: di
         for variant, changes in _variants(spec):
             if only.get("variant", variant) != variant:
                 continue
-            student = {**grid.get("student", {}), **spec.get("student", {}), **changes.get("student", {})}
+            student = {**(grid.get("student") or {}), **(spec.get("student") or {}), **changes.get("student", {})}
             yield Run(
                 task=task,
                 difficulty=difficulty,
@@ -214,7 +229,11 @@ def _phases_of_arm(spec: dict, of_task: dict, changes: dict, seconds: float | No
     ]
     shares = [settings.pop("share", None) for _, settings in phases]
     num_open = sum(share is None and "max_steps" not in of for share, (_, of) in zip(shares, phases))
+    if not all(share is None or (isinstance(share, int | float) and 0 < share <= 1) for share in shares):
+        raise InputError(f"the `share` of a phase must lie between 0 and 1, got {shares}.")
     left = 1 - sum(share or 0 for share in shares)
+    if left < -1e-9:
+        raise InputError(f"the `share`s of an arm must not add up to more than 1, got {shares}.")
     typed_phases = []
     for (name, settings), share in zip(phases, shares):
         if seconds is not None and "max_steps" not in settings:

@@ -7,13 +7,15 @@ import shutil
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import PartialState
-from transformers import set_seed
+from transformers import PreTrainedConfig, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 
+from smt_hf.command_line import names_of
 from smt_hf.errors import InputError
 from smt_hf.publishing.evidence import append_evidence
 from smt_hf.publishing.export import export_model, export_student, write_card, write_json
@@ -222,7 +224,10 @@ def make_subject(parsed: ParsedRun) -> Subject:
 def _settings(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subject) -> dict:
     """Everything that changes what a run trains: a resumed run must have the same."""
     run, lora = parsed.run, lora_settings(parsed.run)
-    settings = {part: config.to_diff_dict().get(part) for part in ("student", "teacher")}
+    settings: dict[str, Any] = {}
+    for part, own in (("student", config.student), ("teacher", config.teacher)):
+        names = names_of(type(own)) - names_of(PreTrainedConfig) | {"bos_token_id", "eos_token_id", "pad_token_id"}
+        settings[part] = own and {name: getattr(own, name, None) for name in ("model_type", *sorted(names))}
     settings |= {"phases": [phase_settings(arguments) for arguments in parsed.phases]}
     settings |= launch_settings(parsed.phases[0])
     settings |= {"data_hash": subject.facts()["hash"], "tokenizer_hash": tokenizer_hash(subject.tokenizer)}

@@ -59,6 +59,8 @@ class PretrainArguments(RunArguments):
     )
 
     def __post_init__(self):
+        if str(self.resume_from_checkpoint).lower() == "false":
+            self.resume_from_checkpoint = None
         if not 0 <= self.seed < 2**32:  # NumPy's seeds
             raise InputError(f"`seed` must lie between 0 and 2^32 - 1, got {self.seed}.")
         for name in ("num_heldout", "shuffle_buffer_size"):

@@ -77,7 +77,7 @@ def check_writable(name: str, folder: Path) -> None:
     if not there.is_dir():
         raise InputError(f"`{name}` {folder} cannot be made: {there} is a file. Name another folder.")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"`{name}` {folder} cannot be written: {there} belongs to somebody else.")
+        raise InputError(f"`{name}` {folder} cannot be written: {there} may not be written to by this user.")
 
 
 def _try_lock(descriptor: int, kind: int) -> bool:

@@ -125,7 +125,7 @@ class PublishArguments:
     repo_id: str | None = argument(None, "Repository, `user/name`; created if it does not exist.")
     private: bool | None = argument(None, "Whether a new repository is private; default: its owner's setting.")
     revision: str | None = argument(None, "Branch; default: main.")
-    commit_message: str = argument("Publish a student", "Title of the commit.")
+    commit_message: str = argument("Publish a student", "Title of the commit.", is_text=True)
     license: str | None = argument(
         None, "Licence that the card sent names, for example apache-2.0; default: the one that the card has, if any."
     )

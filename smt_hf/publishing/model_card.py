@@ -5,6 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
+from yaml import YAMLError
 
 from .scores import UNITS, metric_of
 
@@ -68,5 +69,5 @@ def license_of(checkpoint: str | Path) -> str | None:
         return None
     try:
         return ModelCard.load(card if card.exists() else str(checkpoint), ignore_metadata_errors=True).data.license
-    except (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled):
+    except (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, YAMLError, ValueError, OSError):
         return None

@@ -18,6 +18,7 @@ from smt_hf.errors import InputError
 
 from .arms import YARDSTICKS, arm_order, by_arm, display_name, is_whole_run, kind_of, natural_order
 from .evidence import hardest_cells, split_by
+from .export import write_text
 from .report_figures import draw_figures
 from .scores import MARGIN, SOLVED, UNITS, Verdict, badness, chances_of, judge, metric_of, metric_score, score_of
 
@@ -72,7 +73,7 @@ def render_report(lines: list[dict], name: str, folder: Path) -> list[Path]:
         _text_samples(main),
         _provenance(lines),
     ]
-    path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    write_text("\n\n".join(part for part in parts if part) + "\n", path)
     return [path, *figures]
 
 

@@ -220,7 +220,7 @@ class SMTTeacherEncoder(SMTTeacher):
 
     def __init__(self, config: SMTTeacherConfig):
         super().__init__(config)
-        # Registers are K tokens per position that look at all tokens read.
+        # Registers are K more tokens per position, which look at the last `sliding_window` tokens read.
         self.labels_all_positions = config.memory_readout == "projection"
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([SMTTeacherBlock(config) for _ in range(config.num_hidden_layers)])

@@ -7,8 +7,8 @@ A teacher is a `PreTrainedModel` that carries the decorator [`register_teacher`]
 its configuration (`vocab_size`, `num_memory_tokens` [K], `memory_size` [D]), by two attributes and by one call:
 
 - `has_next_token_head`: whether it predicts tokens itself. The head is then `get_output_embeddings()`.
-- `labels_all_positions`: whether one pass makes the memories of all positions. Where it is false, every position has a
-  pass of its own, so that callers ask for few positions at a time.
+- `labels_all_positions`: whether one pass makes the memories of all positions. Where it is false, every position costs
+  tokens of its own, so that callers ask for few positions at a time.
 - `teacher(input_ids, positions, initial_memory, attention_mask=None, document_ids=None, return_logits=False)` returns
   memories `(B, S, K, D)`, each memory token RMS-normalised, and with `return_logits` also next-token logits
   `(B, S, V)`. [`SMTTeacher.forward`] describes the arguments.

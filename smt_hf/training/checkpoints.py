@@ -74,13 +74,14 @@ def what_is_missing(checkpoint: str | Path) -> str | None:
         listed = json.loads((path / _CONTENTS).read_text())
     except (OSError, ValueError):
         return f"its list of files ({_CONTENTS}) is missing"
-    for name, (size, digest) in listed.items():
+    for name, entry in listed.items():
+        size, digest = entry if isinstance(entry, list) else (entry, None)  # releases before 0.2 wrote no hash
         file = path / name
         if not file.exists():
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size:,} of {size:,} bytes"
-        if _hash(file) != digest:
+        if digest is not None and _hash(file) != digest:
             return f"the bytes of {name} are not those that were written"
     return None
 

@@ -43,7 +43,7 @@ class PhaseTrainer(StudentPushingTrainer, CheckpointingTrainer):
             tokens each, as `smt_hf.data.pack` makes them; other lengths work, ragged ones are padded) and optionally
             `attention_mask`, `labels`, `document_ids`.
         eval_dataset: rows likewise. Evaluation adds `eval_rollout` (nats per token of the student's own rollout from
-            `m_0`) and `eval_drift` to the terms of the phase.
+            `m_0`) to the terms of the phase, and `eval_drift` where the teacher `labels_all_positions`.
         student_optimizer_state: name of a student parameter -> optimiser state to start from.
         curriculum_level: of the levels of `train_dataset`, the one to start with.
 
@@ -110,11 +110,10 @@ class PhaseTrainer(StudentPushingTrainer, CheckpointingTrainer):
         if not isinstance(args, PhaseArguments) or args.phase != self.arguments_class.phase:
             raise InputError(f"{type(self).__name__} takes {self.arguments_class.__name__}, got {type(args).__name__}.")
 
-    # Data ---------------------------------------------------------------------------------------------------------
-
-    def _numbered(self, rows):
-        """Rows under global example numbers; an iterable dataset is left as it is (`collate` numbers its rows)."""
-        return rows if isinstance(rows, IterableDataset) or not hasattr(rows, "__len__") else IndexedExamples(rows)
+    def _numbered(self, rows, column: str = "example_ids"):
+        """Rows under global numbers; an iterable dataset is left as it is (`collate` makes numbers for examples)."""
+        is_counted = not isinstance(rows, IterableDataset) and hasattr(rows, "__len__")
+        return IndexedExamples(rows, column) if is_counted else rows
 
     def get_train_dataloader(self):
         """As in transformers; a stream is split by rank already, and gives its batches to its own rank."""
@@ -124,11 +123,10 @@ class PhaseTrainer(StudentPushingTrainer, CheckpointingTrainer):
 
     def get_eval_dataloader(self, eval_dataset=None):
         """As in transformers; with several processes the rows are numbered, to find those that are served twice."""
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        rows = self.eval_dataset[rows] if isinstance(rows, str) else rows
-        if self.args.world_size > 1 and rows is not None and hasattr(rows, "__len__"):
-            rows = IndexedExamples(rows, "row_ids")
-        return super().get_eval_dataloader(rows)
+        if self.args.world_size > 1:
+            rows = self.eval_dataset if eval_dataset is None else eval_dataset
+            eval_dataset = self._numbered(self.eval_dataset[rows] if isinstance(rows, str) else rows, "row_ids")
+        return super().get_eval_dataloader(eval_dataset)
 
     def _get_train_sampler(self, train_dataset=None):
         rows = self.train_dataset if train_dataset is None else train_dataset
@@ -147,8 +145,6 @@ class PhaseTrainer(StudentPushingTrainer, CheckpointingTrainer):
     def _at_level(self, batches):
         for batch in batches:
             yield batch["levels"][self.pace.level] if "levels" in batch else batch
-
-    # Loss and its terms -------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {**self._of_one_length(inputs), "objective": self.objective, "progress": self._progress()}
@@ -228,8 +224,8 @@ class PhaseTrainer(StudentPushingTrainer, CheckpointingTrainer):
 
     def _before_forward(self, inputs: dict) -> dict:
         """Put into `inputs` what the phase carries between steps; returns what `_after_forward` needs."""
-        for name in ("stream_ids", "is_fresh"):
-            inputs.pop(name, None)
+        inputs.pop("stream_ids", None)
+        inputs.pop("is_fresh", None)
         return {}
 
     def _after_forward(self, inputs: dict, outputs, carried: dict) -> None:
@@ -275,11 +271,12 @@ class PhaseTrainer(StudentPushingTrainer, CheckpointingTrainer):
         if "row_ids" not in inputs:
             return inputs
         own = inputs.pop("row_ids")
+        padded = self.accelerator.pad_across_processes(own, pad_index=-1)  # for `even_batches: false`
         is_new = []
-        for number in self.accelerator.gather(own).tolist():
+        for number in self.accelerator.gather(padded).tolist():
             is_new.append(number not in self._scored_rows)
             self._scored_rows.add(number)
-        first = self.args.process_index * len(own)
+        first = self.args.process_index * len(padded)
         repeated = ~torch.tensor(is_new[first : first + len(own)], device=own.device)
         return {**inputs, "labels": inputs["labels"].masked_fill(repeated[:, None], -100)}
 
@@ -291,15 +288,14 @@ class PhaseTrainer(StudentPushingTrainer, CheckpointingTrainer):
         scale = self.pace.dynamics_scale(self.args.dynamics_starts_below, self.args.dynamics_full_below)
         # transformers averages the losses of batches, whose numbers of labels may differ.
         weights = {name: self.objective.weight_at(name, self._progress(), scale) for name in self.objective.weights}
-        terms["loss"] = sum(weight * terms[name] for name, weight in weights.items() if name in terms)
+        if terms:
+            terms["loss"] = sum(weight * terms[name] for name, weight in weights.items() if name in terms)
         output.metrics.update({f"{prefix}_{name}": value for name, value in terms.items()})
         return output
 
     def floating_point_ops(self, inputs) -> int:
         """0: transformers' 6 x parameters x tokens does not hold for a model that is applied in chunks."""
         return 0
-
-    # Optimiser and schedule ---------------------------------------------------------------------------------------
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """Weights of linear layers: no embedding, norm, bias, slot or initial memory is decayed."""
@@ -348,8 +344,6 @@ class PhaseTrainer(StudentPushingTrainer, CheckpointingTrainer):
         shifted = [shifted_schedule(function, offset, cost) for function in scheduler.lr_lambdas]
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(scheduler.optimizer, shifted)
         return self.lr_scheduler
-
-    # Saving -------------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in transformers; where FSDP saves shards, whole weights and the student are written beside them."""

@@ -209,7 +209,7 @@ def run_phases(
     with StopOnSignal() as stop:
         for index, arguments in enumerate(phases):
             folder = Path(str(arguments.output_dir))
-            found = newest_checkpoint(folder) if resume_from_checkpoint else None
+            found = _of_main(newest_checkpoint, folder) if resume_from_checkpoint else None
             is_new = found is None or not _is_last(found, arguments)
             adapted = add_lora(model.student, lora[arguments.phase]) if lora and arguments.phase in lora else None
             if is_new:
@@ -245,6 +245,12 @@ def run_phases(
             )
 
 
+def _of_main(function: Callable[[Any], Any], path: Any) -> Any:
+    """What the function returns on the main process, on all: what decides about a collective call is the same."""
+    result = [function(path) if PartialState().is_main_process else None]
+    return broadcast_object_list(result)[0]
+
+
 def _trained(
     trainer: PhaseTrainer, checkpoint: str | None, is_adapted: bool, stop: StopOnSignal
 ) -> tuple[SMTForPreTraining, str]:
@@ -257,7 +263,7 @@ def _trained(
     model.train()
     trainer.train(resume_from_checkpoint=checkpoint)
     checkpoint = str(folder / f"checkpoint-{trainer.state.global_step}")
-    if what_is_missing(checkpoint):  # whatever the save strategy is
+    if _of_main(what_is_missing, checkpoint):  # whatever the save strategy is
         trainer._save_checkpoint(trainer.model, trial=None)
     trainer._finish_current_push()
     trainer.save_state()
@@ -295,12 +301,9 @@ def _merge(adapted, folder: Path, is_main: bool, is_new: bool) -> None:
 
 def _scored(model: SMTForPreTraining, arguments: PhaseArguments, evaluate, path: Path, is_new: bool) -> dict:
     """The scores of a phase: those of an earlier run where it was complete, else what `evaluate` says now."""
-    known: list[dict | None] = [None]
-    if not is_new and arguments.process_index == 0 and path.exists():
-        known = [json.loads(path.read_text())]
-    broadcast_object_list(known)  # what decides about a collective call is the same on all ranks
-    if known[0] is not None:
-        return known[0]
+    known = _of_main(lambda path: json.loads(path.read_text()) if not is_new and path.exists() else None, path)
+    if known is not None:
+        return known
     scores = evaluate(model, arguments)
     if arguments.process_index == 0:
         new = path.with_name(path.name + ".new")

@@ -163,7 +163,8 @@ class DMTTrainer(PhaseTrainer):
         return dict(self._met.kept)
 
     def _restore_carried(self, tensors: dict[str, torch.Tensor]) -> None:
-        assert self._met is not None
+        if self._met is None:
+            raise InputError("the checkpoint is of a phase with `on_policy_mode=aggregate`: resume with it.")
         self._met.kept = tensors
 
 
@@ -187,9 +188,9 @@ class BPTTTrainer(PhaseTrainer):
     def is_truncated(self) -> bool:
         return self.args.transition_steps < self.args.context_length
 
-    def _numbered(self, rows):
-        if not self.is_truncated or not self.args.carries_memory:
-            return super()._numbered(rows)
+    def _numbered(self, rows, column: str = "example_ids"):
+        if not self.is_truncated or not self.args.carries_memory or column != "example_ids":
+            return super()._numbered(rows, column)
         args = self.args
         streams = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         num_steps = args.max_steps

@@ -57,7 +57,7 @@ def test_one_flag(words, name, value, monkeypatch):
         ("--cuont 3", "unknown argument 'cuont': did you mean 'count'"),
         ("--count many", "`--count`: invalid int value: 'many'"),
         ("--count", "`--count` needs a value"),
-        ("--output_dir a b c d", r"takes one value, got 4 \(a, b, c, ...\): quote a pattern"),
+        ("--output_dir a b c d", r"takes one value, got 4 \(a, b, c, ...\)"),
         ("--output_dir $NOWHERE/x", "the environment variable NOWHERE is not set"),
         ("--output_dir=", "`output_dir` is empty"),
         ("--prompt a b", "unexpected argument 'b'"),

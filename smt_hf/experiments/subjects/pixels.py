@@ -1,5 +1,6 @@
 """Images as rows of pixels: the embedded digits, or MNIST from a folder."""
 
+import hashlib
 import math
 from typing import Any
 
@@ -38,6 +39,7 @@ class PixelSubject(Subject):
         pixels = np.stack(chosen["input_ids"][:]).astype(np.int64)
         self.heldout = pixels, pixels  # the first pixel is predicted, too, from the memory of nothing
         self.eval_rows = heldout.select(range(min(_EVAL_ROWS, len(heldout))))
+        self.digest = hashlib.sha256(np.stack(self.train["input_ids"][:]).tobytes()).hexdigest()[:16]
 
     def required(self, arguments: PhaseArguments) -> dict[str, Any]:
         refuse_curriculum(arguments)
@@ -53,7 +55,7 @@ class PixelSubject(Subject):
         name = "digits" if self.pixels.height == 8 else "MNIST"
         return {
             "name": name,
-            "hash": f"{name}-{len(self.train)}",
+            "hash": f"{name}-{len(self.train)}" if self.pixels.height == 8 else self.digest,
             "training_tokens": len(self.train) * self.difficulty,
             **super().facts(),
         }
