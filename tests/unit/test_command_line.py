@@ -478,6 +478,10 @@ def test_grid_flags_are_refused(tmp_path, words, message):
         ("sweep: {bptt: {", "sweep: {smt: {learning_rate: [1]}, bptt: {", "unknown phase in `sweep`"),
         ("phases: [{smt: {num_supervised_transitions: 1, teacher_weight: 0}}]", "phases:", "needs `phases`"),
         ("share: 0.75", "dynamics_weight: -1", "dynamics_weight"),
+        ("share: 0.75", "share: much", "`share` of a phase"),
+        ("difficulties: [10]", "difficulties: ['10']", "list of whole numbers"),
+        ("difficulties: [10]", "difficulties: 10", "list of whole numbers"),
+        ("sweep: {bptt: {", "sweep: {bptt: {max_steps: 3, ", "`sweep` takes one phase"),
         ("[1.0e-3, 2.0e-3], transition", "[1.0e-3, 2.0e-3], tranzition", "did you mean 'transition_steps'"),
     ],
 )
@@ -505,3 +509,18 @@ def test_a_grid_ignores_nothing(tmp_path, old, new, message):
     assert GRID.count(old) == 1
     with pytest.raises(ValueError, match=message):
         grid(tmp_path, content=GRID.replace(old, new))
+
+
+@pytest.mark.parametrize("word", ["false", "False"])
+def test_not_resuming_is_not_resuming(word):
+    run = parse_run(["--resume_from_checkpoint", word]).run
+    assert run.resume is False and not run.resume_from_checkpoint
+
+
+def test_several_trackers():
+    assert parse_run(["--report_to", "tensorboard", "wandb"]).phases[0].report_to == ["tensorboard", "wandb"]
+
+
+def test_a_renamed_flag_warns():
+    with pytest.warns(FutureWarning, match="`warmup_ratio` is called `warmup_steps` now"):
+        assert parse_run(["--warmup_ratio", "0.1"]).phases[0].warmup_steps == 0.1

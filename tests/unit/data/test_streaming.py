@@ -1,5 +1,6 @@
 """Streams of documents: every document once a pass, by one rank; an exact position; no memory across documents."""
 
+import copy
 import json
 
 import numpy as np
@@ -100,6 +101,18 @@ def test_all_ranks_hear_of_one_without_a_document(monkeypatch):
     monkeypatch.setattr("smt_hf.data.packing.gather_object", lambda own: [*own, False])
     with pytest.raises(InputError, match="too few documents"):
         stream(rank=0, num_ranks=2)
+
+
+def test_a_later_phase_reads_from_the_first_document(tmp_path):
+    """Streams made one after the other from shallow copies of one dataset, as the phases of a run make them."""
+    for number in range(9):
+        (tmp_path / f"{number}.txt").write_text(f"document {number} " * 20)
+    (tmp_path / "heldout.md").write_text("other words " * 20)
+    shared, counts = stream_corpus(str(tmp_path / "*.txt"), str(tmp_path / "heldout.md")).train, []
+    for _ in range(3):
+        rows = StreamedRows(copy.copy(shared), byte_tokenizer(), 10, 1)
+        counts.append([row["input_ids"].tolist() for row in taken(rows, 150)])  # more than one pass
+    assert counts[0] == counts[1] == counts[2]
 
 
 def test_resumed_twice():

@@ -244,6 +244,7 @@ REFUSED_FILES = {
     "both.png": (b"\x89PNG\r\n\x1a\n" + zipped(), "both.png is a pickle or an archive"),
     "notes.jsonl": (json.dumps({"token": HUGGING_FACE}), "notes.jsonl holds what looks like an access token"),
     "secret.md": (f"`{HUGGING_FACE}`", "secret.md holds"),
+    "secret.json": (json.dumps({"text": f"login:\n{HUGGING_FACE}"}), "secret.json holds"),
     "secret.py": (f"KEY = 'sk-proj-{'Ab1' * 10}'", "secret.py holds"),
     "secret.jinja": ("AKIA" + "Z9" * 8, "secret.jinja holds"),
     "secret.txt": ("-----BEGIN OPENSSH PRIVATE KEY-----", "secret.txt holds"),

@@ -1,5 +1,6 @@
 """Checkpoints are complete or absent; signals and numbers that are not finite end a run without losing one."""
 
+import json
 import os
 import resource
 import signal
@@ -55,6 +56,14 @@ def test_a_damaged_checkpoint_is_named_and_skipped(tmp_path, damage):
         warnings.simplefilter("ignore")
         again.train(resume_from_checkpoint=True)
     assert_same(weights_of(trainer), weights_of(again), rtol=0, atol=0)
+
+
+def test_a_list_of_sizes_alone_is_read(tmp_path):
+    """As the first release wrote it."""
+    make_trainer("smt", tmp_path, **EVERY).train()
+    path = tmp_path / "checkpoint-6" / "contents.json"
+    path.write_text(json.dumps({name: size for name, (size, _) in json.loads(path.read_text()).items()}))
+    assert what_is_missing(path.parent) is None
 
 
 def test_rotation_spares_what_is_newer_than_a_damaged_one(tmp_path):
