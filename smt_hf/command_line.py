@@ -120,7 +120,7 @@ class _Loader(yaml.SafeLoader):
             line = key.start_mark.line + 1
             if str(key.value) in seen:
                 earlier = seen[str(key.value)]
-                raise yaml.YAMLError(f"`{key.value}` is given twice, in lines {earlier} and {line}: keep one.")
+                raise yaml.YAMLError(f"`{key.value}` is given twice (lines {earlier} and {line}): keep one.")
             seen[str(key.value)] = line
         return super().construct_mapping(node, deep)
 

@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,8 +28,11 @@ def run_to_end(main: Callable[[], object]) -> None:
     - Any other exception is a bug and keeps its traceback.
     """
     code = 0
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without a line of source code
     try:
         main()
+    except BrokenPipeError:  # the reader of the output has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except InputError as error:
         rank = int(os.environ.get("RANK", "0"))
         sys.stdout.flush()

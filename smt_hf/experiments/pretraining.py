@@ -224,10 +224,11 @@ def make_subject(parsed: ParsedRun) -> Subject:
 def _settings(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subject) -> dict:
     """Everything that changes what a run trains: a resumed run must have the same."""
     run, lora = parsed.run, lora_settings(parsed.run)
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = {"student": None, "teacher": None}
     for part, own in (("student", config.student), ("teacher", config.teacher)):
-        names = names_of(type(own)) - names_of(PreTrainedConfig) | {"bos_token_id", "eos_token_id", "pad_token_id"}
-        settings[part] = own and {name: getattr(own, name, None) for name in ("model_type", *sorted(names))}
+        if own is not None:
+            names = names_of(type(own)) - names_of(PreTrainedConfig) | {"bos_token_id", "eos_token_id", "pad_token_id"}
+            settings[part] = {name: getattr(own, name, None) for name in ("model_type", *sorted(names))}
     settings |= {"phases": [phase_settings(arguments) for arguments in parsed.phases]}
     settings |= launch_settings(parsed.phases[0])
     settings |= {"data_hash": subject.facts()["hash"], "tokenizer_hash": tokenizer_hash(subject.tokenizer)}

@@ -241,6 +241,8 @@ def _notes(run: PretrainArguments, running: set[str], given: list[str]) -> list[
         place, name = _ROUTES[key]
         if place == "phases" and not any(name in PHASE_NAMES[phase] for phase in running):
             idle[key] = f"no phase of {','.join(sorted(running))} has it"
+        elif place in PHASE_NAMES and place not in running:
+            idle[key] = f"the run has no phase {place}"
         elif place == "teacher" and running == {"bptt"}:
             idle[key] = "bptt has no teacher"
     for names, is_idle, why in (

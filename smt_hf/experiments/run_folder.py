@@ -196,12 +196,16 @@ def same_run(path: Path, settings: dict) -> dict:
     """
     if not path.exists():
         raise InputError(f"the run in {path.parent} cannot be resumed: {path.name} is missing. Start over.")
-    earlier, now = json.loads(path.read_text()), json.loads(json.dumps(settings))
+    try:
+        earlier, now = json.loads(path.read_text()), json.loads(json.dumps(settings))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is damaged ({error}): restore it, or start over.") from error
     both = {**earlier, **now}
     old, new = (_flat({_RIVAL: both.get(_RIVAL), **part}) for part in (earlier, now))
     changed = [name for name in sorted(old.keys() | new) if old.get(name) != new.get(name)]
     if changed:
-        shown = [f"{name}: {old.get(name, 'default')} then, {new.get(name, 'default')} now" for name in changed]
+        shown = [f"{name}: {old.get(name, 'default')} then, {new.get(name, 'default')} now" for name in changed[:8]]
+        shown += [f"and {len(changed) - 8} more"] if changed[8:] else []
         raise InputError(
             f"the run in {path.parent} was started with other arguments ({', '.join(shown)}): resume it with the same."
         )

@@ -16,7 +16,7 @@ from smt_hf.student import SMTRecurrentConfig, SMTRecurrentForCausalLM
 from smt_hf.teachers import make_teacher, teacher_config
 
 from .adapters import has_lora
-from .objective import PHASES, Objective, part_of, trained_parts
+from .objective import PHASES, Objective, part_of, terms_of, trained_parts
 from .supervision import (
     Supervision,
     TransitionBatch,
@@ -172,7 +172,7 @@ class SMTForPreTraining(PreTrainedModel):
         predicts = objective.weight("teacher") and not objective.num_supervised_transitions
         if self.teacher is not None and self.teacher.has_next_token_head and not predicts:
             self.teacher.get_output_embeddings().requires_grad_(False)
-        if not objective.trains_readout:
+        if not any("readout" in term.trains and objective.weight(term.name) for term in terms_of(phase)):
             for name, parameter in self.student.named_parameters():
                 if part_of(f"student.{name}") == "readout":
                     parameter.requires_grad_(False)

@@ -199,11 +199,6 @@ class Objective:
             if getattr(supervision, term.needs) is not None and (self.weight(term.name) or term.is_always_logged)
         ]
 
-    @property
-    def trains_readout(self) -> bool:
-        """Whether a term with a weight reaches the readout."""
-        return any("readout" in term.trains and self.weight(term.name) for term in terms_of(self.phase))
-
 
 def trained_parts(phase: str, trains_updater: bool, trainable: Sequence[str] | None) -> list[str]:
     """Of `PARTS`, those that a phase trains.

@@ -152,8 +152,7 @@ class PhaseProgress(TrainerCallback):
         if self.bar is None or logs is None:
             return
         self._shown |= {name.removeprefix("eval_"): f"{logs[name]:.3g}" for name in _SHOWN if name in logs}
-        if self._shown:
-            self.bar.set_postfix(self._shown, refresh=False)
+        self.bar.set_postfix(self._shown, refresh=False)
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None:

@@ -126,3 +126,9 @@ def test_a_resumed_run_is_the_same(tmp_path):
     assert same_run(path, settings)["compare_bptt"] == {"max_steps": 3}
     with pytest.raises(InputError, match=r"compare_bptt\.max_steps: 3 then, 4 now"):
         same_run(path, {**settings, "compare_bptt": {"max_steps": 4}})
+
+
+def test_a_damaged_note_of_the_run_is_named(tmp_path):
+    (tmp_path / "run.json").write_text('{"seed": 0, "pha')
+    with pytest.raises(InputError, match=r"run\.json is damaged"):
+        same_run(tmp_path / "run.json", {"seed": 0})
