@@ -37,7 +37,7 @@ def run(*words, cwd, check=True):
 def error_of(done) -> str:
     """The one line that a user's error is, after checking that there is no other."""
     assert done.returncode == 2, done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if "Warning" not in line and not line.startswith("  ")]
+    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
     assert line.startswith("error: ")
     return line
 
