@@ -75,7 +75,7 @@ def what_is_missing(checkpoint: str | Path) -> str | None:
     except (OSError, ValueError):
         return f"its list of files ({_CONTENTS}) is missing"
     for name, entry in listed.items():
-        size, digest = entry if isinstance(entry, list) else (entry, None)  # releases before 0.2 wrote no hash
+        size, digest = entry if isinstance(entry, list) else (entry, None)  # older checkpoints list sizes alone
         file = path / name
         if not file.exists():
             return f"{name} is missing"

@@ -59,7 +59,7 @@ def test_a_damaged_checkpoint_is_named_and_skipped(tmp_path, damage):
 
 
 def test_a_list_of_sizes_alone_is_read(tmp_path):
-    """As the first release wrote it."""
+    """As checkpoints were written before they had hashes."""
     make_trainer("smt", tmp_path, **EVERY).train()
     path = tmp_path / "checkpoint-6" / "contents.json"
     path.write_text(json.dumps({name: size for name, (size, _) in json.loads(path.read_text()).items()}))
