@@ -20,8 +20,6 @@ from .run_folder import RunArguments
 
 # Set by the pipeline, or arguments of the whole run.
 HIDDEN = {"schedule_offset", "schedule_steps", "output_dir", "resume_from_checkpoint", "seed"}
-# Sizes of a teacher that follow from the student.
-_TEACHER_SHAPE = {"vocab_size", "num_memory_tokens", "memory_size"}
 
 
 @dataclass
@@ -103,7 +101,10 @@ def _plain_dataclass(config_class, left_out: Collection[str] = ()):
 
 STUDENT_FIELDS = _plain_dataclass(SMTRecurrentConfig)
 # `model_type` of a teacher -> its fields.
-TEACHER_FIELDS = {name: _plain_dataclass(teacher.config_class, _TEACHER_SHAPE) for name, teacher in TEACHERS.items()}
+TEACHER_FIELDS = {
+    name: _plain_dataclass(teacher.config_class, getattr(teacher.config_class, "follows_student", ()))
+    for name, teacher in TEACHERS.items()
+}
 PHASE_NAMES = {phase: names_of(arguments) - HIDDEN for phase, arguments in ARGUMENTS.items()}
 _TEACHER_NAMES = {"model_type"}.union(*map(names_of, TEACHER_FIELDS.values()))
 # Key -> where it belongs ("run", "student", "teacher", "phases" or a phase), and its name there. Later entries win.
@@ -222,15 +223,21 @@ def built_phase(kind: type[PhaseArguments], settings: dict[str, Any], ends_by_se
 
 
 def _with_teacher(phase: str, settings: dict[str, Any], teacher: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    """The settings of a phase for a teacher that may have no next-token head, and then no loss of its own."""
+    """The settings of a phase with what its teacher takes where nothing is given."""
     name = teacher.get("model_type", DEFAULT_TEACHER)
-    if phase != "smt" or TEACHERS[name].has_next_token_head:
+    if phase != "smt":
         return settings
-    if typed(ARGUMENTS["smt"], {"teacher_weight": settings.get("teacher_weight", 0.0)})["teacher_weight"]:
-        raise InputError(f"the teacher {name} has no next-token head: leave `teacher_weight` out, or set it to 0.")
-    if "teacher_weight" not in settings:
-        notes.append(f"smt: teacher_weight 1.0 -> 0.0 ({name} has no next-token head)")
-    return {**settings, "teacher_weight": 0.0}
+    kind = TEACHERS[name]
+    defaults = dict(getattr(kind, "smt_defaults", {}))
+    if not kind.has_next_token_head:
+        defaults["teacher_weight"] = 0.0
+        if typed(ARGUMENTS["smt"], {"teacher_weight": settings.get("teacher_weight", 0.0)})["teacher_weight"]:
+            raise InputError(f"the teacher {name} has no next-token head: leave `teacher_weight` out, or set it to 0.")
+    for key, value in defaults.items():
+        usual = ARGUMENTS["smt"].__dataclass_fields__[key].default
+        if key not in settings and value != usual:
+            notes.append(f"smt: {key} {usual} -> {value} (as the teacher {name} takes it)")
+    return {**defaults, **settings}
 
 
 def _notes(run: PretrainArguments, running: set[str], given: list[str]) -> list[str]:

@@ -27,7 +27,10 @@ class SMTRecurrentConfig(PreTrainedConfig):
         num_attention_heads: heads of every attention; must divide `hidden_size` into even head widths (RoPE).
         num_memory_tokens: memory tokens [K], at least 1.
         updater_type: `"transformer"` (attention over the new token and the memory), `"mlp"` or `"gru"` (both work on
-            the memory as one vector of `K * D`).
+            the memory as one vector of `K * D`), or `"fast_weight"` (looks things up; see
+            [`SMTRecurrentFastWeightUpdater`], at least 3 memory tokens).
+        num_matrix_heads: `fast_weight`: heads of the matrix in the memory.
+        matrix_key_size: `fast_weight`: width of a head's keys, even; `None` means nearly as wide as the values.
         hidden_act: activation of the feed-forward layers, a name known to `transformers.activations.ACT2FN`.
         max_position_embeddings: window for evaluation tools that ask for one. It is **not** a limit: the model has no
             positions in time.
@@ -54,6 +57,8 @@ class SMTRecurrentConfig(PreTrainedConfig):
     num_attention_heads: int = 4
     num_memory_tokens: int = 4
     updater_type: str = "transformer"
+    num_matrix_heads: int = 1
+    matrix_key_size: int | None = None
     hidden_act: str = "gelu"
     max_position_embeddings: int = 8192
     rope_theta: float | int = 10000.0

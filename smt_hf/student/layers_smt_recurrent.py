@@ -120,13 +120,10 @@ class SMTRecurrentBlock(nn.Module):
         return states + self.mlp(self.mlp_norm(states))
 
 
-class SMTRecurrentUpdater(nn.Module, ABC):
-    """`f(m, x) = RMSNorm(m + W_out h(m, x))` [Eq. 1]; subclasses compute `h`.
+class SMTRecurrentTransition(nn.Module, ABC):
+    """What the model asks of an updater `f`, whatever its form. A new one carries the decorator [`register_updater`].
 
-    `W_out` is zero when training begins, so that the memory keeps all information over any number of steps: with a
-    random `W_out`, gradients through eight steps learned nothing on the retrieval task.
-
-    A new updater is one subclass with the decorator [`register_updater`].
+    Most updaters have the form of [`SMTRecurrentUpdater`].
     """
 
     # The value of the configuration's `updater_type` that stands for the subclass.
@@ -137,14 +134,11 @@ class SMTRecurrentUpdater(nn.Module, ABC):
     def __init__(self, config: "SMTRecurrentConfig"):
         super().__init__()
         self.config = config
-        width = self.stream_width(config)
-        self.out_norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
-        self.out_proj = nn.Linear(width, width, bias=False)
 
     @classmethod
-    def stream_width(cls, config: "SMTRecurrentConfig") -> int:
-        """Width of the stream between the layers. The default is that of the whole memory as one vector."""
-        return config.num_memory_tokens * config.hidden_size
+    def num_read_tokens(cls, config: "SMTRecurrentConfig") -> int:
+        """How many of the last memory tokens the readout sees. The default is all."""
+        return config.num_memory_tokens
 
     @classmethod
     def check_config(cls, config: "SMTRecurrentConfig") -> None:
@@ -160,12 +154,20 @@ class SMTRecurrentUpdater(nn.Module, ABC):
     def saved_numbers(cls, config: "SMTRecurrentConfig") -> int:
         """Numbers that one transition of one sequence keeps for its backward pass."""
 
-    @abstractmethod
-    def layers_of(self, memory, embeds):
-        """Yield the stream after every layer, `(N, K, D)` or `(N, K * D)`."""
-
     def init_own_weights(self) -> None:
         """Initialise the parameters that the updater holds outside its layers, which are initialised before."""
+
+    def start(self, memory: torch.Tensor) -> torch.Tensor:
+        """The memory of the empty prefix from the learned `initial_memory`, `(K, D)`: each token RMS-normalised."""
+        return F.rms_norm(memory, memory.shape[-1:], eps=self.config.rms_norm_eps)
+
+    @abstractmethod
+    def forward(self, memory, embeds, layer_outputs: list | None = None):
+        """One transition: `(N, K, D)`, `(N, D)` -> `(N, K, D)`, of the memory's precision.
+
+        `layer_outputs`, if given, receives the stream of the last memory token after every layer but the last,
+        each `(N, D)`.
+        """
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for pattern, now in self.renamed_weights.items():
@@ -173,12 +175,31 @@ class SMTRecurrentUpdater(nn.Module, ABC):
                 state_dict[re.sub(pattern, now, name)] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def forward(self, memory, embeds, layer_outputs: list | None = None):
-        """One transition: `(N, K, D)`, `(N, D)` -> `(N, K, D)`, of the memory's precision.
 
-        `layer_outputs`, if given, receives the stream of the last memory token after every layer but the last,
-        each `(N, D)`.
-        """
+class SMTRecurrentUpdater(SMTRecurrentTransition):
+    """`f(m, x) = RMSNorm(m + W_out h(m, x))` [Eq. 1]; subclasses compute `h`.
+
+    `W_out` is zero when training begins, so that the memory keeps all information over any number of steps: with a
+    random `W_out`, gradients through eight steps learned nothing on the retrieval task.
+    """
+
+    def __init__(self, config: "SMTRecurrentConfig"):
+        super().__init__(config)
+        width = self.stream_width(config)
+        self.out_norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
+        self.out_proj = nn.Linear(width, width, bias=False)
+
+    @classmethod
+    def stream_width(cls, config: "SMTRecurrentConfig") -> int:
+        """Width of the stream between the layers. The default is that of the whole memory as one vector."""
+        return config.num_memory_tokens * config.hidden_size
+
+    @abstractmethod
+    def layers_of(self, memory, embeds):
+        """Yield the stream after every layer, `(N, K, D)` or `(N, K * D)`."""
+
+    def forward(self, memory, embeds, layer_outputs: list | None = None):
+        """One transition, as of [`SMTRecurrentTransition`]."""
         stream = None
         for index, stream in enumerate(self.layers_of(memory.to(embeds.dtype), embeds)):
             if layer_outputs is not None and index < self.config.num_hidden_layers - 1:
@@ -188,10 +209,10 @@ class SMTRecurrentUpdater(nn.Module, ABC):
 
 
 # `updater_type` -> class.
-UPDATERS: dict[str, type[SMTRecurrentUpdater]] = {}
+UPDATERS: dict[str, type[SMTRecurrentTransition]] = {}
 
 
-def register_updater(updater: type[SMTRecurrentUpdater]) -> type[SMTRecurrentUpdater]:
+def register_updater(updater: type[SMTRecurrentTransition]) -> type[SMTRecurrentTransition]:
     """Class decorator: configurations, models and the cost model know the updater from then on."""
     UPDATERS[updater.updater_type] = updater
     return updater
@@ -201,13 +222,15 @@ class SMTRecurrentReadout(nn.Module):
     """The decoder `g`: a causal Transformer over `[memory tokens, future tokens]` [Sec. 3.1].
 
     The last memory position predicts the next token. The true future tokens are further inputs, and their positions
-    predict the tokens after them (the predictive state loss, Eq. 2).
+    predict the tokens after them (the predictive state loss, Eq. 2). Of the memory it sees the last
+    `SMTRecurrentTransition.num_read_tokens`.
     """
 
     def __init__(self, config: "SMTRecurrentConfig"):
         super().__init__()
         self.config = config
-        self.slot_embeddings = nn.Parameter(torch.empty(config.num_memory_tokens, config.hidden_size))
+        num_read_tokens = UPDATERS[config.updater_type].num_read_tokens(config)
+        self.slot_embeddings = nn.Parameter(torch.empty(num_read_tokens, config.hidden_size))
         self.layers = nn.ModuleList([SMTRecurrentBlock(config) for _ in range(config.num_readout_layers)])
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -216,15 +239,17 @@ class SMTRecurrentReadout(nn.Module):
 
         `wanted`, `(N, M)` in 0 .. F: only those of them, `(N, M, D)`; the last layer computes no others.
         """
-        states = memories.to(self.slot_embeddings.dtype) + self.slot_embeddings
+        num_read_tokens = len(self.slot_embeddings)
+        states = memories[:, memories.shape[1] - num_read_tokens :].to(self.slot_embeddings.dtype)
+        states = states + self.slot_embeddings
         if future_embeds is not None:
             states = torch.cat([states, future_embeds], dim=1)
-        num_memory_tokens, length = memories.shape[1], states.shape[1]
+        length = states.shape[1]
         head_dim = self.config.hidden_size // self.config.num_attention_heads
         rotary = rotary_angles(length, head_dim, self.config.rope_theta, states.device)
         *inner, last = self.layers
         for layer in inner:
             states = layer(states, is_causal=True, rotary=rotary)
-        places = None if wanted is None else wanted + num_memory_tokens - 1
-        states = last(states, length - num_memory_tokens + 1, is_causal=True, rotary=rotary, places=places)
+        places = None if wanted is None else wanted + num_read_tokens - 1
+        states = last(states, length - num_read_tokens + 1, is_causal=True, rotary=rotary, places=places)
         return self.norm(states)

@@ -20,7 +20,7 @@ from transformers.utils import can_return_tuple
 
 from .cache_smt_recurrent import SMTRecurrentCache, own_cache
 from .configuration_smt_recurrent import SMTRecurrentConfig, share_weights
-from .layers_smt_recurrent import SMTRecurrentReadout, SMTRecurrentUpdater
+from .layers_smt_recurrent import SMTRecurrentReadout, SMTRecurrentTransition
 from .recurrence_smt_recurrent import SMTRecurrentStretch, document_starts, state_dtype, unrolled
 from .updaters_smt_recurrent import UPDATERS
 
@@ -49,7 +49,7 @@ class SMTRecurrentPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=0.16)
         elif isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
-        elif isinstance(module, SMTRecurrentUpdater):
+        elif isinstance(module, SMTRecurrentTransition):
             module.init_own_weights()
         elif isinstance(module, SMTRecurrentReadout):
             init.normal_(module.slot_embeddings, std=0.5)
@@ -100,7 +100,7 @@ class SMTRecurrentModel(SMTRecurrentPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        if module is self.updater.out_proj:
+        if module is getattr(self.updater, "out_proj", None):
             init.zeros_(module.weight)
         elif module is self:
             init.normal_(self.initial_memory)
@@ -108,8 +108,8 @@ class SMTRecurrentModel(SMTRecurrentPreTrainedModel):
             super()._init_weights(module)
 
     def start_memory(self) -> torch.Tensor:
-        """`m_0`, the memory of the empty prefix, `(K, D)`: learned, RMS-normalised like every memory."""
-        return F.rms_norm(self.initial_memory, self.initial_memory.shape[-1:], eps=self.config.rms_norm_eps)
+        """`m_0`, the memory of the empty prefix, `(K, D)`: learned, in the form that the updater gives it."""
+        return self.updater.start(self.initial_memory)
 
     def unroll(
         self,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from . import fast_weight_smt_recurrent  # noqa: F401
 from .layers_smt_recurrent import UPDATERS, SMTRecurrentBlock, SMTRecurrentMLP, SMTRecurrentUpdater, register_updater
 
 if TYPE_CHECKING:  # the configuration asks the updaters for their names

@@ -1,12 +1,15 @@
 """Who makes memory labels, one file per teacher; `protocol` says what a teacher is."""
 
 from .causal import SMTTeacherConfig, SMTTeacherEncoder
+from .fast_weight import SMTFastWeightTeacher, SMTFastWeightTeacherConfig
 from .protocol import DEFAULT_TEACHER, TEACHERS, make_teacher, register_teacher, teacher_config, teacher_config_class
 from .windowed import SMTWindowedTeacher, SMTWindowedTeacherConfig
 
 __all__ = [
     "DEFAULT_TEACHER",
     "TEACHERS",
+    "SMTFastWeightTeacher",
+    "SMTFastWeightTeacherConfig",
     "SMTTeacherConfig",
     "SMTTeacherEncoder",
     "SMTWindowedTeacher",

@@ -9,6 +9,8 @@ its configuration (`vocab_size`, `num_memory_tokens` [K], `memory_size` [D]), by
 - `has_next_token_head`: whether it predicts tokens itself. The head is then `get_output_embeddings()`.
 - `labels_all_positions`: whether one pass makes the memories of all positions. Where it is false, every position costs
   tokens of its own, so that callers ask for few positions at a time.
+- `hand_over(student)`: called before the first phase that trains the updater; where the student can begin as this
+  teacher, it does.
 - `teacher(input_ids, positions, initial_memory, attention_mask=None, document_ids=None, return_logits=False)` returns
   memories `(B, S, K, D)`, each memory token RMS-normalised, and with `return_logits` also next-token logits
   `(B, S, V)`. [`SMTTeacher.forward`] describes the arguments.
@@ -78,6 +80,15 @@ def make_teacher(config: PreTrainedConfig) -> PreTrainedModel:
     return TEACHERS[config.model_type](config)
 
 
+def without_padding(input_ids, positions, attention_mask, document_ids=None):
+    """The rows with their real tokens first, and the positions as numbers of real tokens: the arguments of
+    [`SMTTeacher.encode`] from those of [`SMTTeacher.forward`]."""
+    keep = attention_mask.bool()
+    order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)
+    document_ids = None if document_ids is None else document_ids.gather(1, order)
+    return input_ids.gather(1, order), F.pad(keep.long().cumsum(1), (1, 0)).gather(1, positions), document_ids
+
+
 @strict
 class SMTTeacherSizes(PreTrainedConfig):
     """Fields and checks that the teachers of this package share; their docstrings describe the fields."""
@@ -96,6 +107,14 @@ class SMTTeacherSizes(PreTrainedConfig):
 
     # Names of a subclass's own fields that must be at least 1.
     own_sizes: ClassVar[tuple[str, ...]] = ()
+    # Fields that are the student's: name here -> name there. They are filled in, and must be equal.
+    follows_student: ClassVar[dict[str, str]] = {
+        "vocab_size": "vocab_size",
+        "num_memory_tokens": "num_memory_tokens",
+        "memory_size": "hidden_size",
+    }
+    # The `updater_type` of the only students that can have this teacher; `None`: any.
+    updater_type: ClassVar[str | None] = None
 
     def __post_init__(self, **kwargs):
         self.validate_sizes()
@@ -117,6 +136,11 @@ class SMTTeacher(PreTrainedModel):
     supports_gradient_checkpointing = False
     has_next_token_head: bool
     labels_all_positions: bool
+    # Arguments of the smt phase that a run takes where it is given none: name -> value.
+    smt_defaults: ClassVar[dict[str, Any]] = {}
+
+    def hand_over(self, student: PreTrainedModel) -> None:
+        """Let a student whose updater has not been trained begin as this teacher. The default does nothing."""
 
     def encode(
         self, input_ids: torch.Tensor, positions: torch.Tensor, document_ids: torch.Tensor | None, with_states: bool
@@ -169,12 +193,7 @@ class SMTTeacher(PreTrainedModel):
         batch = input_ids.shape[0]
         positions = positions.expand(batch, -1) if positions.dim() == 1 else positions
         if attention_mask is not None:
-            # Drop the padding: bring the real tokens of each row to the front and translate the positions.
-            keep = attention_mask.bool()
-            order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)
-            input_ids = input_ids.gather(1, order)
-            document_ids = None if document_ids is None else document_ids.gather(1, order)
-            positions = F.pad(keep.long().cumsum(1), (1, 0)).gather(1, positions)
+            input_ids, positions, document_ids = without_padding(input_ids, positions, attention_mask, document_ids)
         memories, states = self.encode(input_ids, positions, document_ids, return_logits)
         # Under autocast the layers are of half precision; a memory is not.
         memories = memories.view(batch, -1, *initial_memory.shape).to(initial_memory.dtype)

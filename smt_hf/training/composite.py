@@ -13,7 +13,8 @@ from transformers.utils import ModelOutput
 
 from smt_hf.errors import InputError
 from smt_hf.student import SMTRecurrentConfig, SMTRecurrentForCausalLM
-from smt_hf.teachers import make_teacher, teacher_config
+from smt_hf.teachers import DEFAULT_TEACHER, make_teacher, teacher_config, teacher_config_class
+from smt_hf.teachers.protocol import SMTTeacherSizes
 
 from .adapters import has_lora
 from .objective import PHASES, Objective, part_of, terms_of, trained_parts
@@ -49,20 +50,34 @@ class SMTPreTrainingConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if not isinstance(self.student, SMTRecurrentConfig):
             self.student = SMTRecurrentConfig(**(self.student or {}))
-        own = {"vocab_size": "vocab_size", "num_memory_tokens": "num_memory_tokens", "memory_size": "hidden_size"}
-        shape = {name: getattr(self.student, students) for name, students in own.items()}
-        if isinstance(self.teacher, dict):
-            self.teacher = teacher_config({**shape, **self.teacher})
-        for name, size in shape.items() if self.teacher is not None else ():
-            if getattr(self.teacher, name) != size:
-                raise InputError(
-                    f"the teacher's {name} is {getattr(self.teacher, name)}, the student's {own[name]} is {size}: make "
-                    "them equal."
-                )
+        if self.teacher is not None:
+            self._fit_teacher()
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(self, name, getattr(self.student, name))
             kwargs.pop(name, None)
         super().__post_init__(**kwargs)
+
+
+    def _fit_teacher(self) -> None:
+        """Give the teacher's fields that follow the student the student's values; refuse others."""
+        kind = self.teacher if not isinstance(self.teacher, dict) else self.teacher.get("model_type", DEFAULT_TEACHER)
+        kind = teacher_config_class(kind) if isinstance(kind, str) else type(kind)
+        follows = getattr(kind, "follows_student", SMTTeacherSizes.follows_student)
+        sizes = {name: getattr(self.student, students) for name, students in follows.items()}
+        if isinstance(self.teacher, dict):
+            self.teacher = teacher_config({**sizes, **self.teacher})
+        for name, size in sizes.items():
+            if getattr(self.teacher, name) != size:
+                raise InputError(
+                    f"the teacher's {name} is {getattr(self.teacher, name)}, the student's {follows[name]} is {size}: "
+                    "make them equal."
+                )
+        updater_type = getattr(kind, "updater_type", None)
+        if updater_type not in (None, self.student.updater_type):
+            raise InputError(
+                f"the teacher {kind.model_type} is a part of the {updater_type} updater, the student's `updater_type` "
+                f"is {self.student.updater_type}: set it to {updater_type}, or choose another teacher."
+            )
 
 
 @dataclass
@@ -116,6 +131,7 @@ class SMTForPreTraining(PreTrainedModel):
         self.register_buffer("label_square", torch.ones(shape))
         self.register_buffer("label_updates", torch.zeros((), dtype=torch.long))
         self.post_init()
+        self.hand_over()
         # FSDP asks for classes that are there; the updater is one of several.
         there = {type(module).__name__ for module in self.modules()}
         parts = [part for part in (self.student, self.teacher) if part is not None]
@@ -176,6 +192,11 @@ class SMTForPreTraining(PreTrainedModel):
             for name, parameter in self.student.named_parameters():
                 if part_of(f"student.{name}") == "readout":
                     parameter.requires_grad_(False)
+
+    def hand_over(self) -> None:
+        """Let a student whose updater has not been trained begin as its teacher, where the two are of one kind."""
+        if self.teacher is not None and hasattr(self.teacher, "hand_over"):
+            self.teacher.hand_over(self.student)
 
     @property
     def trains_teacher(self) -> bool:

@@ -211,6 +211,9 @@ def run_phases(
             folder = Path(str(arguments.output_dir))
             found = _of_main(newest_checkpoint, folder) if resume_from_checkpoint else None
             is_new = found is None or not _is_last(found, arguments)
+            is_first = arguments.trains_updater and not any(before.trains_updater for before in phases[:index])
+            if is_new and is_first and index:
+                model.hand_over()  # the teacher has been trained alone since they were made
             adapted = add_lora(model.student, lora[arguments.phase]) if lora and arguments.phase in lora else None
             if is_new:
                 trainer = TRAINERS[arguments.phase](
