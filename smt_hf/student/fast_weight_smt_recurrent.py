@@ -12,14 +12,15 @@ A key is turned by an angle that grows with its head's pointer, as rotary positi
 then write to a place and come back to it, besides looking up by content.
 
 Without `control_proj`, which lets the token that was read before change all of this and is zero at birth, last token,
-traces and matrix are a linear recurrence whose coefficients depend on the tokens alone: [`scan`] computes it for all
-positions of a row at once. `smt_hf.teachers.SMTFastWeightTeacher` is that part.
+traces and matrix are a linear recurrence whose coefficients depend on the tokens alone: [`SMTRecurrentFastWeightCell.scan`]
+computes it for all positions of a row at once. `smt_hf.teachers.SMTFastWeightTeacher` is that part.
 
 Shapes: N sequences or chunks side by side, T tokens, K memory tokens, D width, H heads, P value width, Q key width,
 R traces, C tokens of a block of the scan. Sources: fast weights and the delta rule, arXiv:2102.11174; gates,
 arXiv:2412.06464; the scan in blocks, arXiv:2406.06484.
 """
 
+import contextlib
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -68,8 +69,8 @@ class FastWeightSizes(NamedTuple):
             )
         own = numbers // heads
         keys = config.matrix_key_size
-        if keys is None:  # the even divisor nearest to a square from above
-            keys = next((size for size in range(2, own + 1, 2) if own % size == 0 and size * size >= own), 0)
+        if keys is None:  # at least four times as wide as the values: the number of pairs is what limits recall
+            keys = next((size for size in range(2, own + 1, 2) if own % size == 0 and size * size >= 4 * own), 0)
         if keys < 2 or keys % 2 or own % keys:
             raise ValueError(
                 f"`matrix_key_size` must be even and divide the {own} numbers of a head (`num_memory_tokens` {tokens}, "
@@ -99,7 +100,7 @@ def gated_sums(kept: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
     return added
 
 
-def delta_scan(keys, values, strengths, log_kept, resets=None, block: int = BLOCK):
+class ScannedMatrices:
     """The matrices `S_t = a_t S_{t-1} + b_t (v_t - a_t S_{t-1} k_t) k_t^T` of a row from `S_0 = 0`, block by block.
 
     Inside a block everything is matrix products and one triangular system. Only the T / C blocks follow one another,
@@ -110,44 +111,53 @@ def delta_scan(keys, values, strengths, log_kept, resets=None, block: int = BLOC
         strengths, log_kept: `(B, H, T)`: b and the logarithm of a.
         resets: `(B, T)` bool, true where the matrix before a token is zero (another document), or `None`.
         block: C.
-
-    Returns:
-        `(B, H, T, P, Q)`.
     """
-    batch, heads, length, key_size = keys.shape
-    value_size = values.shape[-1]
-    block = min(block, length)
-    padding = -length % block
 
-    def blocks(tensor, *size):
-        return F.pad(tensor, (0, 0) * len(size) + (0, padding)).view(batch, heads, -1, block, *size)
+    def __init__(self, keys, values, strengths, log_kept, resets=None, block: int = BLOCK):
+        self.length, value_size, key_size = keys.shape[2], values.shape[-1], keys.shape[-1]
+        self.block = min(block, self.length)
+        keys, values = self._blocks(keys), self._blocks(values)
+        strengths, sums = self._blocks(strengths[..., None]), self._blocks(log_kept[..., None])[..., 0].cumsum(-1)
+        # What is left at token t of what was there after token i, and of what was there before the block.
+        left = (sums[..., :, None] - sums[..., None, :]).tril().exp().tril()
+        left_of_start = sums.exp()[..., None]
+        if resets is not None:
+            documents = self._blocks(resets[:, None, :, None].long())[..., 0].cumsum(-1)
+            left = left * (documents[..., :, None] == documents[..., None, :])
+            left_of_start = left_of_start * (documents == 0)[..., None]
+        # The written u_t = b_t (v_t - sum_{i < t} left_ti (k_i . k_t) u_i - left_of_start_t S_start k_t).
+        overlaps = (strengths * left * (keys @ keys.transpose(-1, -2))).tril(-1)
+        wanted = torch.cat([strengths * values, strengths * left_of_start * keys], dim=-1)
+        eye = torch.eye(self.block, dtype=keys.dtype, device=keys.device)
+        solved = torch.linalg.solve_triangular(eye + overlaps, wanted, upper=False, unitriangular=True)
+        own, of_start = solved.split([value_size, key_size], dim=-1)
+        last_keys = left[..., -1, :, None] * keys
+        matrix = keys.new_zeros(*keys.shape[:2], value_size, key_size)
+        starts, written = [], []
+        for index in range(keys.shape[2]):
+            starts.append(matrix)
+            written.append(own[:, :, index] - of_start[:, :, index] @ matrix.transpose(-1, -2))
+            matrix = matrix * left_of_start[:, :, index, -1:] + written[-1].transpose(-1, -2) @ last_keys[:, :, index]
+        self.keys, self.left, self.left_of_start = keys, left, left_of_start
+        self.starts, self.written = torch.stack(starts, dim=2), torch.stack(written, dim=2)
 
-    keys, values = blocks(keys, key_size), blocks(values, value_size)
-    strengths, sums = blocks(strengths)[..., None], blocks(log_kept).cumsum(-1)
-    # What is left at token t of what was there after token i, and of what was there before the block.
-    left = (sums[..., :, None] - sums[..., None, :]).tril().exp().tril()
-    left_of_start = sums.exp()[..., None]
-    if resets is not None:
-        documents = F.pad(resets, (0, padding)).view(batch, 1, -1, block).cumsum(-1)
-        left = left * (documents[..., :, None] == documents[..., None, :])
-        left_of_start = left_of_start * (documents == 0)[..., None]
-    # The written u_t = b_t (v_t - sum_{i < t} left_ti (k_i . k_t) u_i - left_of_start_t S_start k_t).
-    overlaps = (strengths * left * (keys @ keys.transpose(-1, -2))).tril(-1)
-    wanted = torch.cat([strengths * values, strengths * left_of_start * keys], dim=-1)
-    eye = torch.eye(block, dtype=keys.dtype, device=keys.device)
-    solved = torch.linalg.solve_triangular(eye + overlaps, wanted, upper=False, unitriangular=True)
-    own, of_start = solved.split([value_size, key_size], dim=-1)
-    last_keys = left[..., -1, :, None] * keys
-    matrix = keys.new_zeros(batch, heads, value_size, key_size)
-    starts, written = [], []
-    for index in range(keys.shape[2]):
-        starts.append(matrix)
-        written.append(own[:, :, index] - of_start[:, :, index] @ matrix.transpose(-1, -2))
-        matrix = matrix * left_of_start[:, :, index, -1:] + written[-1].transpose(-1, -2) @ last_keys[:, :, index]
-    before = torch.stack(starts, dim=2).flatten(-2)[..., None, :]
-    products = torch.stack(written, dim=2)[..., None] * keys[..., None, :]
-    matrices = left @ products.flatten(-2) + left_of_start * before
-    return matrices.view(batch, heads, -1, value_size, key_size)[:, :, :length]
+    def _blocks(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`(B, H, T, X)` -> `(B, H, T / C, C, X)`, zeros at the end."""
+        padding = -self.length % self.block
+        return F.pad(tensor, (0, 0, 0, padding)).unflatten(2, (-1, self.block))
+
+    def answers(self, queries: torch.Tensor) -> torch.Tensor:
+        """`S_t q_t`: `(B, H, T, Q)` -> `(B, H, T, P)`. No matrix but those between blocks is computed."""
+        queries = self._blocks(queries)
+        answers = (self.left * (queries @ self.keys.transpose(-1, -2))) @ self.written
+        answers = answers + (self.left_of_start * queries) @ self.starts.transpose(-1, -2)
+        return answers.flatten(2, 3)[:, :, : self.length]
+
+    def matrices(self) -> torch.Tensor:
+        """`S_t` for all t, `(B, H, T, P, Q)`."""
+        products = (self.written[..., None] * self.keys[..., None, :]).flatten(-2)
+        matrices = self.left @ products + self.left_of_start * self.starts.flatten(-2)[..., None, :]
+        return matrices.flatten(2, 3)[:, :, : self.length].unflatten(-1, self.starts.shape[-2:])
 
 
 class SMTRecurrentFastWeightCell(nn.Module):
@@ -229,12 +239,12 @@ class SMTRecurrentFastWeightCell(nn.Module):
         values_ = values_.unflatten(-1, (heads, values)).to(angles.dtype)
         return self.heads_of(keys_, angles), values_, torch.sigmoid(strengths), F.logsigmoid(kept + KEPT_AT_BIRTH)
 
-    def read(self, features, angles, matrices, control=None, layer_outputs: list | None = None) -> torch.Tensor:
+    def read(self, features, angles, answer, control=None, layer_outputs: list | None = None) -> torch.Tensor:
         """What the matrix answers to queries, layer by layer, each from the answers before: `(..., D)`.
 
         Args:
             features, angles: as of `features`.
-            matrices: `(..., H, P, Q)`.
+            answer: queries `(..., H, Q)` -> what the matrices answer, `(..., H, P)`.
             control: per layer, what is added to the projections of its queries and of its inner layer, or `None`.
         """
         stream = None
@@ -245,8 +255,7 @@ class SMTRecurrentFastWeightCell(nn.Module):
             asked = query_proj(seen)
             if control is not None:
                 asked = asked + control[2 * layer]
-            # Not a matrix product, which autocast would compute in half precision.
-            answers = (matrices * self.heads_of(asked, angles)[..., None, :]).sum(-1).flatten(-2)
+            answers = answer(self.heads_of(asked, angles)).flatten(-2)
             inner = up_proj(torch.cat([seen, self.normed(answers).to(seen.dtype)], dim=-1))
             if control is not None:
                 inner = inner + control[2 * layer + 1]
@@ -257,13 +266,14 @@ class SMTRecurrentFastWeightCell(nn.Module):
                 layer_outputs.append(stream)
         return self.normed(stream)
 
-    def scan(self, tokens, first, resets=None):
+    def scan(self, tokens, first, resets=None, reads_only: bool = False) -> list[torch.Tensor]:
         """All memories of rows, without control.
 
         Args:
             tokens: `(B, T, D)`, embedded.
             first: `(D,)`, the last token of an empty prefix.
             resets: `(B, T)` bool, true at the first token of another document; `None`: one document per row.
+            reads_only: return the last of the four alone, and compute no other matrices than those between blocks.
 
         Returns:
             Last tokens `(B, T, D)`, traces `(B, T, R)`, matrices `(B, T, H, P, Q)`, what was read `(B, T, D)`.
@@ -276,12 +286,16 @@ class SMTRecurrentFastWeightCell(nn.Module):
         kept, added = self.trace_inputs(self.trace_proj(pair).to(first.dtype))
         traces = gated_sums(kept if resets is None else kept.masked_fill(resets[..., None], 0.0), added)
         features, angles = self.features(pair, traces)
-        keys, values, strengths, log_kept = self.write_inputs(self.matrix_proj(features), angles)
-        with torch.autocast(tokens.device.type, enabled=False):  # the matrices are of the memory's precision
-            matrices = delta_scan(
-                keys.transpose(1, 2), values.transpose(1, 2), strengths.transpose(1, 2), log_kept.transpose(1, 2), resets
-            ).transpose(1, 2)
-        return tokens, traces, matrices, self.read(features, angles, matrices)
+        written = [part.transpose(1, 2) for part in self.write_inputs(self.matrix_proj(features), angles)]
+        is_half = torch.is_autocast_enabled(tokens.device.type)
+        # The matrices are of the memory's precision, which autocast would change.
+        with torch.autocast(tokens.device.type, enabled=False) if is_half else contextlib.nullcontext():
+            scanned = ScannedMatrices(*written, resets)
+        def answer(queries):
+            with torch.autocast(tokens.device.type, enabled=False) if is_half else contextlib.nullcontext():
+                return scanned.answers(queries.transpose(1, 2)).transpose(1, 2)
+        read = self.read(features, angles, answer)
+        return [read] if reads_only else [tokens, traces, scanned.matrices().transpose(1, 2), read]
 
 
 @register_updater
@@ -356,7 +370,11 @@ class SMTRecurrentFastWeightUpdater(SMTRecurrentTransition):
         keys_ = keys_[..., None, :]
         recalled = (matrix * keys_).sum(-1)
         matrix = matrix + (strengths[..., None] * (values_ - recalled))[..., None] * keys_
-        read = cell.read(features, angles, matrix, read_control, layer_outputs)
+
+        def answer(queries):  # not a matrix product, which autocast would compute in half precision
+            return (matrix * queries[..., None, :]).sum(-1)
+
+        read = cell.read(features, angles, answer, read_control, layer_outputs)
         parts = [token.to(memory.dtype), traces, matrix.flatten(1), read.to(memory.dtype)]
         return torch.cat(parts, dim=-1).view(memory.shape)
 

@@ -82,6 +82,7 @@ class SMTFastWeightTeacher(SMTTeacher):
     # back over the whole row.
     smt_defaults = {"teacher_weight": 0.0, "teacher_readout_weight": 1.0, "predictive_weight": 0.0, "uniformity_weight": 0.0}
     labels_all_positions = True
+    can_read_only = True
 
     def __init__(self, config: SMTFastWeightTeacherConfig):
         super().__init__(config)
@@ -106,9 +107,19 @@ class SMTFastWeightTeacher(SMTTeacher):
         student.model.embed_tokens.weight.copy_(self.embed_tokens.weight)
 
     def forward(
-        self, input_ids, positions, initial_memory, attention_mask=None, document_ids=None, return_logits=False
+        self,
+        input_ids,
+        positions,
+        initial_memory,
+        attention_mask=None,
+        document_ids=None,
+        return_logits=False,
+        reads_only=False,
     ) -> Any:
-        """As [`SMTTeacher.forward`], with the student's normalisation: of the last token and of what was read alone."""
+        """As [`SMTTeacher.forward`], with the student's normalisation: of the last token and of what was read alone.
+
+        `reads_only`: of every memory the last token alone, `(B, S, 1, D)`, which is all that the readout sees.
+        """
         if return_logits:
             return super().forward(input_ids, positions, initial_memory, return_logits=True)  # refused
         batch, length = input_ids.shape
@@ -118,11 +129,12 @@ class SMTFastWeightTeacher(SMTTeacher):
         if not length:
             return initial_memory.expand(*positions.shape, -1, -1)
         resets = None if document_ids is None else document_starts(document_ids)
-        parts = self.cell.scan(self.embed_tokens(input_ids), initial_memory[0], resets)
+        parts = self.cell.scan(self.embed_tokens(input_ids), initial_memory[0], resets, reads_only)
         memories = torch.cat([part.flatten(2).to(initial_memory.dtype) for part in parts], dim=-1)
-        memories = torch.cat([initial_memory.flatten().expand(batch, 1, -1), memories], dim=1)
+        start = initial_memory[-1:] if reads_only else initial_memory
+        memories = torch.cat([start.flatten().expand(batch, 1, -1), memories], dim=1)
         chosen = memories.gather(1, positions[..., None].expand(-1, -1, memories.shape[-1]))
-        return chosen.unflatten(-1, initial_memory.shape)
+        return chosen.unflatten(-1, start.shape)
 
 
 __all__ = ["SMTFastWeightTeacher", "SMTFastWeightTeacherConfig"]

@@ -9,6 +9,8 @@ its configuration (`vocab_size`, `num_memory_tokens` [K], `memory_size` [D]), by
 - `has_next_token_head`: whether it predicts tokens itself. The head is then `get_output_embeddings()`.
 - `labels_all_positions`: whether one pass makes the memories of all positions. Where it is false, every position costs
   tokens of its own, so that callers ask for few positions at a time.
+- `can_read_only` (false where it is missing): whether `forward` takes `reads_only=True` and then returns, for less work,
+  only those last tokens of every memory that the readout sees.
 - `hand_over(student)`: called before the first phase that trains the updater; where the student can begin as this
   teacher, it does.
 - `teacher(input_ids, positions, initial_memory, attention_mask=None, document_ids=None, return_logits=False)` returns
@@ -136,6 +138,8 @@ class SMTTeacher(PreTrainedModel):
     supports_gradient_checkpointing = False
     has_next_token_head: bool
     labels_all_positions: bool
+    # Whether `forward` takes `reads_only`, for the part of the memories that a readout sees.
+    can_read_only = False
     # Arguments of the smt phase that a run takes where it is given none: name -> value.
     smt_defaults: ClassVar[dict[str, Any]] = {}
 

@@ -204,13 +204,19 @@ class SMTForPreTraining(PreTrainedModel):
         return self.teacher is not None and any(parameter.requires_grad for parameter in self.teacher.parameters())
 
     def memory_labels(
-        self, batch: TransitionBatch, positions: torch.Tensor, trains_teacher: bool, with_logits: bool = False
+        self,
+        batch: TransitionBatch,
+        positions: torch.Tensor,
+        trains_teacher: bool,
+        with_logits: bool = False,
+        reads_only: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The teacher's memories at `positions` (`(S,)` or `(B, S)` numbers of tokens read), `(B, S, K, D)`.
 
         Args:
             trains_teacher: whether gradients reach the teacher.
             with_logits: also return its own next-token logits `(B, S, V)`, else `None`.
+            reads_only: what the readout sees of the memories is enough, where the teacher can tell it apart.
         """
         assert self.teacher is not None  # refused by freeze_for
         m_0 = self.student.model.start_memory()
@@ -223,6 +229,7 @@ class SMTForPreTraining(PreTrainedModel):
                 mask,
                 documents,
                 return_logits=with_logits,
+                **({"reads_only": True} if reads_only and getattr(self.teacher, "can_read_only", False) else {}),
             )
         return labels if with_logits else (labels, None)
 

@@ -160,7 +160,11 @@ def teacher_alone(model: "SMTForPreTraining", batch: TransitionBatch, objective:
     positions = torch.arange(0, batch.length + 1, device=batch.inputs.device)
     trains_teacher = model.trains_teacher
     labels, logits = model.memory_labels(
-        batch, positions, trains_teacher, with_logits=trains_teacher and objective.needs("teacher_logits")
+        batch,
+        positions,
+        trains_teacher,
+        with_logits=trains_teacher and objective.needs("teacher_logits"),
+        reads_only=not objective.weight("uniformity"),  # the other terms read the memories out
     )
     return Supervision(
         batch,
