@@ -23,6 +23,8 @@ from smt_hf.training import SMTPreTrainingConfig
 
 UPDATERS = tuple(REGISTERED)
 VOCAB = 37
+# Ends of the names of weights that are zero at birth, and how large they are in tests.
+ZERO_AT_BIRTH = {"updater.out_proj.weight": 0.3, "updater.control_proj.weight": 0.05}
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +41,9 @@ def quiet_and_seeded():
 def wake(model: nn.Module) -> nn.Module:
     """Give the projection that is zero at birth random weights, so that updates do something."""
     for name, parameter in model.named_parameters():
-        if name.endswith("updater.out_proj.weight"):
-            nn.init.normal_(parameter, std=0.3)
+        for end, std in ZERO_AT_BIRTH.items():
+            if name.endswith(end):
+                nn.init.normal_(parameter, std=std)
     return model
 
 

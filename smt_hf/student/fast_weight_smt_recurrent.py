@@ -188,15 +188,15 @@ class SMTRecurrentFastWeightCell(nn.Module):
 
     @staticmethod
     def multiply_adds(config: "SMTRecurrentConfig") -> int:
-        """Of one token of one sequence, forward pass."""
-        width, inner, (heads, values, keys, traces) = config.hidden_size, config.intermediate_size, FastWeightSizes.of(config)
+        """Of the projections of one token of one sequence, forward pass."""
+        width, inner = config.hidden_size, config.intermediate_size
+        heads, values, keys, traces = FastWeightSizes.of(config)
         assert inner is not None
         features = 2 * width + traces
-        total = 2 * width * 2 * traces + features * heads * (keys + values + 2) + 2 * heads * values * keys
+        total = 2 * width * 2 * traces + features * heads * (keys + values + 2)
         for layer in range(config.num_hidden_layers):
             stream = features + (width if layer else 0)
-            total += stream * heads * keys + heads * values * keys
-            total += (stream + heads * values) * 2 * inner + inner * width
+            total += stream * heads * keys + (stream + heads * values) * 2 * inner + inner * width
         return total
 
     def init_own_weights(self) -> None:
@@ -256,7 +256,9 @@ class SMTRecurrentFastWeightCell(nn.Module):
             if control is not None:
                 asked = asked + control[2 * layer]
             answers = answer(self.heads_of(asked, angles)).flatten(-2)
-            inner = up_proj(torch.cat([seen, self.normed(answers).to(seen.dtype)], dim=-1))
+            # An empty matrix answers 0, which stays 0: with a small epsilon, rounding errors would grow to length 1.
+            answers = F.rms_norm(answers, answers.shape[-1:], eps=1.0)
+            inner = up_proj(torch.cat([seen, answers.to(seen.dtype)], dim=-1))
             if control is not None:
                 inner = inner + control[2 * layer + 1]
             gates, inputs = inner.chunk(2, dim=-1)
@@ -303,6 +305,7 @@ class SMTRecurrentFastWeightUpdater(SMTRecurrentTransition):
     """The recurrence, one token at a time, with control: what was read before moves gates, keys, values and queries."""
 
     updater_type = "fast_weight"
+    zero_at_birth = ("control_proj",)
 
     def __init__(self, config: "SMTRecurrentConfig"):
         super().__init__(config)
@@ -343,7 +346,6 @@ class SMTRecurrentFastWeightUpdater(SMTRecurrentTransition):
 
     def init_own_weights(self) -> None:
         self.cell.init_own_weights()
-        init.zeros_(self.control_proj.weight)
 
     def start(self, memory: torch.Tensor) -> torch.Tensor:
         """Last token and what was read RMS-normalised, traces and matrix empty."""

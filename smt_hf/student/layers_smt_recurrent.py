@@ -130,6 +130,8 @@ class SMTRecurrentTransition(nn.Module, ABC):
     updater_type: ClassVar[str]
     # Patterns of names that weights had in earlier releases -> the names they have now.
     renamed_weights: ClassVar[dict[str, str]] = {}
+    # Names of the updater's linear layers whose weights are zero at birth.
+    zero_at_birth: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: "SMTRecurrentConfig"):
         super().__init__()
@@ -182,6 +184,8 @@ class SMTRecurrentUpdater(SMTRecurrentTransition):
     `W_out` is zero when training begins, so that the memory keeps all information over any number of steps: with a
     random `W_out`, gradients through eight steps learned nothing on the retrieval task.
     """
+
+    zero_at_birth = ("out_proj",)
 
     def __init__(self, config: "SMTRecurrentConfig"):
         super().__init__(config)

@@ -100,7 +100,7 @@ class SMTRecurrentModel(SMTRecurrentPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        if module is getattr(self.updater, "out_proj", None):
+        if any(module is getattr(self.updater, name) for name in self.updater.zero_at_birth):
             init.zeros_(module.weight)
         elif module is self:
             init.normal_(self.initial_memory)

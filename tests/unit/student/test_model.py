@@ -49,9 +49,66 @@ def naive_block(block, states, causal, rotary_theta=None):
     return states + block.mlp(block.mlp_norm(states))
 
 
+def naive_rms(vector, eps):
+    return vector / (vector.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+def naive_fast_weight_row(updater, memory, embeds, eps):
+    """One transition of one row `(K, D)`, `(D,)`, written from the definition, a number at a time where it is short."""
+    cell, width = updater.cell, len(embeds)
+    heads, values, keys, num_traces = cell.sizes
+    numbers = memory.flatten()
+    last, read = numbers[:width], numbers[-width:]
+    traces = numbers[width : width + num_traces]
+    matrices = numbers[width + num_traces : -width].view(heads, values, keys)
+    token = naive_rms(embeds, eps)
+    control = list((updater.control_proj.weight @ read).split(updater.controlled))
+    gates, inputs = (cell.trace_proj.weight @ torch.cat([last, token]) + control.pop(0)).chunk(2)
+    kept = torch.sigmoid(gates + cell.trace_bias)
+    traces = torch.stack(
+        [
+            kept[i] * traces[i] + (inputs[i] + 1 if i < heads else (1 - kept[i]) * inputs[i])
+            for i in range(num_traces)
+        ]
+    )
+    features = torch.cat([last, token, torch.zeros(heads), naive_rms(traces[heads:], eps)])
+
+    def turned(vectors):  # (heads, keys): pair j of head h by the angle of its pointer
+        rows = []
+        for head, vector in enumerate(vectors.view(heads, keys)):
+            vector, half = vector / vector.norm(), keys // 2
+            angles = traces[head] * torch.tensor([torch.pi / 2 ** (5 * j / max(half - 1, 1)) for j in range(half)])
+            cos, sin, one, two = angles.cos(), angles.sin(), vector[:half], vector[half:]
+            rows.append(torch.cat([one * cos - two * sin, one * sin + two * cos]))
+        return torch.stack(rows)
+
+    wrote = cell.matrix_proj.weight @ features + control.pop(0)
+    at, what, strength, keep = wrote.split([heads * keys, heads * values, heads, heads])
+    at, what = turned(at), what.view(heads, values)
+    left = torch.sigmoid(keep + 6)[:, None, None] * matrices
+    matrices = torch.stack(
+        [
+            left[h] + torch.sigmoid(strength[h]) * torch.outer(what[h] - left[h] @ at[h], at[h])
+            for h in range(heads)
+        ]
+    )
+    stream = None
+    for query_proj, up_proj, down_proj in zip(cell.query_projs, cell.up_projs, cell.down_projs):
+        seen = features if stream is None else torch.cat([features, naive_rms(stream, eps)])
+        asked = turned(query_proj.weight @ seen + control.pop(0))
+        answers = torch.cat([matrices[h] @ asked[h] for h in range(heads)])
+        gate, inner = (up_proj.weight @ torch.cat([seen, naive_rms(answers, 1.0)]) + control.pop(0)).chunk(2)
+        change = down_proj.weight @ (F.silu(gate) * inner)
+        stream = change if stream is None else stream + change
+    return torch.cat([token, traces, matrices.flatten(), naive_rms(stream, eps)]).view(memory.shape)
+
+
 def naive_step(model, memory, token):
     """One transition, written from the definition."""
     updater, embeds = model.updater, model.embed_tokens(token)
+    if model.config.updater_type == "fast_weight":
+        rows = zip(memory, embeds)
+        return torch.stack([naive_fast_weight_row(updater, *row, model.config.rms_norm_eps) for row in rows])
     if model.config.updater_type == "transformer":
         states = torch.cat([embeds[:, None], memory], 1) + updater.slot_embeddings
         for layer in updater.layers:
@@ -74,13 +131,14 @@ def naive_step(model, memory, token):
 
 def naive_logits(student, input_ids):
     model = student.model
-    memory = model.initial_memory
-    memory = memory / (memory.square().mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt()
+    memory = naive_rms(model.initial_memory, model.config.rms_norm_eps)
+    if model.config.updater_type == "fast_weight":
+        memory = torch.cat([memory[:1], torch.zeros_like(memory[1:-1]), memory[-1:]])
     memory = memory.expand(len(input_ids), -1, -1)
     logits = []
     for token in input_ids.unbind(1):
         memory = naive_step(model, memory, token)
-        states = memory + model.readout.slot_embeddings
+        states = memory[:, -len(model.readout.slot_embeddings) :] + model.readout.slot_embeddings
         for layer in model.readout.layers:
             states = naive_block(layer, states, causal=True, rotary_theta=model.config.rope_theta)
         logits.append(student.lm_head(model.readout.norm(states[:, -1])))
@@ -101,10 +159,32 @@ def test_equals_naive_twin(student, tokens, num_readout_layers):
 
 
 def test_identity_at_birth(tokens):
-    for updater_type in UPDATERS:
+    for updater_type in set(UPDATERS) - {"fast_weight"}:
         model = SMTRecurrentForCausalLM(student_config(updater_type=updater_type)).model
         memories = model.unroll(model.start_memory().expand(3, -1, -1), model.embed_tokens(tokens))
         torch.testing.assert_close(memories, model.start_memory().expand_as(memories), atol=1e-5, rtol=1e-5)
+
+
+def test_a_fast_weight_keeps_what_no_token_overwrites():
+    """At birth three quarters of what is stored are left after 100 tokens that write nothing."""
+    model = SMTRecurrentForCausalLM(student_config(updater_type="fast_weight", num_memory_tokens=7)).model
+    updater = model.updater
+    assert not updater.control_proj.weight.any()
+    memory = model.start_memory()[None].detach()
+    heads, values, keys, traces = updater.cell.sizes
+    assert memory[0, 0].square().mean() == pytest.approx(1, abs=1e-3) and not memory[0, 1:-1].any()
+    stored = torch.zeros(values, keys)
+    stored[:, 0] = 1.0
+    with torch.no_grad():
+        memory.flatten()[16 + traces : 16 + traces + values * keys] = stored.flatten()
+        updater.cell.matrix_proj.weight[heads * keys :].zero_()  # gates as at birth, strengths 0 below
+        original = updater.cell.write_inputs
+        updater.cell.write_inputs = lambda *inputs: (*original(*inputs)[:2], torch.zeros(1, heads), original(*inputs)[3])
+        for token in torch.randint(1, VOCAB, (100, 1)):
+            memory = updater(memory, model.embed_tokens(token))
+    kept = memory.flatten()[16 + traces : 16 + traces + values * keys].view(values, keys)
+    torch.testing.assert_close(kept, stored * torch.sigmoid(torch.tensor(6.0)) ** 100, atol=1e-5, rtol=1e-4)
+    assert kept[0, 0] > 0.75
 
 
 @pytest.mark.parametrize("cuts", [[1], [5], [1, 2, 11], list(range(1, 12))])
@@ -324,7 +404,10 @@ def test_quantised(student, tokens, tmp_path):
 
 def test_slow_changes_of_a_half_precision_model_add_up(student):
     """A model in bfloat16 whose transitions are below the resolution of bfloat16 ends where one in float32 does."""
-    nn.init.normal_(student.model.updater.out_proj.weight, std=0.003)
+    updater = student.model.updater
+    if not hasattr(updater, "out_proj"):
+        pytest.skip("no part of this memory moves in small steps only")
+    nn.init.normal_(updater.out_proj.weight, std=0.003)
     ids = torch.randint(1, VOCAB, (2, 400))
     with torch.no_grad():
         expected = student.model.final_memory(ids)
