@@ -89,7 +89,7 @@ def pretrain(parsed: ParsedRun) -> dict:
     with phases[0].main_process_first(desc="preparing the data"):
         subject = make_subject(parsed)
     notes = parsed.notes + resolve(phases, subject, parsed.rival)
-    config = model_config(subject, phases, parsed.student, parsed.teacher)
+    config = model_config(subject, phases, parsed.student_fields, parsed.teacher_fields)
     if is_main:
         print("\n".join([*notes, subject.describe()]), flush=True)
     output_dir = Path(run.output_dir)

@@ -14,10 +14,14 @@ from smt_hf.errors import InputError
 from smt_hf.student import SMTRecurrentConfig
 from smt_hf.teachers import DEFAULT_TEACHER, TEACHERS, teacher_config_class
 from smt_hf.training.arguments import BPTTTrainingArguments, PhaseArguments
+from smt_hf.training.launch import launched_sharded
 from smt_hf.training.phases import ARGUMENTS
 
+from . import default_run
 from .run_folder import RunArguments
 
+# Peak rate of the default run with AdamW in the place of Muon.
+_ADAMW_RATE = 0.004
 # Set by the pipeline, or arguments of the whole run.
 HIDDEN = {"schedule_offset", "schedule_steps", "output_dir", "resume_from_checkpoint", "seed"}
 
@@ -81,10 +85,21 @@ class ParsedRun:
     run: PretrainArguments
     student: dict[str, Any]  # fields of the configuration that were given
     teacher: dict[str, Any]  # likewise
+    is_default: bool  # updater and teacher are those of `default_run`
     phases: list[PhaseArguments]  # in order
     rival: BPTTTrainingArguments | None  # of `compare_bptt`: those of the bptt phase
     # What was given and does nothing, or was set because of other arguments; one line per note.
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def student_fields(self) -> dict[str, Any]:
+        """`student`, over the fields that a run takes where none is given."""
+        return {**(default_run.STUDENT if self.is_default else {}), **self.student}
+
+    @property
+    def teacher_fields(self) -> dict[str, Any]:
+        """As `student_fields`, of the teacher."""
+        return {**(default_run.TEACHER if self.is_default else {}), **self.teacher}
 
 
 def _plain_dataclass(config_class, left_out: Collection[str] = ()):
@@ -165,7 +180,7 @@ def parse_run(argv: list[str]) -> ParsedRun:
     """
     layers = read_layers(argv, help_text)
     parts: dict[str, dict[str, Any]] = {"run": {}, "student": {}, "teacher": {}}
-    phases = read_phases(PretrainArguments.phases)
+    phases = None
     # Settings of phases: what those inside a phase of the YAML beat, and for each phase what beats those.
     below: dict[str, Any] = {}
     above: dict[str, dict[str, Any]] = {phase: {} for phase in ARGUMENTS}
@@ -182,21 +197,52 @@ def parse_run(argv: list[str]) -> ParsedRun:
             else:
                 for of_phase in above.values():
                     of_phase[name] = value
-    run = built(PretrainArguments, {**parts["run"], "phases": ",".join(name for name, _ in phases)})
+    student = typed(STUDENT_FIELDS, parts["student"])
     teacher = typed_teacher({}, {}, parts["teacher"])
+    is_default = default_run.is_taken(student, teacher)
+    phases = phases or read_phases(default_run.PHASES if is_default else PretrainArguments.phases)
+    run = built(PretrainArguments, {**parts["run"], "phases": ",".join(name for name, _ in phases)})
     notes = _notes(run, {name for name, _ in phases}, [key for layer in layers for key in layer])
+    names = [name for name, _ in phases]
 
-    def settings_of(phase: str, inside: dict[str, Any]) -> dict[str, Any]:
+    def settings_of(phase: str, inside: dict[str, Any], place: int) -> dict[str, Any]:
         merged = {**below, **inside, **above[phase]}
         merged = {name: value for name, value in merged.items() if name in PHASE_NAMES[phase]}
-        return _with_teacher(phase, {**merged, "seed": run.seed}, teacher, notes)
+        if is_default:
+            usual = default_run.settings_of(phase, place < len(names) - 1, has_trained=bool(names[:place]))
+            merged = _with_usual(phase, usual, merged, notes)
+        kind = (default_run.TEACHER if is_default else teacher).get("model_type", DEFAULT_TEACHER)
+        return _with_teacher(phase, {**merged, "seed": run.seed}, kind, [] if is_default else notes)
 
-    built_phases = [built_phase(ARGUMENTS[phase], settings_of(phase, inside)) for phase, inside in phases]
+    built_phases = [
+        built_phase(ARGUMENTS[phase], settings_of(phase, inside, place)) for place, (phase, inside) in enumerate(phases)
+    ]
     rival = None
     if run.compare_bptt:
         inside: dict[str, Any] = next((settings for phase, settings in reversed(phases) if phase == "bptt"), {})
-        rival = built_phase(ARGUMENTS["bptt"], settings_of("bptt", inside), ends_by_seconds=True)
-    return ParsedRun(run, typed(STUDENT_FIELDS, parts["student"]), teacher, built_phases, rival, notes)
+        rival = built_phase(ARGUMENTS["bptt"], settings_of("bptt", inside, len(phases)), ends_by_seconds=True)
+    return ParsedRun(run, student, teacher, is_default, built_phases, rival, notes)
+
+
+def _with_usual(phase: str, usual: dict[str, Any], given: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+    """The settings of a phase of the default run, with AdamW where Muon, its default, cannot run."""
+    if "matrix_optimizer" not in given:
+        why = None
+        if given.get("deepspeed") or given.get("fsdp") or launched_sharded():
+            why = "DeepSpeed and FSDP split the matrices that it needs whole"
+        elif not str(given.get("optim", "adamw_torch")).startswith("adamw_torch"):
+            why = f"`optim` is {given['optim']}"
+        if why is not None:
+            usual = {**usual, "matrix_optimizer": "adamw", "learning_rate": _ADAMW_RATE}
+            notes.append(
+                f"{phase}: matrix_optimizer muon -> adamw, at a rate of {_ADAMW_RATE} ({why}; `--matrix_optimizer "
+                "adamw` says the same)"
+            )
+    elif given["matrix_optimizer"] == "adamw":
+        usual = {**usual, "learning_rate": _ADAMW_RATE}
+    if "max_seconds" in given:
+        usual = {name: value for name, value in usual.items() if name != "max_steps"}
+    return {**usual, **given}
 
 
 def built_phase(kind: type[PhaseArguments], settings: dict[str, Any], ends_by_seconds: bool = False):
@@ -222,9 +268,8 @@ def built_phase(kind: type[PhaseArguments], settings: dict[str, Any], ends_by_se
     return arguments
 
 
-def _with_teacher(phase: str, settings: dict[str, Any], teacher: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    """The settings of a phase with what its teacher takes where nothing is given."""
-    name = teacher.get("model_type", DEFAULT_TEACHER)
+def _with_teacher(phase: str, settings: dict[str, Any], name: str, notes: list[str]) -> dict[str, Any]:
+    """The settings of a phase with what the teacher `name` takes where nothing is given."""
     if phase != "smt":
         return settings
     kind = TEACHERS[name]
@@ -236,7 +281,8 @@ def _with_teacher(phase: str, settings: dict[str, Any], teacher: dict[str, Any],
     for key, value in defaults.items():
         usual = ARGUMENTS["smt"].__dataclass_fields__[key].default
         if key not in settings and value != usual:
-            notes.append(f"smt: {key} {usual} -> {value} (as the teacher {name} takes it)")
+            why = "has no next-token head" if key == "teacher_weight" else "takes it so"
+            notes.append(f"smt: {key} {usual} -> {value} ({name} {why})")
     return {**defaults, **settings}
 
 

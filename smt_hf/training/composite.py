@@ -73,6 +73,11 @@ class SMTPreTrainingConfig(PreTrainedConfig):
                     "make them equal."
                 )
         updater_type = getattr(kind, "updater_type", None)
+        if updater_type is not None and self.student.tie_word_embeddings:
+            raise InputError(
+                f"the teacher {kind.model_type} has embeddings of its own, which become the student's, and would change "
+                "its head: set `tie_word_embeddings` to false."
+            )
         if updater_type not in (None, self.student.updater_type):
             raise InputError(
                 f"the teacher {kind.model_type} is a part of the {updater_type} updater, the student's `updater_type` "

@@ -1,0 +1,200 @@
+"""The linear recurrence of the fast-weight updater by a scan, against the recurrence itself, a token at a time."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from smt_hf import SMTForPreTraining, SMTRecurrentForCausalLM
+from smt_hf.student.fast_weight_smt_recurrent import BLOCK, FastWeightSizes, ScannedMatrices, gated_sums
+from smt_hf.student.recurrence_smt_recurrent import document_starts
+from smt_hf.teachers import SMTFastWeightTeacher
+from smt_hf.training import SMTPreTrainingConfig
+from tests.conftest import VOCAB, student_config
+
+TEACHER = {"model_type": "smt_fast_weight_teacher"}
+
+
+def make_composite(**fields) -> SMTForPreTraining:
+    torch.manual_seed(0)
+    student = student_config(updater_type="fast_weight", **fields)
+    return SMTForPreTraining(SMTPreTrainingConfig(student=student, teacher=TEACHER)).eval()
+
+
+def matrices_one_by_one(keys, values, strengths, log_kept, resets=None):
+    matrix, found = torch.zeros(*values.shape[:2], values.shape[-1], keys.shape[-1], dtype=keys.dtype), []
+    for t in range(keys.shape[2]):
+        if resets is not None:
+            matrix = torch.where(resets[:, t, None, None, None], 0.0, matrix)
+        matrix = log_kept[:, :, t].exp()[..., None, None] * matrix
+        error = values[:, :, t] - (matrix @ keys[:, :, t, :, None])[..., 0]
+        matrix = matrix + (strengths[:, :, t, None] * error)[..., None] * keys[:, :, t, None]
+        found.append(matrix)
+    return torch.stack(found, dim=2)
+
+
+@pytest.mark.parametrize("resets", [False, True])
+@pytest.mark.parametrize("length", [1, 7, 8, 21])
+def test_scan_of_the_delta_rule(length, resets):
+    """Values and gradients of matrices and answers, in float64; blocks of 8 tokens, the last one shorter."""
+    generator = torch.Generator().manual_seed(length)
+    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
+    keys, values = F.normalize(draw(2, 3, length, 6), dim=-1), draw(2, 3, length, 4)
+    inputs = [keys, values, torch.sigmoid(draw(2, 3, length)), F.logsigmoid(draw(2, 3, length))]
+    starts = torch.rand(2, length, generator=generator) < 0.2 if resets else None
+    queries = draw(2, 3, length, 6)
+    grads = []
+    for compute in (ScannedMatrices, matrices_one_by_one):
+        own = [part.clone().requires_grad_() for part in inputs]
+        if compute is ScannedMatrices:
+            scanned = ScannedMatrices(*own, starts, block=8)
+            matrices, answers = scanned.matrices(), scanned.answers(queries)
+        else:
+            matrices = compute(*own, starts)
+            answers = (matrices @ queries[..., None])[..., 0]
+        weights = torch.linspace(-1, 1, matrices.numel(), dtype=torch.float64).view_as(matrices)
+        loss = (matrices * weights).sum() + (answers * answers.detach().cos()).sum()
+        grads.append([matrices, answers, *torch.autograd.grad(loss, own)])
+    for own, expected in zip(*grads):
+        torch.testing.assert_close(own, expected, atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.parametrize("length", [1, 2, 13, 16])
+def test_gated_sums(length):
+    kept, added = torch.rand(2, 3, length, 5, dtype=torch.float64).unbind(0)
+    own, total = gated_sums(kept, added), torch.zeros(3, 5, dtype=torch.float64)
+    for t in range(length):
+        total = kept[:, t] * total + added[:, t]
+        torch.testing.assert_close(own[:, t], total)
+
+
+@pytest.mark.parametrize("fields", [{}, {"num_hidden_layers": 1}, {"num_memory_tokens": 6, "num_matrix_heads": 2}])
+@pytest.mark.parametrize("extra", ["plain", "mask", "documents", "both"])
+def test_the_student_begins_as_this_teacher(extra, fields):
+    """Error of the student's dynamics 0 at birth, values and gradients, over rows of more than one block."""
+    model = make_composite(**fields)
+    length = BLOCK + 9
+    generator = torch.Generator().manual_seed(3)
+    input_ids = torch.randint(VOCAB, (3, length), generator=generator)
+    mask = documents = None
+    if extra in ("documents", "both"):
+        documents = torch.tensor([[0] * length, [0] * 9 + [1] * (length - 9), [4, 7, *[1] * (length - 2)]])
+    if extra in ("mask", "both"):
+        mask = torch.ones_like(input_ids)
+        mask[0, :4] = mask[1, 5:7] = mask[2, -6:] = 0
+    start = model.student.model.start_memory()
+    labels = model.teacher(input_ids, torch.arange(length + 1), start, mask, documents)
+    resets = None if documents is None else document_starts(documents)
+    embeds = model.student.model.embed_tokens(input_ids)
+    own = model.student.model.unroll(start.expand(3, -1, -1), embeds, mask, resets)
+    assert torch.equal(labels[:, 0], start.expand(3, -1, -1))
+    torch.testing.assert_close(labels[:, 1:], own, atol=2e-4, rtol=2e-4)
+    weights = torch.randn(own.shape, generator=generator) / own.detach().abs().clamp(min=1.0)
+    (labels[:, 1:] * weights).sum().backward(retain_graph=True)
+    (own * weights).sum().backward()
+    cell = dict(model.student.model.updater.cell.named_parameters())
+    for name, parameter in model.teacher.cell.named_parameters():
+        scale = cell[name].grad.abs().max()
+        torch.testing.assert_close(parameter.grad / scale, cell[name].grad / scale, atol=2e-3, rtol=2e-3, msg=name)
+    theirs, scale = model.student.model.embed_tokens.weight.grad, model.teacher.embed_tokens.weight.grad.abs().max()
+    torch.testing.assert_close(model.teacher.embed_tokens.weight.grad / scale, theirs / scale, atol=2e-3, rtol=2e-3)
+
+
+def test_reads_only_is_the_last_token():
+    model = make_composite()
+    input_ids, start = torch.randint(VOCAB, (2, 40)), model.student.model.start_memory()
+    positions = torch.tensor([[0, 40, 7], [3, 0, 39]])
+    everything = model.teacher(input_ids, positions, start)
+    last = model.teacher(input_ids, positions, start, reads_only=True)
+    torch.testing.assert_close(last, everything[:, :, -1:], atol=1e-6, rtol=1e-5)
+    logits = model.student.read_logits(everything)
+    torch.testing.assert_close(model.student.read_logits(last), logits, atol=1e-5, rtol=1e-5)
+
+
+def test_hand_over_after_the_teacher_has_learned():
+    """A student that has drifted apart begins again as the teacher; the readout is the student's own and stays."""
+    model = make_composite()
+    for parameter in model.teacher.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    torch.nn.init.normal_(model.student.model.updater.control_proj.weight)
+    readout = {name: tensor.clone() for name, tensor in model.student.model.readout.state_dict().items()}
+    model.hand_over()
+    input_ids, start = torch.randint(VOCAB, (2, 20)), model.student.model.start_memory()
+    own = model.student.model.unroll(start.expand(2, -1, -1), model.student.model.embed_tokens(input_ids))
+    torch.testing.assert_close(model.teacher(input_ids, torch.arange(1, 21), start), own, atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(readout[name], tensor) for name, tensor in model.student.model.readout.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "student, teacher, message",
+    [
+        ({"updater_type": "mlp"}, {}, "`updater_type` is mlp: set it to fast_weight"),
+        ({}, {"hidden_size": 32}, "hidden_size is 32, the student's hidden_size is 16"),
+        ({}, {"num_matrix_heads": 2}, "num_matrix_heads is 2, the student's num_matrix_heads is 1"),
+        ({"tie_word_embeddings": True}, {}, "`tie_word_embeddings`"),
+    ],
+)
+def test_refuses_a_student_that_cannot_follow(student, teacher, message):
+    student = student_config(**{"updater_type": "fast_weight", **student})
+    with pytest.raises(ValueError, match=message):
+        SMTPreTrainingConfig(student=student, teacher={**TEACHER, **teacher})
+
+
+@pytest.mark.parametrize(
+    "fields, sizes",
+    [
+        ({"num_memory_tokens": 3, "hidden_size": 16}, (1, 1, 8, 8)),
+        ({"num_memory_tokens": 6, "hidden_size": 64}, (1, 6, 32, 64)),
+        ({"num_memory_tokens": 7, "hidden_size": 64}, (1, 8, 32, 64)),
+        ({"num_memory_tokens": 7, "hidden_size": 64, "matrix_key_size": 16}, (1, 16, 16, 64)),
+        ({"num_memory_tokens": 6, "hidden_size": 64, "num_matrix_heads": 4}, (4, 3, 16, 64)),
+        ({"num_memory_tokens": 5, "hidden_size": 24}, (1, 3, 16, 24)),
+    ],
+)
+def test_sizes(fields, sizes):
+    assert FastWeightSizes.of(student_config(updater_type="fast_weight", **fields)) == sizes
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"num_memory_tokens": 2}, "`num_memory_tokens` of at least 3.*got 2"),
+        ({"num_matrix_heads": 0}, "`num_matrix_heads` must be from 1"),
+        ({"num_matrix_heads": 3}, "`num_matrix_heads` must be from 1 to 4 and divide the 8 numbers"),
+        ({"matrix_key_size": 3}, "`matrix_key_size` must be even and divide the 8 numbers"),
+    ],
+)
+def test_sizes_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        student_config(updater_type="fast_weight", **fields)
+    SMTRecurrentForCausalLM(student_config(updater_type="mlp", **{**fields, "num_matrix_heads": 1}))  # not its affair
+
+
+@pytest.mark.parametrize("num_memory_tokens", [3, 4, 5, 8])
+@pytest.mark.parametrize("hidden_size", [8, 24, 64])
+def test_any_width_and_number_of_memory_tokens(num_memory_tokens, hidden_size):
+    config = student_config(
+        updater_type="fast_weight", num_memory_tokens=num_memory_tokens, hidden_size=hidden_size, num_attention_heads=1
+    )
+    heads, values, keys, traces = FastWeightSizes.of(config)
+    assert heads * values * keys + traces == (num_memory_tokens - 2) * hidden_size
+    student = SMTRecurrentForCausalLM(config)
+    assert student(torch.randint(VOCAB, (2, 5))).logits.isfinite().all()
+
+
+def test_next_token_logits_are_refused():
+    model = make_composite()
+    with pytest.raises(ValueError, match="no next-token head"):
+        model.teacher(torch.randint(VOCAB, (1, 4)), torch.arange(5), model.student.model.start_memory(),
+                      return_logits=True)  # fmt: skip
+    assert not SMTFastWeightTeacher.has_next_token_head
+
+
+@pytest.mark.parametrize("at", [0, 11])
+def test_gradients_reach_back_over_the_whole_row(at):
+    """From the last memory to any token of a row of several blocks."""
+    model = make_composite()
+    embeds = model.teacher.embed_tokens(torch.randint(VOCAB, (1, 3 * BLOCK))).detach().requires_grad_()
+    start = model.student.model.start_memory()
+    *_, matrices, _ = model.teacher.cell.scan(embeds, start[0])
+    matrices[0, -1].square().sum().backward()
+    assert embeds.grad[0, at].abs().max() > 0
