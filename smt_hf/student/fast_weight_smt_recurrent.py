@@ -248,9 +248,7 @@ class SMTRecurrentFastWeightCell(nn.Module):
             control: per layer, what is added to the projections of its queries and of its inner layer, or `None`.
         """
         stream = None
-        for layer, (query_proj, up_proj, down_proj) in enumerate(
-            zip(self.query_projs, self.up_projs, self.down_projs)
-        ):
+        for layer, (query_proj, up_proj, down_proj) in enumerate(zip(self.query_projs, self.up_projs, self.down_projs)):
             seen = features if stream is None else torch.cat([features, self.normed(stream)], dim=-1)
             asked = query_proj(seen)
             if control is not None:
@@ -293,9 +291,11 @@ class SMTRecurrentFastWeightCell(nn.Module):
         # The matrices are of the memory's precision, which autocast would change.
         with torch.autocast(tokens.device.type, enabled=False) if is_half else contextlib.nullcontext():
             scanned = ScannedMatrices(*written, resets)
+
         def answer(queries):
             with torch.autocast(tokens.device.type, enabled=False) if is_half else contextlib.nullcontext():
                 return scanned.answers(queries.transpose(1, 2)).transpose(1, 2)
+
         read = self.read(features, angles, answer)
         return [read] if reads_only else [tokens, traces, scanned.matrices().transpose(1, 2), read]
 
@@ -350,9 +350,7 @@ class SMTRecurrentFastWeightUpdater(SMTRecurrentTransition):
     def start(self, memory: torch.Tensor) -> torch.Tensor:
         """Last token and what was read RMS-normalised, traces and matrix empty."""
         first, *between, last = memory.unbind(-2)
-        return torch.stack(
-            [self.cell.normed(first), *map(torch.zeros_like, between), self.cell.normed(last)], dim=-2
-        )
+        return torch.stack([self.cell.normed(first), *map(torch.zeros_like, between), self.cell.normed(last)], dim=-2)
 
     def forward(self, memory, embeds, layer_outputs: list | None = None):
         """One transition, as of [`SMTRecurrentTransition`]."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from . import fast_weight_smt_recurrent  # noqa: F401
+from .fast_weight_smt_recurrent import SMTRecurrentFastWeightUpdater
 from .layers_smt_recurrent import UPDATERS, SMTRecurrentBlock, SMTRecurrentMLP, SMTRecurrentUpdater, register_updater
 
 if TYPE_CHECKING:  # the configuration asks the updaters for their names
@@ -131,4 +131,4 @@ class SMTRecurrentGRUUpdater(SMTRecurrentUpdater):
             yield stream
 
 
-__all__ = ["UPDATERS"]
+__all__ = ["UPDATERS", "SMTRecurrentFastWeightUpdater"]

@@ -80,7 +80,12 @@ class SMTFastWeightTeacher(SMTTeacher):
     has_next_token_head = False
     # The readout of its memories trains it: the future beyond the next token adds nothing where gradients already reach
     # back over the whole row.
-    smt_defaults = {"teacher_weight": 0.0, "teacher_readout_weight": 1.0, "predictive_weight": 0.0, "uniformity_weight": 0.0}
+    smt_defaults = {
+        "teacher_weight": 0.0,
+        "teacher_readout_weight": 1.0,
+        "predictive_weight": 0.0,
+        "uniformity_weight": 0.0,
+    }
     labels_all_positions = True
     can_read_only = True
 

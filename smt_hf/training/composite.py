@@ -57,7 +57,6 @@ class SMTPreTrainingConfig(PreTrainedConfig):
             kwargs.pop(name, None)
         super().__post_init__(**kwargs)
 
-
     def _fit_teacher(self) -> None:
         """Give the teacher's fields that follow the student the student's values; refuse others."""
         kind = self.teacher if not isinstance(self.teacher, dict) else self.teacher.get("model_type", DEFAULT_TEACHER)

@@ -509,3 +509,31 @@ def test_recipes_parse():
         else:
             assert parse_run(["--config", str(path)]).phases
         assert path.name in table
+
+
+@pytest.mark.processes
+def test_the_default_run_small(tmp_path):
+    """Default updater, teacher, phases and optimiser: the student begins as its teacher, and loads where smt_hf is not."""
+    (tmp_path / "text.txt").write_text("".join(f"line {n}: the quick brown fox counts {n * 7}\n" for n in range(900)))
+    words = """--train_file text.txt --hidden_size 16 --num_attention_heads 2 --intermediate_size 32 --output_dir out
+    --per_device_train_batch_size 4 --context_length 32 --max_steps 6 --save_steps 3 --logging_steps 2 --num_threads 1
+    """.split()
+    done = run(*words, cwd=tmp_path)
+    results = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    assert results["student_arm"] == "dmt32" and {"teacher", "dmt32"} <= set(results["arms"])
+    config = json.loads((tmp_path / "out" / "student" / "config.json").read_text())
+    assert config["updater_type"] == "fast_weight" and config["num_memory_tokens"] == 6
+    assert (tmp_path / "out" / "student" / "fast_weight_smt_recurrent.py").exists()
+    first = next(
+        line for line in json.loads((tmp_path / "out/dmt/trainer_state.json").read_text())["log_history"]
+        if "dynamics" in line
+    )  # fmt: skip
+    assert first["dynamics"] < 0.02  # of the first steps, after updates at the rate of the warm-up; 0 before them
+    assert "continuation" in done.stdout
+    check = "from transformers import AutoModelForCausalLM as A; import torch, sys; sys.modules['smt_hf'] = None; " \
+        "print(A.from_pretrained('out/student', trust_remote_code=True)(torch.arange(9)[None]).logits.shape)"  # fmt: skip
+    loaded = subprocess.run(
+        [sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONSAFEPATH": "1"},
+    )  # fmt: skip
+    assert "[1, 9, 258]" in loaded.stdout, loaded.stderr[-2000:]

@@ -524,3 +524,42 @@ def test_several_trackers():
 def test_a_renamed_flag_warns():
     with pytest.warns(FutureWarning, match="`warmup_ratio` is called `warmup_steps` now"):
         assert parse_run(["--warmup_ratio", "0.1"]).phases[0].warmup_steps == 0.1
+
+
+def test_the_default_set():
+    """Its parts come together, and none of them where another updater or teacher is named."""
+    parsed = parse_run([])
+    assert parsed.is_default and parsed.student_fields["updater_type"] == "fast_weight"
+    assert parsed.teacher_fields == {"model_type": "smt_fast_weight_teacher"} and parsed.notes == []
+    smt, dmt = parsed.phases
+    assert not smt.trains_updater and smt.matrix_optimizer == dmt.matrix_optimizer == "muon"
+    assert smt.teacher_readout_weight == 1.0 and smt.teacher_weight == 0.0
+    for words in (["--updater_type", "mlp"], ["--teacher_hidden_size", "24"], ["--teacher_model_type", "smt_teacher"]):
+        classic = parse_run(words)
+        assert not classic.is_default and "updater_type" not in classic.student_fields.keys() - classic.student.keys()
+        assert [phase.phase for phase in classic.phases] == ["smt", "bptt"] and classic.phases[0].trains_updater
+        assert all(phase.matrix_optimizer == "adamw" for phase in classic.phases)
+
+
+def test_the_default_set_gives_way():
+    """To what is given, wherever it is given; the teacher is trained alone only where a phase follows."""
+    smt, dmt, bptt = parse_run(
+        "--phases smt,dmt,bptt --max_steps 5 --smt_learning_rate 1e-3 --hidden_size 32".split()
+    ).phases
+    assert (smt.max_steps, dmt.max_steps, bptt.max_steps, smt.learning_rate) == (5, 5, 5, 1e-3)
+    (smt,) = parse_run(["--phases", "smt"]).phases
+    assert smt.trains_updater
+    first, second, _ = parse_run(["--phases", "smt,smt,dmt"]).phases
+    assert not first.trains_updater and second.trains_updater
+    (smt, _) = parse_run(["--smt_trains_updater", "true"]).phases
+    assert smt.trains_updater
+
+
+@pytest.mark.parametrize("words, why", [(["--optim", "sgd"], "`optim` is sgd"), (["--fsdp", "full_shard"], "FSDP")])
+def test_adamw_where_muon_cannot_run(words, why):
+    """Said before training, with the flag; a Muon that was asked for is refused."""
+    parsed = parse_run(words)
+    assert [phase.matrix_optimizer for phase in parsed.phases] == ["adamw", "adamw"]
+    assert len(parsed.notes) == 2 and all(why in note and "--matrix_optimizer adamw" in note for note in parsed.notes)
+    with pytest.raises(InputError, match="muon"):
+        parse_run([*words, "--matrix_optimizer", "muon"])

@@ -12,7 +12,12 @@ MAY_IMPORT = {
     "upload": {"errors"},
     "recipe": {"errors", "training"},
     "student": set(),
-    "teachers": {"errors", "student.configuration_smt_recurrent"},
+    "teachers": {
+        "errors",
+        "student.configuration_smt_recurrent",
+        "student.fast_weight_smt_recurrent",
+        "student.recurrence_smt_recurrent",
+    },
     "data": {"errors", "student.configuration_smt_recurrent"},
     "training": {"errors", "command_line", "upload", "student", "teachers", "data"},
     "evaluation": {"errors", "student", "teachers"},

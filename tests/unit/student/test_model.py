@@ -66,10 +66,7 @@ def naive_fast_weight_row(updater, memory, embeds, eps):
     gates, inputs = (cell.trace_proj.weight @ torch.cat([last, token]) + control.pop(0)).chunk(2)
     kept = torch.sigmoid(gates + cell.trace_bias)
     traces = torch.stack(
-        [
-            kept[i] * traces[i] + (inputs[i] + 1 if i < heads else (1 - kept[i]) * inputs[i])
-            for i in range(num_traces)
-        ]
+        [kept[i] * traces[i] + (inputs[i] + 1 if i < heads else (1 - kept[i]) * inputs[i]) for i in range(num_traces)]
     )
     features = torch.cat([last, token, torch.zeros(heads), naive_rms(traces[heads:], eps)])
 
@@ -87,10 +84,7 @@ def naive_fast_weight_row(updater, memory, embeds, eps):
     at, what = turned(at), what.view(heads, values)
     left = torch.sigmoid(keep + 6)[:, None, None] * matrices
     matrices = torch.stack(
-        [
-            left[h] + torch.sigmoid(strength[h]) * torch.outer(what[h] - left[h] @ at[h], at[h])
-            for h in range(heads)
-        ]
+        [left[h] + torch.sigmoid(strength[h]) * torch.outer(what[h] - left[h] @ at[h], at[h]) for h in range(heads)]
     )
     stream = None
     for query_proj, up_proj, down_proj in zip(cell.query_projs, cell.up_projs, cell.down_projs):
@@ -179,7 +173,11 @@ def test_a_fast_weight_keeps_what_no_token_overwrites():
         memory.flatten()[16 + traces : 16 + traces + values * keys] = stored.flatten()
         updater.cell.matrix_proj.weight[heads * keys :].zero_()  # gates as at birth, strengths 0 below
         original = updater.cell.write_inputs
-        updater.cell.write_inputs = lambda *inputs: (*original(*inputs)[:2], torch.zeros(1, heads), original(*inputs)[3])
+        updater.cell.write_inputs = lambda *inputs: (
+            *original(*inputs)[:2],
+            torch.zeros(1, heads),
+            original(*inputs)[3],
+        )
         for token in torch.randint(1, VOCAB, (100, 1)):
             memory = updater(memory, model.embed_tokens(token))
     kept = memory.flatten()[16 + traces : 16 + traces + values * keys].view(values, keys)
