@@ -30,7 +30,8 @@ class SMTRecurrentConfig(PreTrainedConfig):
             the memory as one vector of `K * D`), or `"fast_weight"` (looks things up; see
             [`SMTRecurrentFastWeightUpdater`], at least 3 memory tokens).
         num_matrix_heads: `fast_weight`: heads of the matrix in the memory.
-        matrix_key_size: `fast_weight`: width of a head's keys, even; `None` means at least four times as wide as the values.
+        matrix_key_size: `fast_weight`: width of a head's keys, even; `None` means four times as wide as the
+            values, or a little more.
         hidden_act: activation of the feed-forward layers, a name known to `transformers.activations.ACT2FN`.
         max_position_embeddings: window for evaluation tools that ask for one. It is **not** a limit: the model has no
             positions in time.

@@ -11,17 +11,16 @@ The memory holds, in this order:
 A key is turned by an angle that grows with its head's pointer, as rotary positions turn queries and keys. A head can
 then write to a place and come back to it, besides looking up by content.
 
-Without `control_proj`, which lets the token that was read before change all of this and is zero at birth, last token,
-traces and matrix are a linear recurrence whose coefficients depend on the tokens alone: [`SMTRecurrentFastWeightCell.scan`]
-computes it for all positions of a row at once. `smt_hf.teachers.SMTFastWeightTeacher` is that part.
+`control_proj` lets what was read before change all of this. It is zero at birth, and without it last token, traces and
+matrix are a linear recurrence whose coefficients depend on the tokens alone. [`SMTRecurrentFastWeightCell.scan`]
+computes that recurrence for all positions of a row at once; `smt_hf.teachers.SMTFastWeightTeacher` is that part.
 
 Shapes: N sequences or chunks side by side, T tokens, K memory tokens, D width, H heads, P value width, Q key width,
 R traces, C tokens of a block of the scan. Sources: fast weights and the delta rule, arXiv:2102.11174; gates,
 arXiv:2412.06464; the scan in blocks, arXiv:2406.06484.
 """
 
-import contextlib
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -247,7 +246,7 @@ class SMTRecurrentFastWeightCell(nn.Module):
             answer: queries `(..., H, Q)` -> what the matrices answer, `(..., H, P)`.
             control: per layer, what is added to the projections of its queries and of its inner layer, or `None`.
         """
-        stream = None
+        stream: Any = None
         for layer, (query_proj, up_proj, down_proj) in enumerate(zip(self.query_projs, self.up_projs, self.down_projs)):
             seen = features if stream is None else torch.cat([features, self.normed(stream)], dim=-1)
             asked = query_proj(seen)
@@ -286,18 +285,29 @@ class SMTRecurrentFastWeightCell(nn.Module):
         kept, added = self.trace_inputs(self.trace_proj(pair).to(first.dtype))
         traces = gated_sums(kept if resets is None else kept.masked_fill(resets[..., None], 0.0), added)
         features, angles = self.features(pair, traces)
-        written = [part.transpose(1, 2) for part in self.write_inputs(self.matrix_proj(features), angles)]
-        is_half = torch.is_autocast_enabled(tokens.device.type)
-        # The matrices are of the memory's precision, which autocast would change.
-        with torch.autocast(tokens.device.type, enabled=False) if is_half else contextlib.nullcontext():
-            scanned = ScannedMatrices(*written, resets)
+        keys, values, strengths, log_kept = self.write_inputs(self.matrix_proj(features), angles)
+
+        def in_full_precision():  # the matrices are of the memory's precision, whatever autocast says
+            return torch.autocast(tokens.device.type, enabled=False)
+
+        with in_full_precision():
+            scanned = ScannedMatrices(
+                keys.transpose(1, 2),
+                values.transpose(1, 2),
+                strengths.transpose(1, 2),
+                log_kept.transpose(1, 2),
+                resets,
+            )
 
         def answer(queries):
-            with torch.autocast(tokens.device.type, enabled=False) if is_half else contextlib.nullcontext():
+            with in_full_precision():
                 return scanned.answers(queries.transpose(1, 2)).transpose(1, 2)
 
         read = self.read(features, angles, answer)
-        return [read] if reads_only else [tokens, traces, scanned.matrices().transpose(1, 2), read]
+        if reads_only:
+            return [read]
+        with in_full_precision():
+            return [tokens, traces, scanned.matrices().transpose(1, 2), read]
 
 
 @register_updater
@@ -343,9 +353,6 @@ class SMTRecurrentFastWeightUpdater(SMTRecurrentTransition):
         matrix = heads * values * keys
         per_layer = matrix + 3 * heads * keys + 2 * heads * values + 5 * config.intermediate_size + 5 * width
         return 8 * width + 8 * traces + 4 * matrix + 4 * heads * (keys + values) + config.num_hidden_layers * per_layer
-
-    def init_own_weights(self) -> None:
-        self.cell.init_own_weights()
 
     def start(self, memory: torch.Tensor) -> torch.Tensor:
         """Last token and what was read RMS-normalised, traces and matrix empty."""

@@ -5,7 +5,6 @@ F future tokens, V vocabulary. Symbols and equations: arXiv:2606.06479.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -20,6 +19,7 @@ from transformers.utils import can_return_tuple
 
 from .cache_smt_recurrent import SMTRecurrentCache, own_cache
 from .configuration_smt_recurrent import SMTRecurrentConfig, share_weights
+from .fast_weight_smt_recurrent import SMTRecurrentFastWeightCell
 from .layers_smt_recurrent import SMTRecurrentReadout, SMTRecurrentTransition
 from .recurrence_smt_recurrent import SMTRecurrentStretch, document_starts, state_dtype, unrolled
 from .updaters_smt_recurrent import UPDATERS
@@ -49,7 +49,7 @@ class SMTRecurrentPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=0.16)
         elif isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
-        elif isinstance(module, SMTRecurrentTransition):
+        elif isinstance(module, SMTRecurrentTransition | SMTRecurrentFastWeightCell):
             module.init_own_weights()
         elif isinstance(module, SMTRecurrentReadout):
             init.normal_(module.slot_embeddings, std=0.5)

@@ -9,8 +9,8 @@ its configuration (`vocab_size`, `num_memory_tokens` [K], `memory_size` [D]), by
 - `has_next_token_head`: whether it predicts tokens itself. The head is then `get_output_embeddings()`.
 - `labels_all_positions`: whether one pass makes the memories of all positions. Where it is false, every position costs
   tokens of its own, so that callers ask for few positions at a time.
-- `can_read_only` (false where it is missing): whether `forward` takes `reads_only=True` and then returns, for less work,
-  only those last tokens of every memory that the readout sees.
+- `can_read_only` (false where it is missing): whether `forward` takes `reads_only=True`. It then returns, for less
+  work, only those last tokens of every memory that the readout sees.
 - `hand_over(student)`: called before the first phase that trains the updater; where the student can begin as this
   teacher, it does.
 - `teacher(input_ids, positions, initial_memory, attention_mask=None, document_ids=None, return_logits=False)` returns

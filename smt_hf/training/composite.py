@@ -6,6 +6,7 @@ Shapes: B sequences, T transitions (rows hold T + 1 tokens), C chunks, S positio
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
@@ -59,8 +60,10 @@ class SMTPreTrainingConfig(PreTrainedConfig):
 
     def _fit_teacher(self) -> None:
         """Give the teacher's fields that follow the student the student's values; refuse others."""
-        kind = self.teacher if not isinstance(self.teacher, dict) else self.teacher.get("model_type", DEFAULT_TEACHER)
-        kind = teacher_config_class(kind) if isinstance(kind, str) else type(kind)
+        assert isinstance(self.student, SMTRecurrentConfig)
+        kind: Any = type(self.teacher)
+        if isinstance(self.teacher, dict):
+            kind = teacher_config_class(self.teacher.get("model_type", DEFAULT_TEACHER))
         follows = getattr(kind, "follows_student", SMTTeacherSizes.follows_student)
         sizes = {name: getattr(self.student, students) for name, students in follows.items()}
         if isinstance(self.teacher, dict):
@@ -74,8 +77,8 @@ class SMTPreTrainingConfig(PreTrainedConfig):
         updater_type = getattr(kind, "updater_type", None)
         if updater_type is not None and self.student.tie_word_embeddings:
             raise InputError(
-                f"the teacher {kind.model_type} has embeddings of its own, which become the student's, and would change "
-                "its head: set `tie_word_embeddings` to false."
+                f"the teacher {kind.model_type} hands its embeddings to the student, whose head they must not change: "
+                "set `tie_word_embeddings` to false."
             )
         if updater_type not in (None, self.student.updater_type):
             raise InputError(

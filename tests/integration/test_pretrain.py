@@ -511,29 +511,31 @@ def test_recipes_parse():
         assert path.name in table
 
 
+def _without_teacher(words: list[str]) -> list[str]:
+    pairs = zip(words[::2], words[1::2])
+    return [word for pair in pairs if not pair[0].startswith("--teacher") for word in pair]
+
+
 @pytest.mark.processes
 def test_the_default_run_small(tmp_path):
-    """Default updater, teacher, phases and optimiser: the student begins as its teacher, and loads where smt_hf is not."""
+    """Default updater, teacher, phases and optimiser. The student begins as its teacher, and loads without smt_hf."""
     (tmp_path / "text.txt").write_text("".join(f"line {n}: the quick brown fox counts {n * 7}\n" for n in range(900)))
-    words = """--train_file text.txt --hidden_size 16 --num_attention_heads 2 --intermediate_size 32 --output_dir out
-    --per_device_train_batch_size 4 --context_length 32 --max_steps 6 --save_steps 3 --logging_steps 2 --num_threads 1
-    """.split()
-    done = run(*words, cwd=tmp_path)
-    results = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    done = run("--train_file", "text.txt", "--output_dir", "out", *_without_teacher(SMALL), cwd=tmp_path)
+    out = tmp_path / "out"
+    results = json.loads((out / "eval_results.json").read_text())
     assert results["student_arm"] == "dmt32" and {"teacher", "dmt32"} <= set(results["arms"])
-    config = json.loads((tmp_path / "out" / "student" / "config.json").read_text())
+    config = json.loads((out / "student" / "config.json").read_text())
     assert config["updater_type"] == "fast_weight" and config["num_memory_tokens"] == 6
-    assert (tmp_path / "out" / "student" / "fast_weight_smt_recurrent.py").exists()
-    first = next(
-        line for line in json.loads((tmp_path / "out/dmt/trainer_state.json").read_text())["log_history"]
-        if "dynamics" in line
-    )  # fmt: skip
-    assert first["dynamics"] < 0.02  # of the first steps, after updates at the rate of the warm-up; 0 before them
-    assert "continuation" in done.stdout
-    check = "from transformers import AutoModelForCausalLM as A; import torch, sys; sys.modules['smt_hf'] = None; " \
-        "print(A.from_pretrained('out/student', trust_remote_code=True)(torch.arange(9)[None]).logits.shape)"  # fmt: skip
-    loaded = subprocess.run(
-        [sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONSAFEPATH": "1"},
-    )  # fmt: skip
-    assert "[1, 9, 258]" in loaded.stdout, loaded.stderr[-2000:]
+    assert (out / "student" / "fast_weight_smt_recurrent.py").exists()
+    history = json.loads((out / "dmt" / "trainer_state.json").read_text())["log_history"]
+    first = next(line for line in history if "dynamics" in line)
+    assert first["dynamics"] < 0.02  # of the first two steps: 0 at birth
+    check = (
+        "from transformers import AutoModelForCausalLM; import torch, sys; sys.modules['smt_hf'] = None; model = "
+        "AutoModelForCausalLM.from_pretrained('out/student', trust_remote_code=True); "
+        "print(model(torch.arange(9)[None]).logits.shape)"
+    )
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", check]
+    loaded = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert "[1, 9, 258]" in loaded.stdout and "continuation" in done.stdout, loaded.stderr[-2000:]

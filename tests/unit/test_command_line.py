@@ -544,7 +544,7 @@ def test_the_default_set():
 def test_the_default_set_gives_way():
     """To what is given, wherever it is given; the teacher is trained alone only where a phase follows."""
     smt, dmt, bptt = parse_run(
-        "--phases smt,dmt,bptt --max_steps 5 --smt_learning_rate 1e-3 --hidden_size 32".split()
+        ["--phases", "smt,dmt,bptt", "--max_steps", "5", "--smt_learning_rate", "1e-3", "--hidden_size", "32"]
     ).phases
     assert (smt.max_steps, dmt.max_steps, bptt.max_steps, smt.learning_rate) == (5, 5, 5, 1e-3)
     (smt,) = parse_run(["--phases", "smt"]).phases

@@ -5,7 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from smt_hf import SMTForPreTraining, SMTRecurrentForCausalLM
-from smt_hf.student.fast_weight_smt_recurrent import BLOCK, FastWeightSizes, ScannedMatrices, gated_sums
+from smt_hf.student.fast_weight_smt_recurrent import (
+    BLOCK,
+    FastWeightSizes,
+    ScannedMatrices,
+    SMTRecurrentFastWeightCell,
+    gated_sums,
+)
 from smt_hf.student.recurrence_smt_recurrent import document_starts
 from smt_hf.teachers import SMTFastWeightTeacher
 from smt_hf.training import SMTPreTrainingConfig
@@ -179,6 +185,16 @@ def test_any_width_and_number_of_memory_tokens(num_memory_tokens, hidden_size):
     assert heads * values * keys + traces == (num_memory_tokens - 2) * hidden_size
     student = SMTRecurrentForCausalLM(config)
     assert student(torch.randint(VOCAB, (2, 5))).logits.isfinite().all()
+
+
+def test_own_parameters_are_initialised():
+    """Of a student alone, of both in a composite, and of one that is built anew; none is left as memory was found."""
+    config = student_config(updater_type="fast_weight")
+    models = [SMTRecurrentForCausalLM(config), make_composite().student, make_composite().teacher]
+    for model in models:
+        (cell,) = [module for module in model.modules() if isinstance(module, SMTRecurrentFastWeightCell)]
+        assert cell.trace_bias[: cell.sizes.heads].tolist() == [6.0] * cell.sizes.heads
+        assert cell.trace_bias[-1] == 5.0 and cell.frequencies[0] == pytest.approx(torch.pi)
 
 
 def test_next_token_logits_are_refused():
