@@ -9,6 +9,7 @@ not apply to, and give it a line in `EVALUATIONS`. Every student that a grid tra
 | `scores.py` | How many labels are predicted right, at which loss? The score of every run. |
 | `text.py` | Which labels and how many bytes has a stream of text? What do n-gram models of bytes reach on it? |
 | `drift.py` | How far are the student's memories from the teacher's, how far do gradients reach? |
+| `free_run.py` | What does the readout lose by the age of the memory, and how fast do two nearby memories part? |
 | `metrics/` | Modules of Hugging Face's `evaluate`, which takes the predictions of any model. |
 | `memories.py` | The walks over rows that all of them share. |
 """
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from .drift import drift_by_position, geometry_of, gradient_norm_by_distance, memory_geometry, teacher_gradient_norm
+from .free_run import largest_lyapunov, loss_by_age
 from .scores import Scores, score_student, score_teacher
 from .text import NGramModel
 
@@ -57,6 +59,18 @@ def _geometry(model, input_ids: np.ndarray, labels: np.ndarray) -> dict[str, dic
     return {part: {name: round(values[key], 4) for name, key in names.items()} for part, values in clouds.items()}
 
 
+def _loss_by_age(model, input_ids: np.ndarray, labels: np.ndarray) -> dict[str, Any] | None:
+    means = loss_by_age(model, input_ids, labels)
+    if means is None:
+        return None
+    by_age = {str(age): _finite(value) for age, value in means.pop("drift_by_age").items()}
+    return {"by_age": by_age, **{name: _finite(value) for name, value in means.items()}}
+
+
+def _finite(value: float | None) -> float | None:
+    return round(value, 4) if value is not None and np.isfinite(value) else None
+
+
 # By the name that the value has in the lines of a grid. A value of `None` is left out: the model has no teacher.
 EVALUATIONS: dict[str, Callable[[Any, np.ndarray, np.ndarray], Any]] = {
     "gradient_norm": lambda model, ids, labels: _thinned(gradient_norm_by_distance(model.student, ids, labels)),
@@ -67,6 +81,8 @@ EVALUATIONS: dict[str, Callable[[Any, np.ndarray, np.ndarray], Any]] = {
     "drift": lambda model, ids, labels: (
         _thinned(drift_by_position(model, ids[:, :-1]), first=1) if model.teacher is not None else None
     ),
+    "loss_by_age": _loss_by_age,
+    "lyapunov": lambda model, ids, labels: _finite(largest_lyapunov(model.student, ids)),
 }
 
 
@@ -90,6 +106,8 @@ __all__ = [
     "evaluate_rows",
     "geometry_of",
     "gradient_norm_by_distance",
+    "largest_lyapunov",
+    "loss_by_age",
     "memory_geometry",
     "metric_path",
     "score_student",

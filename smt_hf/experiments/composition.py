@@ -26,7 +26,7 @@ _WRITTEN_DOWN = (
     "per_device_eval_batch_size", "prediction_loss_only", "batch_eval_metrics", "bf16", "seed", "save_", "push_to_hub",
     "enable_jit_checkpoint", "hub_", "resume_from_checkpoint", "restore_", "use_cpu", "dataloader_num_workers",
     "dataloader_p", "dataloader_multiprocessing_context", "ddp_", "debug", "skip_memory_metrics", "local_rank",
-    "label_cache_dir", "evaluates_by_seconds",
+    "label_cache_dir", "evaluates_by_seconds", "drift_",
 )  # fmt: skip
 
 

@@ -19,10 +19,10 @@ from smt_hf.command_line import names_of
 from smt_hf.errors import InputError
 from smt_hf.publishing.evidence import append_evidence
 from smt_hf.publishing.export import export_model, export_student, write_card, write_json
-from smt_hf.publishing.figures import plot_curves, plot_loss_by_position
+from smt_hf.publishing.figures import plot_curves, plot_drift_by_age, plot_loss_by_position
 from smt_hf.publishing.hub import publish
 from smt_hf.publishing.provenance import run_facts
-from smt_hf.publishing.scores import results_table
+from smt_hf.publishing.scores import drift_of, results_table
 from smt_hf.training.adapters import LoraSettings
 from smt_hf.training.arguments import UNBOUNDED, PhaseArguments
 from smt_hf.training.checkpoints import step_of
@@ -319,6 +319,7 @@ def _train_rival(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subje
 def _results(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subject, trained: Trained, facts: dict) -> dict:
     """The content of `eval_results.json`, with what n-grams score on the same text."""
     run, phases, lora = parsed.run, parsed.phases, lora_settings(parsed.run)
+    drift = drift_of(trained.histories)
     if isinstance(subject, TextSubject):
         trained.arms |= {name: {"bits_per_byte": bits} for name, bits in subject.ngram_bits().items()}
     return {
@@ -329,6 +330,7 @@ def _results(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subject, 
         "data": {**subject.facts(), "tokenizer_hash": tokenizer_hash(subject.tokenizer)},
         "config": config.to_dict(),
         "phases": [phase_settings(arguments) for arguments in phases],
+        **({"drift": drift} if drift else {}),
         **({"compare_bptt": [phase_settings(parsed.rival)]} if parsed.rival is not None else {}),
         **({"lora": asdict(lora)} if lora is not None else {}),
         **({"license": run.license} if run.license is not None else {}),
@@ -346,6 +348,7 @@ def _describe(results: dict, subject: Subject, trained: Trained, output_dir: Pat
         ngrams = {arm: scores["bits_per_byte"] for arm, scores in trained.arms.items() if arm.startswith("ngram")}
         plot_loss_by_position(losses, ngrams, trained.phases, output_dir / "loss_by_position.png")
     plot_curves(trained.histories, output_dir / "curves.png")
+    plot_drift_by_age(results.get("drift", []), output_dir / "drift_by_age.png")
     write_card(output_dir / "student", trained.model.student, results)
     write_json(results, output_dir / RESULTS)
 

@@ -24,7 +24,7 @@ _RIVAL = "compare_bptt"
 # What a run leaves in its folder, and `--overwrite_output_dir` removes.
 _OF_A_RUN = re.compile(
     r"(smt|dmt|bptt)(_\d+)?|student|teacher|adapter|compare_bptt|run\.json|eval_results\.json"
-    r"|curves\.png|loss_by_position\.png"
+    r"|curves\.png|loss_by_position\.png|drift_by_age\.png"
 )
 # Descriptors of the locks of this process. A lock would live as long as any forked child that has inherited it.
 _held: set[int] = set()

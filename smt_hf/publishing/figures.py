@@ -1,4 +1,4 @@
-"""How all figures look, and those of one run: its losses over steps, and its loss by position.
+"""How all figures look, and those of one run: its losses over steps, and its loss by position and by age.
 
 An arm has one name, colour and marker in all figures, and a picture is a small file.
 """
@@ -94,6 +94,35 @@ def plot_curves(histories: list[tuple[str, list[dict]]], path: Path) -> None:
             set_log(axis, "y", [value for line in axis.get_lines() for value in line.get_ydata()], ratio=1)
         else:
             axis.annotate("not measured in this run", (0.5, 0.5), xycoords="axes fraction", ha="center")
+    save_figure(figure, path)
+
+
+def plot_drift_by_age(drift: list[dict], path: Path) -> None:
+    """Draw the loss of the student's readout over the age of the memory, the transitions since the teacher's memory.
+
+    A dashed line is the loss on the teacher's memories themselves (age 0), a dotted one that of the student's rollout
+    from `m_0` over the same rows. Between them, each age adds to the dashed line what it costs at its own positions.
+
+    Args:
+        drift: as `drift_of` returns it; a phase without `by_age` is not drawn.
+    """
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axis = figure.subplots()
+    for number, phase in enumerate(entry for entry in drift if {"by_age", "teacher_forced", "free_run"} <= set(entry)):
+        colour, forced = f"C{number}", phase["teacher_forced"]
+        points = sorted((int(age), forced + value) for age, value in phase["by_age"].items())
+        axis.plot(*zip(*points), color=colour, marker="o", ms=3, lw=1.2, label=f"{phase['phase']}: by age")
+        axis.axhline(forced, color=colour, lw=1, ls="--", label=f"{phase['phase']}: teacher-forced")
+        axis.axhline(phase["free_run"], color=colour, lw=1, ls=":", label=f"{phase['phase']}: free run from m_0")
+    axis.set(xlabel="age of the memory: transitions since the teacher's", ylabel="nats per label")
+    axis.set_title("held-out loss by age, after each phase")
+    if axis.get_lines():
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.2)
+    else:
+        axis.annotate("not measured in this run", (0.5, 0.5), xycoords="axes fraction", ha="center")
     save_figure(figure, path)
 
 

@@ -51,6 +51,7 @@ def student_card(student, results: dict) -> ModelCard:
         rows=sorted(results["arms"].items(), key=lambda entry: UNITS[metric].badness(entry[1][metric])),
         metric=metric,
         unit=UNITS[metric],
+        ages=sorted({age for entry in results.get("drift", []) for age in entry.get("by_age", {})}, key=int),
         is_text=results["task"]["name"] == "text",
         is_instructions=results["task"]["name"] == "instructions",
         config=student.config,

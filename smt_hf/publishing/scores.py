@@ -77,6 +77,27 @@ def results_table(results: dict) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def drift_of(histories: list[tuple[str, list[dict]]]) -> list[dict[str, Any]]:
+    """What the last evaluation of each phase says of drift, for phases whose evaluations measure it.
+
+    Args:
+        histories: name and `log_history` of each phase, in order.
+
+    Returns:
+        Per phase `phase` and, where they were measured and are finite, `by_age` (age -> nats per label),
+        `teacher_forced`, `free_run` (nats per label) and `lyapunov` (nats per token): the Trainer's `eval_...`.
+    """
+    found = []
+    for phase, history in histories:
+        last: dict[str, Any] = next((line for line in reversed(history) if "eval_loss" in line), {})
+        numbers = {name: last.get(f"eval_{name}", math.nan) for name in ("teacher_forced", "free_run", "lyapunov")}
+        values: dict[str, Any] = {name: value for name, value in numbers.items() if math.isfinite(value)}
+        by_age = {age: value for age, value in last.get("eval_drift_by_age", {}).items() if math.isfinite(value)}
+        if values or by_age:
+            found.append({"phase": phase, **({"by_age": by_age} if by_age else {}), **values})
+    return found
+
+
 @dataclass(frozen=True)
 class Score:
     """A metric over seeds."""

@@ -9,11 +9,12 @@ import math
 from dataclasses import dataclass, fields
 
 import torch
-from transformers import TrainingArguments, get_scheduler
+from transformers import get_scheduler
 
 from smt_hf.command_line import argument
 from smt_hf.errors import InputError
 
+from .drift_watch import DriftArguments
 from .launch import applied_launch, launched_sharded
 from .objective import Objective, loss_weights, terms_of, trained_parts
 
@@ -44,7 +45,7 @@ def words_of(given: list[str] | str) -> list[str]:
 
 
 @dataclass
-class PhaseArguments(TrainingArguments):
+class PhaseArguments(DriftArguments):
     """What all phases share. Not used by itself."""
 
     phase = ""

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.utils import ModelOutput
 
 from smt_hf.errors import InputError
+from smt_hf.evaluation.free_run import Sums, free_run_sums
 from smt_hf.student import SMTRecurrentConfig, SMTRecurrentForCausalLM
 from smt_hf.teachers import DEFAULT_TEACHER, make_teacher, teacher_config, teacher_config_class
 from smt_hf.teachers.protocol import SMTTeacherSizes
@@ -107,6 +108,7 @@ class SMTForPreTrainingOutput(ModelOutput):
     label_moments: torch.Tensor | None = None
     sequential_steps: int | None = None  # transitions that this forward computed one after the other
     transitions: int | None = None  # transitions supervised (memories, where the teacher is trained alone)
+    free_run: Sums | None = None  # of a forward that measures the free run, which has nothing else
 
 
 class SMTForPreTraining(PreTrainedModel):
@@ -270,6 +272,8 @@ class SMTForPreTraining(PreTrainedModel):
         progress: float = 1.0,
         dynamics_scale: float = 1.0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        measures_free_run: bool = False,
+        measures_exponent: bool = True,
     ) -> SMTForPreTrainingOutput:
         """All losses of one phase.
 
@@ -289,6 +293,8 @@ class SMTForPreTraining(PreTrainedModel):
             progress: share of the steps of the phase that are done, for the warm-ups.
             dynamics_scale: factor on the weights of the dynamics terms, for a warm-up that waits for the teacher.
             num_items_in_batch: labels of the whole optimiser step on all ranks; default: of this batch.
+            measures_free_run: instead of the losses, the losses by age and the exponent of `evaluation/free_run.py`.
+            measures_exponent: with it, the exponent too.
         """
         targets: torch.Tensor = input_ids if labels is None else labels
         if labels is None and attention_mask is not None:
@@ -298,6 +304,13 @@ class SMTForPreTraining(PreTrainedModel):
         length = input_ids.shape[1] - 1
         steps = length if objective.phase == "bptt" else min(objective.transition_steps, length)
         batch = TransitionBatch(input_ids, attention_mask, targets, document_ids, numbers, steps)
+        if measures_free_run:
+            memories = None
+            if objective.phase != "bptt" and self.teacher is not None and self.teacher.labels_all_positions:
+                positions = torch.arange(length + 1, device=input_ids.device)
+                memories, _ = self.memory_labels(batch, positions, trains_teacher=False)
+            read = (input_ids, targets, memories, attention_mask, document_ids, measures_exponent)
+            return SMTForPreTrainingOutput(free_run=free_run_sums(self.student, *read))
         if objective.phase == "bptt":
             supervision = backpropagated(self, batch, objective, memory)
         elif not objective.trains_updater:

@@ -23,6 +23,7 @@ from .adapters import has_lora, merged_copy
 from .arguments import PhaseArguments
 from .checkpoints import CheckpointingTrainer
 from .composite import SMTForPreTraining
+from .drift_watch import DriftWatchingTrainer
 from .launch import check_launch
 from .optimizer import muon_with_adamw
 from .pacing import VIRTUAL_STEPS_PER_SECOND, Pace, PhaseProgress, TrainingCost, shifted_schedule
@@ -33,7 +34,7 @@ from .stopping import check_finite
 _ROLLOUT_STATE = "rollout_state.safetensors"
 
 
-class PhaseTrainer(StudentPushingTrainer, CheckpointingTrainer):
+class PhaseTrainer(DriftWatchingTrainer, StudentPushingTrainer, CheckpointingTrainer):
     """Trains an [`SMTForPreTraining`] in one phase. Not used by itself: each phase has its own subclass.
 
     Args:
@@ -43,7 +44,8 @@ class PhaseTrainer(StudentPushingTrainer, CheckpointingTrainer):
             tokens each, as `smt_hf.data.pack` makes them; other lengths work, ragged ones are padded) and optionally
             `attention_mask`, `labels`, `document_ids`.
         eval_dataset: rows likewise. Evaluation adds `eval_rollout` (nats per token of the student's own rollout from
-            `m_0`) to the terms of the phase, and `eval_drift` where the teacher `labels_all_positions`.
+            `m_0`) to the terms of the phase, and `eval_drift` where the teacher `labels_all_positions`;
+            [`DriftWatchingTrainer`] adds drift by age and the Lyapunov exponent.
         student_optimizer_state: name of a student parameter -> optimiser state to start from.
         curriculum_level: of the levels of `train_dataset`, the one to start with.
 

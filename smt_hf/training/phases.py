@@ -110,8 +110,9 @@ def lay_out(phases: list[PhaseArguments], output_dir: str) -> None:
         "the last phase trains the teacher and the readout alone (`trains_updater` false): let a phase follow that "
         "trains the student.",
     )
-    for before, arguments in itertools.pairwise(phases):
+    for index, (before, arguments) in enumerate(itertools.pairwise(phases), start=1):
         _check_continuation(before, arguments)
+        before.drift_is_mended = any(later.phase in ("dmt", "bptt") for later in phases[index:])
     names: dict[str, int] = {}
     for arguments in phases:
         names[arguments.phase] = names.get(arguments.phase, 0) + 1

@@ -78,7 +78,10 @@ def test_what_it_leaves(finished):
     } <= student_files  # fmt: skip
     assert not {Path(name).suffix for name in student_files} & {".bin", ".pt", ".pkl"}
     assert {"model.safetensors", "config.json"} <= {path.name for path in (out / "teacher").iterdir()}
-    for picture in ("curves.png", "loss_by_position.png"):
+    assert [entry["phase"] for entry in results["drift"]] == ["smt", "dmt", "bptt"]
+    assert ["by_age" in entry for entry in results["drift"]] == [True, True, False]
+    assert "### Drift" in (out / "student" / "README.md").read_text()
+    for picture in ("curves.png", "loss_by_position.png", "drift_by_age.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
     for phase in ("smt", "dmt", "bptt"):
         history = json.loads((out / phase / "trainer_state.json").read_text())["log_history"]

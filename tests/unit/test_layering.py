@@ -19,7 +19,7 @@ MAY_IMPORT = {
         "student.recurrence_smt_recurrent",
     },
     "data": {"errors", "student.configuration_smt_recurrent"},
-    "training": {"errors", "command_line", "upload", "student", "teachers", "data"},
+    "training": {"errors", "command_line", "upload", "student", "teachers", "data", "evaluation.free_run"},
     "evaluation": {"errors", "student", "teachers"},
     "publishing": {"errors", "command_line", "upload", "evaluation"},
     "experiments": {
