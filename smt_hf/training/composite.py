@@ -18,15 +18,8 @@ from smt_hf.teachers.protocol import SMTTeacherSizes
 
 from .adapters import has_lora
 from .objective import PHASES, Objective, part_of, terms_of, trained_parts
-from .supervision import (
-    Supervision,
-    TransitionBatch,
-    backpropagated,
-    rollout_scores,
-    sparsely_supervised,
-    supervised,
-    teacher_alone,
-)
+from .sparse import sparsely_supervised
+from .supervision import Supervision, TransitionBatch, backpropagated, rollout_scores, supervised, teacher_alone
 
 
 class SMTPreTrainingConfig(PreTrainedConfig):
@@ -56,7 +49,6 @@ class SMTPreTrainingConfig(PreTrainedConfig):
             setattr(self, name, getattr(self.student, name))
             kwargs.pop(name, None)
         super().__post_init__(**kwargs)
-
 
     def _fit_teacher(self) -> None:
         """Give the teacher's fields that follow the student the student's values; refuse others."""
