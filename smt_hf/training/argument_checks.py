@@ -144,15 +144,21 @@ def check_strided(args: Any) -> None:
     )
 
 
-def check_consistency_of_windows(args: Any) -> None:
-    """Of bptt: rows have places whose future can be decoded."""
+def check_windows(args: Any) -> None:
+    """Of bptt: rows have places whose future can be decoded, and a curriculum has a loss to go by."""
+    if not args.consistency_weight:
+        return
     refuse(
         args.carries_memory and args.future_length > args.transition_steps,
-        f"`consistency_weight` of the bptt phase decodes `future_length` tokens inside a window of `transition_steps`: "
+        "`consistency_weight` of the bptt phase decodes `future_length` tokens inside a window of `transition_steps`: "
         f"set `future_length` ({args.future_length}) to {args.transition_steps} or less, or `carries_memory` to false.",
     )
     refuse(
         not args.carries_memory and args.transition_steps >= args.context_length,
         "`consistency_weight` of the bptt phase with `carries_memory` false decodes at the ends of windows inside a "
         f"row: set `transition_steps` below `context_length` ({args.context_length}), or `carries_memory` to true.",
+    )
+    refuse(
+        args.curriculum_threshold is not None and not args.readout_weight,
+        "`curriculum_threshold` goes by the readout of the student's own rollout: set `readout_weight` above 0.",
     )

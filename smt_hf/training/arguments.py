@@ -15,13 +15,13 @@ from smt_hf.command_line import argument
 from smt_hf.errors import InputError
 
 from .argument_checks import (
-    check_consistency_of_windows,
     check_curriculum,
     check_own_memories,
     check_sparse,
     check_strided,
     check_teacher_alone,
     check_transitions,
+    check_windows,
     refuse,
     words_of,
 )
@@ -406,5 +406,4 @@ class BPTTTrainingArguments(loss_weights("bptt"), PhaseArguments):  # type: igno
 
     def __post_init__(self):
         super().__post_init__()
-        if self.consistency_weight:
-            check_consistency_of_windows(self)
+        check_windows(self)

@@ -168,7 +168,7 @@ def backpropagated(
         read_targets=batch.labels,
         chunk_ends=window_ends(batch, objective, memories) if objective.needs("chunk_ends") else None,
         memory=memories[:, -1],
-        own=torch.ones_like(batch.lengths, dtype=torch.bool),
+        own=torch.ones_like(batch.lengths, dtype=torch.bool) if objective.weight("readout") else None,
     )
 
 

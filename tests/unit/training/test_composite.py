@@ -936,6 +936,11 @@ def test_windowed_teacher_in_all_phases():
             "below `context_length`",
         ),
         ("bptt", {"future_length": 0}, "future_length"),
+        (
+            "bptt",
+            {"consistency_weight": 1.0, "future_length": 4, "readout_weight": 0.0, "curriculum_threshold": 1.0},
+            "set `readout_weight` above 0",
+        ),
         ("bptt", {"max_seconds": 0.0}, "max_seconds"),
         ("bptt", {"max_seconds": 5.0, "warmup_steps": 10}, "warmup_steps"),
         ("bptt", {"transition_steps": 5}, "transition_steps"),
