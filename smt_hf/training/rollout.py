@@ -41,8 +41,7 @@ def rollout(student, starts, input_ids, attention_mask=None, document_ids=None) 
 
 
 def pulled(own: torch.Tensor, labels: torch.Tensor, forcing: float) -> torch.Tensor:
-    """`own + forcing (label - own)`, without gradient: generalised teacher forcing (Hess et al. 2023)."""
-    own = own.detach()
+    """`own + forcing (label - own)`, labels without gradient: generalised teacher forcing (Hess et al. 2023)."""
     return own + forcing * (labels.detach().to(own.dtype) - own)
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from smt_hf.training import supervision
-from smt_hf.training.positions import STREAM_CHUNKS, STREAM_ON_POLICY, STREAM_TRANSITIONS
+from smt_hf.training.positions import STREAM_AGES, STREAM_CHUNKS, STREAM_ON_POLICY, STREAM_TRANSITIONS
 from smt_hf.training.rollout import example_uniforms, rollout
 from tests.conftest import make_composite
 from tests.unit.training.test_composite import (
@@ -66,8 +66,9 @@ def hard_mean(values, errors, fraction):
 
 
 def composite(make=make_composite):
+    """Some of its normalised errors are above their bound."""
     model = make().train()
-    model.label_square += torch.rand(3, 16, generator=torch.Generator().manual_seed(1))
+    model.label_square *= 0.02 + 0.2 * torch.rand(3, 16, generator=torch.Generator().manual_seed(1))
     return model
 
 
@@ -173,6 +174,29 @@ def test_teacher_forcing(phase, fraction, progress, share):
     assert got.keys() == wanted.keys() and any(name.startswith("teacher.") for name in got) == (phase == "smt")
     for name, gradient in wanted.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_forced_sweeps():
+    """In the `parallel` mode: as many chunks as the start is old, each pulled when it ends."""
+    model, inputs = composite(), rows()
+    settings = {**NOTHING, "dynamics_weight": 1.0, "on_policy_mode": "parallel", "on_policy_sweeps": 2}
+    setting = objective("dmt", **settings, transition_steps=3, teacher_forcing=0.5)
+    outputs = model(**inputs, objective=setting, progress=0.2)
+    share = 0.5 * 0.8
+    ages = 1 + (example_uniforms(inputs["example_ids"], 4, setting.seed, STREAM_AGES) * 2).long()
+    errors = []
+    for row in range(6):
+        labels = labels_of(model, inputs, row, range(13))
+        for chunk in range(4):
+            begin = chunk - min(int(ages[row, chunk]), chunk)
+            memory = labels[begin * 3]
+            for at in range(begin * 3, chunk * 3 + 3):
+                if at % 3 == 0 and at > begin * 3:
+                    memory = memory + share * (labels[at] - memory)
+                memory = stepped(model, memory, inputs["input_ids"][row, at])
+                if at >= chunk * 3:
+                    errors.append((memory - labels[at + 1]).square().mean())
+    torch.testing.assert_close(outputs.term_sums["dynamics"] / outputs.num_items, mean(errors), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["plain", "padded", "documents"])
@@ -290,7 +314,8 @@ def test_a_sparse_chunk_starts_documents_from_m_0():
 @pytest.mark.parametrize("hard_chunk_fraction", [0.0, 1.0])
 def test_consistency_of_dmt(hard_chunk_fraction, stride):
     """At the ends of chunks of the student's own rollout."""
-    model, inputs = composite(), ragged_rows(*LENGTHS)
+    lengths = (13, 12, 13, 11, 13, 10, 13, *LENGTHS)
+    model, inputs = make_composite().train(), ragged_rows(*lengths)
     model.freeze_for("dmt")
     torch.nn.init.normal_(model.student.model.updater.out_proj.weight, std=3.0)
     settings = {**NOTHING, "consistency_weight": 1.0, "hard_chunk_fraction": hard_chunk_fraction, "future_length": 5}
@@ -298,7 +323,7 @@ def test_consistency_of_dmt(hard_chunk_fraction, stride):
     outputs = model(**inputs, objective=setting)
     noise = example_uniforms(inputs["example_ids"], 8, setting.seed, STREAM_CHUNKS)
     values = []
-    for row, length in enumerate(LENGTHS):
+    for row, length in enumerate(lengths):
         labels, losses = labels_of(model, inputs, row, range(length)), []
         memories = rollout(model.student, labels[None, :1], inputs["input_ids"][row : row + 1, : length - 1])[0]
         ends = [end for end in (3, 6, 9, 12) if end < length]
