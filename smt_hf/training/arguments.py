@@ -1,8 +1,8 @@
 """Arguments of the three phases: transformers' `TrainingArguments` with our defaults, and the objective's settings.
 
 `PhaseArguments` is what all phases share, `SupervisedArguments` what smt and dmt share. The weights of the loss terms
-come from the table in `objective.py`. Every default names its source: the paper (arXiv:2606.06479) or "ours" with what
-was measured.
+come from the table in `objective.py`; `argument_checks.py` refuses what does not fit together. Every default names its
+source: the paper (arXiv:2606.06479) or "ours" with what was measured.
 """
 
 import math
@@ -14,13 +14,23 @@ from transformers import get_scheduler
 from smt_hf.command_line import argument
 from smt_hf.errors import InputError
 
+from .argument_checks import (
+    check_curriculum,
+    check_own_memories,
+    check_sparse,
+    check_strided,
+    check_teacher_alone,
+    check_transitions,
+    check_windows,
+    refuse,
+    words_of,
+)
 from .drift_watch import DriftArguments
 from .launch import applied_launch, launched_sharded
 from .objective import Objective, loss_weights, terms_of, trained_parts
 
 UNBOUNDED = 10_000_000  # steps of a phase that ends by its seconds
 MATRIX_OPTIMIZERS = ("adamw", "muon")
-ON_POLICY_MODES = ("sequential", "parallel", "aggregate")
 _CONTINUES = (
     "Go on with the learning-rate schedule of the previous phase and the student's optimiser state, instead of "
     "starting both anew. Ours: going on was better for dmt (2.70 bits per byte against 2.80)."
@@ -32,18 +42,6 @@ _MODES = (
 )
 
 
-def refuse(condition: object, message: str) -> None:
-    """Raise an `InputError` with `message` if `condition` holds."""
-    if condition:
-        raise InputError(message)
-
-
-def words_of(given: list[str] | str) -> list[str]:
-    """The words of a list argument, whose entries may be joined by commas or spaces."""
-    entries = [given] if isinstance(given, str) else given
-    return [word for entry in entries for word in str(entry).replace(",", " ").split()]
-
-
 @dataclass
 class PhaseArguments(DriftArguments):
     """What all phases share. Not used by itself."""
@@ -52,7 +50,6 @@ class PhaseArguments(DriftArguments):
     # What only some phases have is off in the others.
     trains_updater = True
     num_supervised_transitions = 0
-    future_length = 0
     carries_memory = False
     dynamics_starts_below = None
     dynamics_full_below = None
@@ -113,6 +110,12 @@ class PhaseArguments(DriftArguments):
     remove_unused_columns: bool = argument(False, "Leave it false: the Trainer would drop columns that are needed.")
     context_length: int = argument(64, "Transitions per training row; a row holds one token more. Ours, not searched.")
     transition_steps: int = argument(8, "Transitions that a gradient crosses [k]; must divide `context_length`.")
+    num_consistency_chunks: int = argument(
+        2, "Memories per row whose future is decoded for `consistency_weight`, drawn at random. Ours."
+    )
+    future_length: int = argument(
+        8, "Tokens decoded from a memory [T_f]; shorter than `context_length`. Ours, not searched."
+    )
     trainable: list[str] | None = argument(
         None,
         "Parts that the phase trains, of teacher, embeddings, updater and readout; the others stay bit-equal. Default: "
@@ -144,6 +147,7 @@ class PhaseArguments(DriftArguments):
     def _check_numbers(self) -> None:
         """Ranges, before transformers derives anything from the numbers."""
         at_least_1 = ["context_length", "transition_steps", "gradient_accumulation_steps", "max_steps"]
+        at_least_1 += ["num_consistency_chunks", "future_length"]
         for name in [*at_least_1, "per_device_train_batch_size", "per_device_eval_batch_size"]:
             value = getattr(self, name)
             is_epochs = name == "max_steps" and value == -1  # as transformers has it
@@ -157,7 +161,8 @@ class PhaseArguments(DriftArguments):
                 f"`{name}` of the {self.phase} phase must be a finite number of at least 0, got {value}.",
             )
         for name in own:
-            if name.endswith(("_fraction", "_warmup_ratio")) or name in ("adam_beta1", "adam_beta2"):
+            is_share = name.endswith(("_fraction", "_warmup_ratio")) or name.startswith("teacher_forcing")
+            if is_share or name in ("adam_beta1", "adam_beta2"):
                 value = getattr(self, name)
                 refuse(not 0 <= value <= 1, f"`{name}` must lie between 0 and 1, got {value}.")
 
@@ -257,25 +262,34 @@ class SupervisedArguments(PhaseArguments):
     on_policy_warmup_ratio: float = argument(0.1, "Share of the phase before the first own memories. Ours.")
     on_policy_mode: str = argument("parallel", _MODES)
     on_policy_sweeps: int = argument(1, "Sweeps of the `parallel` mode. Ours.")
+    teacher_forcing: float = argument(
+        0.0,
+        "Share by which a chunk that begins at an own memory is pulled towards the label there, at the start of the "
+        "phase: start = own + share (label - own), without gradient. The rollout that makes the own memories goes on "
+        "from the pulled ones. Generalised teacher forcing (Hess et al. 2023, arXiv:2306.04406). Ours; see "
+        "model_cards/evidence.",
+    )
+    teacher_forcing_ratio: float = argument(
+        1.0, "Share of the phase over which `teacher_forcing` falls linearly to 0. Ours; see model_cards/evidence."
+    )
+    hard_transition_fraction: float = argument(
+        0.0,
+        "Share of a row's weight in the dynamics and `readout_match` losses that goes, in equal parts, to the "
+        "sixteenth of its transitions (rounded up) with the largest normalised error; the rest is spread over all "
+        "transitions. Ours; see model_cards/evidence.",
+    )
+    hard_chunk_fraction: float = argument(
+        0.7,
+        "Share of the decoded chunk ends at the chunk with the largest dynamics error; the others are drawn uniformly. "
+        "Ours.",
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        refuse(
-            self.on_policy_mode not in ON_POLICY_MODES,
-            f"unknown `on_policy_mode` {self.on_policy_mode!r}: choose one of {', '.join(ON_POLICY_MODES)}.",
-        )
-        refuse(
-            self.on_policy_mode == "aggregate" and self.on_policy_fraction < 1,
-            "`on_policy_mode=aggregate` keeps own memories of every row: set `on_policy_fraction` to 1.",
-        )
-        refuse(
-            self.trains_updater
-            and self.curriculum_threshold is not None
-            and not (self.on_policy_mode == "sequential" and self.on_policy_fraction > 0 and self.readout_weight > 0),
-            "`curriculum_threshold` needs the student's own rollout: set `on_policy_mode` to sequential, and "
-            "`on_policy_fraction` and `readout_weight` above 0.",
-        )
         self._check_counts("on_policy_sweeps")
+        check_own_memories(self)
+        check_curriculum(self)
+        check_transitions(self)
 
     def _check_counts(self, *names: str) -> None:
         for name in names:
@@ -298,14 +312,13 @@ class SMTTrainingArguments(loss_weights("smt"), SupervisedArguments):  # type: i
         "Nats per label at which the dynamics terms reach their full weight, linearly from `dynamics_starts_below`. "
         "Ours.",
     )
-    num_consistency_chunks: int = argument(2, "Chunk ends per row whose future is decoded. Ours.")
-    hard_chunk_fraction: float = argument(
-        0.7,
-        "Share of the decoded chunk ends at the chunk with the largest dynamics error; the others are drawn uniformly. "
-        "Ours.",
-    )
     num_supervised_transitions: int = argument(
         0, "Random transitions per row that are supervised, each with labels of its own; 0: all. Paper: 1."
+    )
+    supervised_chunk_steps: int = argument(
+        1,
+        "With `num_supervised_transitions`: transitions that the student makes from the label at each of these random "
+        "places, all of them supervised. Above 1 they are chunks. Paper: 1.",
     )
     trains_updater: bool = argument(
         True,
@@ -313,9 +326,6 @@ class SMTTrainingArguments(loss_weights("smt"), SupervisedArguments):  # type: i
         "curriculum then goes by the teacher's loss. Ours: on probes the teacher solves the task in seconds.",
     )
     num_predictive_positions: int = argument(8, "Random positions per row whose future is decoded. Ours, not searched.")
-    future_length: int = argument(
-        8, "Tokens decoded from a memory [T_f]; shorter than `context_length`. Ours, not searched."
-    )
 
     def __post_init__(self):
         refuse(
@@ -327,48 +337,10 @@ class SMTTrainingArguments(loss_weights("smt"), SupervisedArguments):  # type: i
             (self.dynamics_starts_below is None) != (self.dynamics_full_below is None),
             "set both `dynamics_starts_below` and `dynamics_full_below`, or neither.",
         )
-        self._check_counts("num_predictive_positions", "future_length", "num_consistency_chunks")
-        refuse(
-            self.num_supervised_transitions < 0,
-            f"`num_supervised_transitions` must not be negative, got {self.num_supervised_transitions}.",
-        )
-        if self.num_supervised_transitions:
-            self._check_sparse()
+        self._check_counts("num_predictive_positions", "supervised_chunk_steps")
+        check_sparse(self)
         if not self.trains_updater:
-            self._check_teacher_alone()
-
-    def _check_sparse(self) -> None:
-        for name in ("normalized_dynamics_weight", "consistency_weight", "teacher_readout_weight"):
-            refuse(getattr(self, name), f"`num_supervised_transitions` has no use for `{name}`: set it to 0.")
-        refuse(
-            not self.trains_updater, "`trains_updater` false is for an smt phase without `num_supervised_transitions`."
-        )
-        refuse(
-            self.dynamics_starts_below is not None,
-            "`dynamics_starts_below` waits for a teacher that is trained on all positions: set "
-            "`num_supervised_transitions` to 0.",
-        )
-        refuse(
-            self.curriculum_threshold is not None,
-            "`curriculum_threshold` needs whole rollouts: set `num_supervised_transitions` to 0.",
-        )
-
-    def _check_teacher_alone(self) -> None:
-        refuse(
-            not (self.teacher_readout_weight or self.predictive_weight or self.teacher_weight),
-            "an smt phase that does not train the updater needs a `teacher_readout_weight`, `predictive_weight` or "
-            "`teacher_weight` above 0.",
-        )
-        for name in ("normalized_dynamics_weight", "consistency_weight", "dynamics_starts_below"):
-            refuse(
-                getattr(self, name),
-                f"a phase that does not train the updater has no use for `{name}`: leave it out.",
-            )
-        refuse(
-            self.curriculum_threshold is not None and not self.teacher_readout_weight,
-            "`curriculum_threshold` where the updater is not trained goes by the readout of the teacher's memories: "
-            "set `teacher_readout_weight` above 0.",
-        )
+            check_teacher_alone(self)
 
 
 @dataclass
@@ -398,14 +370,7 @@ class DMTTrainingArguments(loss_weights("dmt"), SupervisedArguments):  # type: i
     def __post_init__(self):
         super().__post_init__()
         self._check_counts("label_stride", "aggregate_capacity")
-        only_own = (
-            self.on_policy_fraction == 1 and not self.on_policy_warmup_ratio and self.on_policy_mode != "parallel"
-        )
-        refuse(
-            self.label_stride > 1 and not only_own,
-            "`label_stride` above 1 needs `on_policy_fraction` 1, `on_policy_warmup_ratio` 0 and an `on_policy_mode` "
-            "other than parallel: chunks then start from own memories alone.",
-        )
+        check_strided(self)
         refuse(
             self.label_cache_dir and self.on_policy_mode == "aggregate",
             "`label_cache_dir` does not fit `on_policy_mode=aggregate`, which exchanges rows.",
@@ -439,3 +404,7 @@ class BPTTTrainingArguments(loss_weights("bptt"), PhaseArguments):  # type: igno
         "window; for rows of different lengths.",
     )
     continue_previous_phase: bool = argument(True, _CONTINUES)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_windows(self)

@@ -20,15 +20,8 @@ from smt_hf.teachers.protocol import SMTTeacherSizes
 
 from .adapters import has_lora
 from .objective import PHASES, Objective, part_of, terms_of, trained_parts
-from .supervision import (
-    Supervision,
-    TransitionBatch,
-    backpropagated,
-    rollout_scores,
-    sparsely_supervised,
-    supervised,
-    teacher_alone,
-)
+from .sparse import sparsely_supervised
+from .supervision import Supervision, TransitionBatch, backpropagated, rollout_scores, supervised, teacher_alone
 
 
 class SMTPreTrainingConfig(PreTrainedConfig):

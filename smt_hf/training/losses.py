@@ -19,7 +19,7 @@ def dynamics_loss(memories: torch.Tensor, labels: torch.Tensor, mask: torch.Tens
 
     Args:
         memories, labels: `(B, S, K, D)`; both may carry gradients.
-        mask: `(B, S)`, positions that count; `None`: all.
+        mask: `(B, S)`, positions that count, or their weights; `None`: all.
 
     Returns:
         `(B,)`, mean over positions, memory tokens and width.
@@ -28,7 +28,7 @@ def dynamics_loss(memories: torch.Tensor, labels: torch.Tensor, mask: torch.Tens
 
 
 def masked_mean(errors: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean over the positions that count: `(B, S)`, mask `(B, S)` -> `(B,)`; 0 where none does."""
+    """Mean over the positions that count: `(B, S)`, mask or weights `(B, S)` -> `(B,)`; 0 where none does."""
     if mask is None:
         return errors.sum(1) / max(errors.shape[1], 1)
     return (errors * mask).sum(1) / mask.sum(1).clamp(min=1)
@@ -52,6 +52,12 @@ def normalized_errors(
     """
     errors = ((memories - labels.detach()).square() / (variance + 1e-3)).mean((-2, -1))
     return errors.clamp(max=largest)
+
+
+def divergence(logits: torch.Tensor, label_logits: torch.Tensor) -> torch.Tensor:
+    """`KL(softmax(label_logits) || softmax(logits))`, `(..., V)` twice -> `(...)`. The labels carry no gradient."""
+    wanted = label_logits.detach().float().log_softmax(-1)
+    return (wanted.exp() * (wanted - logits.float().log_softmax(-1))).sum(-1)
 
 
 def predictive_loss(logits: torch.Tensor, future: torch.Tensor) -> torch.Tensor:

@@ -57,7 +57,7 @@ LOSS_TERMS = {
         LossTerm(
             "dynamics",
             "the squared error of the student's memories against the teacher's, no unit [Eq. 3; in dmt Eq. 6]",
-            lambda student, seen, _: dynamics_loss(seen.reached, seen.reached_labels, seen.reached_mask),
+            lambda student, seen, _: dynamics_loss(seen.reached, seen.reached_labels, seen.reached_weights),
             needs="reached",
             weights={
                 "smt": (0.1, "Paper."),
@@ -70,7 +70,7 @@ LOSS_TERMS = {
         LossTerm(
             "normalized_dynamics",
             "the dynamics error divided by the variance of the labels per coordinate, no unit",
-            lambda student, seen, _: masked_mean(seen.errors, seen.reached_mask),
+            lambda student, seen, _: masked_mean(seen.errors, seen.reached_weights),
             needs="errors",
             weights={
                 phase: (
@@ -86,6 +86,16 @@ LOSS_TERMS = {
             waits_for_teacher=True,
         ),
         LossTerm(
+            "readout_match",
+            "the divergence of the readout of the student's memories from that of the teacher's memories there "
+            "[KL(label || student), no gradient on the label's side]",
+            lambda student, seen, _: seen.readout_match(student),
+            needs="reached",
+            weights={phase: (0.0, "Ours; see model_cards/evidence.") for phase in ("smt", "dmt")},
+            trains=PARTS,
+            waits_for_teacher=True,
+        ),
+        LossTerm(
             "predictive",
             "the next-token loss of the future that is decoded from the teacher's memory [Eq. 2]",
             lambda student, seen, objective: seen.future_loss(student, seen.picked, objective.future_length),
@@ -95,16 +105,22 @@ LOSS_TERMS = {
         ),
         LossTerm(
             "consistency",
-            "the next-token loss of the future that is decoded from the student's memory at chunk ends",
+            "the next-token loss of the future that is decoded from the student's memory at chunk ends (bptt: at the "
+            "ends of windows inside a row, and where memory is carried at any position of the window with "
+            "`future_length` tokens after it)",
             lambda student, seen, objective: seen.future_loss(student, seen.chunk_ends, objective.future_length),
             needs="chunk_ends",
-            weights={"smt": (0.0, "Ours.")},
+            weights={
+                "smt": (0.0, "Ours."),
+                "dmt": (0.0, "Ours; see model_cards/evidence."),
+                "bptt": (0.0, "Ours; see model_cards/evidence."),
+            },
             trains=PARTS,
         ),
         LossTerm(
             "teacher_readout",
             "the next-token loss of the student's readout on all memories of the teacher",
-            lambda student, seen, _: seen.readout_loss(student, seen.labels, seen.batch.labels),
+            lambda student, seen, _: seen.readout_loss(student, seen.labels, seen.label_targets),
             needs="labels",
             weights={"smt": (0.0, "Ours.")},
             trains=("teacher", "updater", "readout"),
@@ -164,7 +180,9 @@ class Objective:
     label_stride: int = 1
     num_consistency_chunks: int = 1
     hard_chunk_fraction: float = 0.0
+    hard_transition_fraction: float = 0.0
     num_supervised_transitions: int = 0
+    supervised_chunk_steps: int = 1
     carries_memory: bool = True
     trains_updater: bool = True
     num_predictive_positions: int = 0
@@ -173,6 +191,8 @@ class Objective:
     on_policy_warmup_ratio: float = 0.0
     on_policy_mode: str = "sequential"
     on_policy_sweeps: int = 1
+    teacher_forcing: float = 0.0
+    teacher_forcing_ratio: float = 1.0
 
     def weight(self, name: str) -> float:
         """The full weight of a term."""
@@ -186,6 +206,12 @@ class Objective:
         """
         weight = warmed_up(self.weight(name), progress, self.warmup_ratios.get(name, 0.0))
         return weight * dynamics_scale if LOSS_TERMS[name].waits_for_teacher else weight
+
+    def forcing_at(self, progress: float) -> float:
+        """The share by which labels pull own memories at a share `progress` of the phase: linearly down to 0."""
+        if progress >= self.teacher_forcing_ratio:
+            return 0.0
+        return self.teacher_forcing * (1 - progress / self.teacher_forcing_ratio)
 
     def needs(self, attribute: str) -> bool:
         """Whether a term with a weight is computed from this attribute of `Supervision`."""

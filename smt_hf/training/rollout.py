@@ -40,13 +40,22 @@ def rollout(student, starts, input_ids, attention_mask=None, document_ids=None) 
     return memories.view(batch, length, *starts.shape[2:])
 
 
-def truncated_rollout(student, start, window, input_ids, attention_mask=None, document_ids=None) -> torch.Tensor:
+def pulled(own: torch.Tensor, labels: torch.Tensor, forcing: float) -> torch.Tensor:
+    """`own + forcing (label - own)`, labels without gradient: generalised teacher forcing (Hess et al. 2023)."""
+    return own + forcing * (labels.detach().to(own.dtype) - own)
+
+
+def truncated_rollout(
+    student, start, window, input_ids, attention_mask=None, document_ids=None, labels=None, forcing: float = 0.0
+) -> torch.Tensor:
     """One chunk as long as the row, its gradient cut between windows: truncated BPTT of a row in one step.
 
     Args:
         start: `(B, K, D)`, memory before the row.
         window: transitions that a gradient crosses at most; the last window may be shorter.
         others: as in `rollout`.
+        labels, forcing: `(B, C, K, D)`, memories before each window, that it starts from after a `forcing` above 0 has
+            pulled the student's own there (`pulled`); the first is not used.
 
     Returns:
         `(B, T, K, D)`.
@@ -64,14 +73,20 @@ def truncated_rollout(student, start, window, input_ids, attention_mask=None, do
         own = [None if tensor is None else tensor[:, 1 if begin else 0 :] for tensor in own]
         pieces.append(rollout(student, memory[:, None], *own))
         memory = pieces[-1][:, -1].detach()
+        following = begin // window + 1
+        if forcing and following < labels.shape[1]:
+            memory = pulled(memory, labels[:, following], forcing)
     return torch.cat(pieces, dim=1)
 
 
 @torch.no_grad()
-def sequential_starts(student, num_chunks, input_ids, attention_mask=None, document_ids=None) -> torch.Tensor:
+def sequential_starts(
+    student, num_chunks, input_ids, attention_mask=None, document_ids=None, labels=None, forcing: float = 0.0
+) -> torch.Tensor:
     """Own states of all ages: roll from `m_0` over the whole row and keep the memory before every chunk.
 
-    T - k sequential steps without gradient. Returns `(B, C, K, D)`, the first of them `m_0`.
+    T - k sequential steps without gradient. With `forcing`, the rollout goes on from each kept memory after it has been
+    pulled towards the label there: `labels` `(B, C, K, D)`. Returns `(B, C, K, D)`, the first of them `m_0`.
     """
     start = student.model.start_memory().expand(input_ids.shape[0], 1, -1, -1)
     steps = input_ids.shape[1] // num_chunks
@@ -79,12 +94,22 @@ def sequential_starts(student, num_chunks, input_ids, attention_mask=None, docum
     if num_chunks == 1:
         return start
     own = [None if tensor is None else tensor[:, read] for tensor in (input_ids, attention_mask, document_ids)]
+    if forcing:
+        ends = truncated_rollout(student, start[:, 0], steps, *own, labels=labels, forcing=forcing)
+        return torch.cat([start, pulled(ends[:, steps - 1 :: steps], labels[:, 1:], forcing)], dim=1)
     return torch.cat([start, rollout(student, start, *own)[:, steps - 1 :: steps]], dim=1)
 
 
 @torch.no_grad()
 def parallel_starts(
-    student, starts, ages, input_ids, attention_mask=None, document_ids=None, sweeps: int | None = None
+    student,
+    starts,
+    ages,
+    input_ids,
+    attention_mask=None,
+    document_ids=None,
+    sweeps: int | None = None,
+    forcing: float = 0.0,
 ) -> torch.Tensor:
     """Own states of limited age, by sweeps over all chunks at once.
 
@@ -95,6 +120,7 @@ def parallel_starts(
         starts: `(B, C, K, D)`, the teacher's memories.
         ages: `(B, C)` long, sweeps that each chunk's start has gone through; 0 keeps the given start.
         sweeps: how many to do; default: the oldest age.
+        forcing: share by which every sweep pulls the chunks' starts towards the given ones (`pulled`).
 
     Returns:
         `(B, C, K, D)`. The first chunk always keeps its given start.
@@ -105,6 +131,8 @@ def parallel_starts(
     for age in range(1, (int(ages.max()) if sweeps is None else sweeps) + 1):
         ends = rollout(student, current, input_ids, attention_mask, document_ids)[:, steps - 1 :: steps]
         current = torch.cat([starts[:, :1], ends[:, :-1]], dim=1)
+        if forcing:
+            current = pulled(current, starts, forcing)
         chosen = torch.where((ages == age)[..., None, None], current, chosen)
     return chosen
 

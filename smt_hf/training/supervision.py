@@ -1,27 +1,26 @@
 """Where the chunks of a batch start, what their memories are compared with, and what is read out of them.
 
 One function per way to supervise: `backpropagated` (bptt), `supervised` (smt and dmt, every transition),
-`sparsely_supervised` (smt as published) and `teacher_alone` (smt without the updater). Each returns a `Supervision`,
-from which `objective.LOSS_TERMS` computes the loss terms.
+`sparsely_supervised` (smt as published, in `sparse.py`) and `teacher_alone` (smt without the updater). Each returns a
+`Supervision`, from which `objective.LOSS_TERMS` computes the loss terms.
 Shapes: B sequences, T transitions (rows hold T + 1 tokens), C chunks, k = T / C, S positions, F future tokens, K memory
 tokens, D width, V vocabulary. "Own memories" are those that the student has reached by its own rollout from `m_0`.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
-from .losses import dynamics_loss, masked_mean, next_token_loss, normalized_errors, predictive_loss
+from .losses import divergence, dynamics_loss, masked_mean, next_token_loss, normalized_errors, predictive_loss
 from .objective import Objective
+from .positions import STREAM_AGES, STREAM_ON_POLICY, chunk_ends, picked_positions, transition_weights, window_ends
 from .rollout import example_uniforms, parallel_starts, rollout, sequential_starts, truncated_rollout
 
 if TYPE_CHECKING:
     from .composite import SMTForPreTraining
-
-# What the random numbers of an example are for; see `example_uniforms`.
-STREAM_POSITIONS, STREAM_ON_POLICY, STREAM_AGES, STREAM_CHUNKS, STREAM_TRANSITIONS = range(5)
 
 
 class TransitionBatch:
@@ -80,17 +79,20 @@ class Supervision:
     batch: TransitionBatch
     depth: int  # transitions computed one after the other
     transitions: int  # transitions supervised, all rows together (memories, where the teacher is trained alone)
-    # The student's memories after transitions, the teacher's there (B, S, K, D); those that count (B, S), `None`: all.
+    # The student's memories after transitions, the teacher's there (B, S, K, D); those that count (B, S), `None`: all;
+    # what each of them counts (`transition_weights`; without hard transitions the mask).
     reached: torch.Tensor | None = None
     reached_labels: torch.Tensor | None = None
     reached_mask: torch.Tensor | None = None
+    reached_weights: torch.Tensor | None = None
     errors: torch.Tensor | None = None  # (B, S), normalised squared errors between the two
     read: torch.Tensor | None = None  # (B, S, K, D), memories of the student
     read_targets: torch.Tensor | None = None  # (B, S), the tokens that follow them
-    labels: torch.Tensor | None = None  # (B, T + 1, K, D), the teacher's memories after 0 .. T tokens
+    labels: torch.Tensor | None = None  # (B, S, K, D), the teacher's memories at all positions that it computed
+    label_targets: torch.Tensor | None = None  # (B, S), the tokens that follow them
     teacher_logits: torch.Tensor | None = None  # (B, T + 1, V), its own next-token logits there
     # Memories whose future is decoded (B, S, K, D), number of tokens read there (B, S), whether they count (B, S) or
-    # `None`: of the teacher, and of the student at chunk ends.
+    # `None`: of the teacher, and of the student at the ends of chunks or windows.
     picked: tuple | None = None
     chunk_ends: tuple | None = None
     memory: torch.Tensor | None = None  # (B, K, D), the student's after the last transition
@@ -107,6 +109,20 @@ class Supervision:
         losses = F.cross_entropy(student.read_logits(memories[is_labelled]), targets[is_labelled], reduction="none")
         losses = losses.new_zeros(targets.shape).masked_scatter(is_labelled, losses)
         return masked_mean(losses, is_labelled)
+
+    def readout_match(self, student) -> torch.Tensor:
+        """How far the readout of the student's memories is from that of the labels there, nats: `(B,)`."""
+        assert self.reached is not None and self.reached_labels is not None
+        mask, reached, labels = self.reached_mask, self.reached, self.reached_labels.detach()
+        if mask is not None:
+            reached, labels = reached[mask], labels[mask]
+        logits = student.read_logits(reached)
+        with torch.no_grad():
+            label_logits = student.read_logits(labels)
+        errors = divergence(logits, label_logits)
+        if mask is not None:
+            errors = errors.new_zeros(mask.shape).masked_scatter(mask, errors)
+        return masked_mean(errors, self.reached_weights)
 
     def future_loss(self, student, decoded: tuple, future_length: int) -> torch.Tensor:
         """Cross-entropy of the tokens after some positions, decoded from the memories there: nats, `(B,)`.
@@ -150,8 +166,9 @@ def backpropagated(
         transitions=batch.num_transitions,
         read=torch.cat([start[:, None], memories[:, : batch.length]], dim=1),
         read_targets=batch.labels,
+        chunk_ends=window_ends(batch, objective, memories) if objective.needs("chunk_ends") else None,
         memory=memories[:, -1],
-        own=torch.ones_like(batch.lengths, dtype=torch.bool),
+        own=torch.ones_like(batch.lengths, dtype=torch.bool) if objective.weight("readout") else None,
     )
 
 
@@ -171,37 +188,10 @@ def teacher_alone(model: "SMTForPreTraining", batch: TransitionBatch, objective:
         depth=1,
         transitions=batch.num_transitions,
         labels=labels,
+        label_targets=batch.labels,
         teacher_logits=logits,
-        picked=_picked(batch, objective, labels),
+        picked=picked_positions(batch, objective, labels),
         own=torch.ones_like(batch.lengths, dtype=torch.bool) if objective.weight("teacher_readout") else None,
-    )
-
-
-def sparsely_supervised(model: "SMTForPreTraining", batch: TransitionBatch, objective: Objective) -> Supervision:
-    """SMT as published: a few random transitions per row, each between two labels of its own [Eq. 2-4]."""
-    student = model.student.model
-    counts = (batch.lengths - 1).clamp(min=1)[:, None]  # transitions of the row
-    noise = example_uniforms(
-        batch.example_ids, objective.num_supervised_transitions, objective.seed, STREAM_TRANSITIONS
-    )
-    before = (noise * counts).long()
-    labels, _ = model.memory_labels(batch, torch.cat([before, before + 1], dim=1), model.trains_teacher)
-    starts, ends = labels.chunk(2, dim=1)
-    if batch.documents is not None:  # the first token of a document is read by m_0
-        earlier = batch.documents.gather(1, (before - 1).clamp(min=0))
-        is_first = (batch.documents.gather(1, before) != earlier)[..., None, None]
-        starts = torch.where(is_first, student.start_memory().to(starts.dtype), starts)
-    embeds = student.embed_tokens(batch.inputs.gather(1, before))
-    reached = student.unroll(starts.flatten(0, 1), embeds.flatten(0, 1)[:, None])[:, 0].view(starts.shape)
-    return Supervision(
-        batch,
-        depth=1,
-        transitions=before.numel(),
-        reached=reached,
-        reached_labels=ends,
-        read=reached,
-        read_targets=batch.labels.gather(1, before + 1),
-        picked=(starts, before, None),
     )
 
 
@@ -221,14 +211,11 @@ def supervised(
     starts, own, memories, depth = _rolled_out(model, batch, objective, first, labels, stored_starts, progress)
     reached = memories[:, : batch.length][:, stride - 1 :: stride]
     mask = None if batch.transition_mask is None else batch.transition_mask[:, stride - 1 :: stride]
-    moments = errors = chunk_ends = None
-    if objective.needs("errors") or objective.needs("chunk_ends"):
-        errors = normalized_errors(reached, labels[:, 1:], model.label_variance())
-        moments = _moments(labels[:, 1:].detach(), mask)
+    errors, weights, moments = compared(model, objective, reached, labels[:, 1:], mask)
+    decoded = None
     if objective.needs("chunk_ends"):
         assert errors is not None
-        ends, is_real = _consistency_positions(batch, objective, errors.detach())
-        chunk_ends = (_gathered(memories, ends - 1), ends, is_real)
+        decoded = chunk_ends(batch, objective, memories, errors.detach())
     read = torch.cat([first, memories[:, : batch.length]], dim=1)
     return Supervision(
         batch,
@@ -237,18 +224,37 @@ def supervised(
         reached=reached,
         reached_labels=labels[:, 1:],
         reached_mask=mask,
+        reached_weights=weights,
         errors=errors,
         read=read if objective.readout_trains_updater else read.detach(),
         read_targets=batch.labels,
         labels=labels if is_smt else None,
+        label_targets=batch.labels if is_smt else None,
         teacher_logits=teacher_logits,
-        picked=_picked(batch, objective, labels) if is_smt else None,
-        chunk_ends=chunk_ends,
+        picked=picked_positions(batch, objective, labels) if is_smt else None,
+        chunk_ends=decoded,
         memory=memories[:, -1],
         starts=starts,
         own=own if objective.weight("readout") else None,
         label_moments=moments,
     )
+
+
+def compared(model, objective: Objective, reached, labels, mask):
+    """Normalised errors of the student's memories against the teacher's `(B, S, K, D)`, weights of the transitions
+    `(B, S)`, and moments of the labels; `None` for what the phase does not need (weights: for all equal)."""
+    hard = objective.hard_transition_fraction
+    errors = moments = None
+    weights = mask
+    if objective.needs("errors") or objective.needs("chunk_ends"):
+        errors = normalized_errors(reached, labels, model.label_variance())
+    if hard:  # without the bound of the errors, at which they would be equal
+        with torch.no_grad():
+            unbounded = normalized_errors(reached, labels, model.label_variance(), largest=math.inf)
+        weights = transition_weights(unbounded, mask, hard)
+    if errors is not None or hard:
+        moments = label_moments(labels.detach(), mask)
+    return errors, weights, moments
 
 
 def _labels_of_rows(model, batch: TransitionBatch, objective: Objective, memory_labels: torch.Tensor | None):
@@ -272,19 +278,24 @@ def _rolled_out(model, batch: TransitionBatch, objective: Objective, first, labe
     takes_own = (
         objective.on_policy_fraction > 0 and batch.num_chunks > 1 and progress >= objective.on_policy_warmup_ratio
     )
+    forcing = objective.forcing_at(progress)
     depth = batch.steps + (_depth_of_starts(batch, objective) if takes_own else 0)
     if takes_own and _is_one_pass(objective, batch.inputs.device):
-        memories = truncated_rollout(student, first[:, 0], batch.steps, *batch.read())
-        return None, torch.ones_like(own), memories, depth
+        at_starts = labels[:, : batch.length : batch.steps] if forcing else None
+        memories = truncated_rollout(
+            student, first[:, 0], batch.steps, *batch.read(), labels=at_starts, forcing=forcing
+        )
+        return None, own if forcing else torch.ones_like(own), memories, depth
     if objective.label_stride == 1:
         starts = torch.cat([first, labels[:, : batch.length : batch.steps][:, 1:]], dim=1)
     else:  # own memories take the place of all starts but the first
         starts = first.expand(-1, batch.num_chunks, -1, -1)
     if takes_own:
-        rows, own_starts = _own_starts(model, batch, objective, starts.detach(), stored_starts)
+        rows, own_starts = _own_starts(model, batch, objective, starts.detach(), stored_starts, forcing)
         if rows is not None:
             starts = starts.index_copy(0, rows, torch.cat([first[rows], own_starts[:, 1:]], dim=1))
-            own = own.index_fill(0, rows, True) if objective.on_policy_mode == "sequential" else own
+            is_its_own = objective.on_policy_mode == "sequential" and not forcing
+            own = own.index_fill(0, rows, True) if is_its_own else own
     return starts, own, rollout(student, starts, *batch.read()), depth
 
 
@@ -302,7 +313,7 @@ def _depth_of_starts(batch: TransitionBatch, objective: Objective) -> int:
     return batch.inputs.shape[1] - batch.steps
 
 
-def _own_starts(model, batch: TransitionBatch, objective: Objective, starts, stored_starts):
+def _own_starts(model, batch: TransitionBatch, objective: Objective, starts, stored_starts, forcing: float):
     """Rows whose chunks start from own memories, and those memories; `None` for both if this batch has no such row."""
     draws = example_uniforms(batch.example_ids, 1, objective.seed, STREAM_ON_POLICY)[:, 0]
     rows = own_rows = (draws < objective.on_policy_fraction).nonzero()[:, 0]
@@ -314,47 +325,14 @@ def _own_starts(model, batch: TransitionBatch, objective: Objective, starts, sto
         ages = 1 + (noise * objective.on_policy_sweeps).long()
         input_ids, mask, documents = batch.read(rows)
         sweeps = objective.on_policy_sweeps
-        own = parallel_starts(model.student, starts[rows], ages, input_ids, mask, documents, sweeps)
+        own = parallel_starts(model.student, starts[rows], ages, input_ids, mask, documents, sweeps, forcing)
     else:
-        own = sequential_starts(model.student, starts.shape[1], *batch.read(rows))
+        at_starts = starts[rows] if forcing else None
+        own = sequential_starts(model.student, starts.shape[1], *batch.read(rows), labels=at_starts, forcing=forcing)
         if objective.on_policy_mode == "aggregate" and stored_starts is not None:
             stored = stored_starts[rows].to(own.dtype)
             own = torch.where(stored.isnan(), own, stored)
     return (rows, own) if len(own_rows) else (None, None)
-
-
-def _picked(batch: TransitionBatch, objective: Objective, labels: torch.Tensor):
-    """Random positions of each row: the teacher's memories there, the positions, and whether they count."""
-    if not objective.needs("picked"):
-        return None
-    # As many tokens ahead as the row has left, anywhere if the future is longer than the row; in a padded row,
-    # positions past its own last one do not count, so that nothing depends on the width of the batch.
-    fits = objective.future_length < batch.lengths - 1
-    last = torch.where(fits, batch.lengths - objective.future_length, batch.lengths - 1).clamp(min=0)[:, None]
-    noise = example_uniforms(batch.example_ids, batch.length + 1, objective.seed, STREAM_POSITIONS)
-    noise = noise.masked_fill(torch.arange(batch.length + 1, device=last.device) > last, -1.0)
-    count = min(objective.num_predictive_positions, int(last.max()) + 1)
-    highest, chosen = noise.topk(count, dim=1)
-    return _gathered(labels, chosen), chosen, highest >= 0
-
-
-def _consistency_positions(batch: TransitionBatch, objective: Objective, errors: torch.Tensor):
-    """Chunk ends whose future is decoded: `(B, S)` tokens read there, and whether there is such an end.
-
-    A share `hard_chunk_fraction` of the draws is the chunk of the row with the largest error: of T transitions, about
-    one is informative.
-    """
-    length = batch.inputs.shape[1]
-    ends = torch.arange(batch.steps, length + 1, batch.steps, device=errors.device)
-    # Something is left to predict; a row shorter than a chunk has no chunk end.
-    is_end = (ends < batch.lengths[:, None]) & (batch.steps == objective.transition_steps)
-    padded = F.pad(errors, (0, length - errors.shape[1]))
-    hardest = padded.view(batch.size, len(ends), -1).amax(2).masked_fill(~is_end, -1.0).argmax(1)
-    count = objective.num_consistency_chunks
-    noise = example_uniforms(batch.example_ids, 2 * count, objective.seed, STREAM_CHUNKS)
-    anywhere = (noise[:, :count] * is_end.sum(1, keepdim=True)).long()
-    chosen = torch.where(noise[:, count:] < objective.hard_chunk_fraction, hardest[:, None], anywhere)
-    return ends[chosen].clamp(max=batch.length), is_end.gather(1, chosen)
 
 
 @torch.no_grad()
@@ -385,12 +363,8 @@ def rollout_scores(model: "SMTForPreTraining", batch: TransitionBatch, with_teac
     return terms
 
 
-def _gathered(memories: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Memories `(B, T, K, D)` at places `(B, S)`."""
-    return memories.gather(1, index[..., None, None].expand(-1, -1, *memories.shape[2:]))
-
-
-def _moments(labels: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def label_moments(labels: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Number of the labels that count, their sum and the sum of their squares: see `SMTForPreTrainingOutput`."""
     flat = (labels.flatten(0, 1) if mask is None else labels[mask]).float()
     number = flat.new_full((1, labels.shape[-1]), len(flat))
     return torch.cat([number, flat.sum(0), flat.square().sum(0)])

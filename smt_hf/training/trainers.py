@@ -15,7 +15,7 @@ from .label_cache import LabelCache
 from .phase_trainer import PhaseTrainer
 from .rollout import example_uniforms
 
-_STREAM_AGGREGATE = 8  # beside the streams of random numbers in supervision.py
+_STREAM_AGGREGATE = 8  # beside the streams of random numbers in positions.py
 
 
 class SMTTrainer(PhaseTrainer):

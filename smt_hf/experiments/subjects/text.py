@@ -114,7 +114,8 @@ class TextSubject(Subject):
 
     def required(self, arguments: PhaseArguments) -> dict[str, Any]:
         refuse_curriculum(arguments)
-        if arguments.future_length >= arguments.context_length:
+        decodes = arguments.phase == "smt" or arguments.consistency_weight
+        if decodes and arguments.future_length >= arguments.context_length:
             raise InputError(
                 f"`future_length` ({arguments.future_length}) must be shorter than `context_length` "
                 f"({arguments.context_length})."

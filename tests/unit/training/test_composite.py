@@ -21,8 +21,9 @@ from smt_hf.teachers import SMTTeacherConfig, SMTTeacherEncoder, SMTWindowedTeac
 from smt_hf.training import SMTPreTrainingConfig, supervision
 from smt_hf.training.losses import next_token_loss, uniformity_loss
 from smt_hf.training.objective import LOSS_TERMS, part_of
+from smt_hf.training.positions import STREAM_CHUNKS, STREAM_ON_POLICY, STREAM_TRANSITIONS
 from smt_hf.training.rollout import example_uniforms, rollout
-from smt_hf.training.supervision import STREAM_CHUNKS, STREAM_ON_POLICY, STREAM_TRANSITIONS, TransitionBatch
+from smt_hf.training.supervision import TransitionBatch
 from tests.conftest import VOCAB, make_composite, make_student, student_config, teacher_config, wake
 
 SMALL = {"context_length": 12, "transition_steps": 4, "use_cpu": True}
@@ -41,6 +42,8 @@ OURS = {
     "consistency_weight": 0.7,
     "teacher_readout_weight": 0.3,
 }
+FORCED = {"teacher_forcing": 0.6, "teacher_forcing_ratio": 0.8, "on_policy_warmup_ratio": 0.0}
+SPARSE = {**OURS, "num_supervised_transitions": 3, "readout_match_weight": 0.4, "hard_transition_fraction": 0.5}
 # Of the terms alone: all of them, or what is named.
 NOTHING = {f"{name}_weight": 0.0 for name in LOSS_TERMS}
 
@@ -85,7 +88,19 @@ EVERYTHING = [
     ("dmt", {"label_stride": 3, "transition_steps": 2, "normalized_dynamics_weight": 0.5}),
     ("bptt", {"carries_memory": False, "transition_steps": 5}),
     ("smt", {"trains_updater": False, "teacher_readout_weight": 0.3}),
+    ("smt", {**OURS, "readout_match_weight": 0.4, "hard_transition_fraction": 0.5, "transition_steps": 1}),
+    ("smt", {**OURS, **FORCED, "on_policy_mode": "sequential"}),
+    ("smt", {**OURS, **FORCED, "on_policy_mode": "parallel", "on_policy_sweeps": 2}),
+    ("smt", {**SPARSE, "num_supervised_transitions": 5}),
+    ("smt", {**SPARSE, "supervised_chunk_steps": 3}),
+    ("dmt", {**FORCED, "transition_steps": 3, "readout_match_weight": 0.4, "hard_transition_fraction": 0.5}),
+    ("dmt", {**FORCED, "on_policy_fraction": 0.5, "transition_steps": 2}),
+    ("dmt", {"consistency_weight": 0.7, "future_length": 4, "transition_steps": 3}),
+    ("bptt", {"consistency_weight": 0.7, "future_length": 3}),
+    ("bptt", {"consistency_weight": 0.7, "carries_memory": False, "transition_steps": 5}),
 ]
+# Those that the variance of the labels goes into.
+NORMALIZED = ("normalized_dynamics_weight", "hard_transition_fraction")
 
 
 def make_windowed_composite():
@@ -132,7 +147,8 @@ def test_accumulation_invariance(phase, settings, ragged):
                 if getattr(outputs, name) is not None:
                     pace[name] = pace.get(name, 0.0) + getattr(outputs, name)
         assert items == num_items
-        assert ("label_moments" in pace) == ("normalized_dynamics_weight" in settings)
+        has_moments = phase != "bptt" and any(name in settings for name in (*NORMALIZED, "consistency_weight"))
+        assert ("label_moments" in pace) == has_moments
         sums |= pace
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         results.append((loss, sums, gradients))
@@ -189,6 +205,14 @@ def test_nothing_depends_on_the_width_of_the_batch(future_length, num_predictive
             },
         ),
         ("smt", {"num_supervised_transitions": 4}),
+        ("smt", {**SPARSE, "predictive_weight": 0.0, "supervised_chunk_steps": 3}),
+        ("smt", {**SPARSE, "predictive_weight": 0.0, "supervised_chunk_steps": 1}),
+        ("smt", {**NOTHING, **FORCED, "readout_match_weight": 1.0, "hard_transition_fraction": 0.7}),
+        ("dmt", {**FORCED, "transition_steps": 3, "readout_match_weight": 1.0, "hard_transition_fraction": 0.7}),
+        ("dmt", {"consistency_weight": 1.0, "future_length": 3, "transition_steps": 3}),
+        ("dmt", {"consistency_weight": 1.0, "label_stride": 2, "transition_steps": 3}),
+        ("bptt", {"consistency_weight": 1.0, "future_length": 4, "context_length": 16}),
+        ("bptt", {"consistency_weight": 1.0, "carries_memory": False, "transition_steps": 5}),
         ("dmt", {"label_stride": 4, "normalized_dynamics_weight": 1.0}),
         ("bptt", {"carries_memory": False, "transition_steps": 5}),
     ],
@@ -197,11 +221,12 @@ def test_nothing_depends_on_the_width_of_the_batch(future_length, num_predictive
 def test_new_terms_do_not_depend_on_the_width_of_the_batch(phase, settings, companions):
     """Rows of 13 to 2 tokens, each alone or together, or each beside a longer row."""
     setting = objective(phase, **{"context_length": 16, **settings})
+    progress = 0.3 if "teacher_forcing" in settings else 1.0
     examples = [{"input_ids": list(range(2, 2 + length)), "example_ids": 50 + length} for length in (13, 9, 6, 5, 4, 2)]
     more = [{"input_ids": list(range(5, 5 + length)), "example_ids": 90} for length in companions]
 
     def sums(*examples):
-        outputs = make_composite().train()(**collate(list(examples)), objective=setting)
+        outputs = make_composite().train()(**collate(list(examples)), objective=setting, progress=progress)
         sums = dict(outputs.term_sums)
         for name in ("own_sums", "label_moments"):
             if getattr(outputs, name) is not None:
@@ -888,7 +913,34 @@ def test_windowed_teacher_in_all_phases():
         ("smt", {"trains_updater": False, "predictive_weight": 0.0, "teacher_weight": 0.0}, "needs a"),
         ("smt", {"trains_updater": False, "curriculum_threshold": 0.3}, "teacher_readout_weight"),
         ("smt", {"trains_updater": False, "consistency_weight": 1.0}, "consistency_weight"),
-        ("smt", {"num_supervised_transitions": 1, "consistency_weight": 1.0}, "consistency_weight"),
+        ("smt", {"trains_updater": False, "readout_match_weight": 1.0}, "readout_match_weight"),
+        ("smt", {"trains_updater": False, "hard_transition_fraction": 0.5}, "hard_transition_fraction"),
+        ("smt", {"trains_updater": False, "teacher_forcing": 0.5}, "teacher_forcing"),
+        ("smt", {"num_supervised_transitions": 1, "teacher_forcing": 0.5}, "from labels alone"),
+        ("smt", {"num_supervised_transitions": 1, "supervised_chunk_steps": 0}, "supervised_chunk_steps"),
+        ("smt", {"supervised_chunk_steps": 2}, "set `num_supervised_transitions`"),
+        ("smt", {"teacher_forcing": 1.5}, "teacher_forcing"),
+        ("dmt", {"teacher_forcing": 0.5, "teacher_forcing_ratio": -0.5}, "teacher_forcing_ratio"),
+        ("dmt", {"teacher_forcing": 0.5, "teacher_forcing_ratio": 0.0}, "teacher_forcing_ratio"),
+        ("smt", {"teacher_forcing": 0.5, "on_policy_fraction": 0.0}, "`on_policy_fraction` above 0"),
+        ("smt", {"teacher_forcing": 0.5, "teacher_forcing_ratio": 0.1}, "on_policy_warmup_ratio"),
+        ("dmt", {"teacher_forcing": 0.5, "on_policy_mode": "aggregate"}, "pulled again"),
+        ("dmt", {"teacher_forcing": 0.5, "label_stride": 2}, "set `label_stride` to 1"),
+        ("dmt", {"teacher_forcing": 0.5, "curriculum_threshold": 1.0}, "`teacher_forcing_ratio` below 1"),
+        ("dmt", {"hard_transition_fraction": 1.5}, "hard_transition_fraction"),
+        ("dmt", {"hard_transition_fraction": 0.5, "dynamics_weight": 0.0}, "readout_match_weight"),
+        ("bptt", {"consistency_weight": 1.0, "future_length": 5}, "to 4 or less"),
+        (
+            "bptt",
+            {"consistency_weight": 1.0, "carries_memory": False, "transition_steps": 12},
+            "below `context_length`",
+        ),
+        ("bptt", {"future_length": 0}, "future_length"),
+        (
+            "bptt",
+            {"consistency_weight": 1.0, "future_length": 4, "readout_weight": 0.0, "curriculum_threshold": 1.0},
+            "set `readout_weight` above 0",
+        ),
         ("bptt", {"max_seconds": 0.0}, "max_seconds"),
         ("bptt", {"max_seconds": 5.0, "warmup_steps": 10}, "warmup_steps"),
         ("bptt", {"transition_steps": 5}, "transition_steps"),
@@ -918,7 +970,9 @@ def test_arguments_refuse(phase, settings, word):
 @pytest.mark.parametrize("kind", [DMTTrainingArguments, BPTTTrainingArguments])
 def test_a_phase_has_no_argument_that_it_never_computes(kind):
     names = {entry.name for entry in dataclasses.fields(kind)}
-    foreign = {"predictive_weight", "consistency_weight", "teacher_weight", "future_length", "trains_updater"}
+    foreign = {"predictive_weight", "teacher_weight", "trains_updater", "num_supervised_transitions"}
+    if kind is BPTTTrainingArguments:
+        foreign |= {"hard_chunk_fraction", "hard_transition_fraction", "teacher_forcing", "readout_match_weight"}
     assert not names & foreign
 
 
@@ -935,6 +989,24 @@ def test_what_a_term_trains():
         assert reached == set(term.trains), name
 
 
+@pytest.mark.parametrize("name", ["normalized_dynamics", "readout_match", "consistency", "teacher_readout"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_what_a_sparse_term_trains(name, steps):
+    """As in the dense phase, and no part is frozen that its gradient would reach."""
+    model = make_composite().train()
+    alone = {**NOTHING, f"{name}_weight": 1.0, "num_supervised_transitions": 4, "supervised_chunk_steps": steps}
+    setting = objective("smt", **alone)
+    model.freeze_for("smt", objective=setting)
+    outputs = model(**rows(), objective=setting)
+    assert outputs.term_sums.keys() == {name, "dynamics"}
+    outputs.loss.backward()
+    reached = {part_of(entry) for entry, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert reached == set(LOSS_TERMS[name].trains)
+    assert not any(p.requires_grad for p in model.teacher.get_output_embeddings().parameters())
+    readout = [p for entry, p in model.named_parameters() if part_of(entry) == "readout"]
+    assert all(p.requires_grad == ("readout" in LOSS_TERMS[name].trains) for p in readout)
+
+
 def test_arguments_allow():
     """What the refusals above are close to."""
     assert objective("bptt", transition_steps=5, carries_memory=False).carries_memory is False
@@ -946,6 +1018,12 @@ def test_arguments_allow():
     alone = {"trains_updater": False, "teacher_readout_weight": 1.0, "curriculum_threshold": 0.3}
     assert not objective("smt", **alone).trains_updater  # a curriculum without the student's own rollout
     assert objective("smt", dynamics_starts_below=2.0, dynamics_full_below=1.0)
+    forced = objective("dmt", teacher_forcing=0.5, curriculum_threshold=1.0, teacher_forcing_ratio=0.9)
+    assert forced.teacher_forcing == 0.5
+    assert objective("smt", num_supervised_transitions=1, consistency_weight=1.0).weight("consistency") == 1.0
+    assert objective("bptt", consistency_weight=1.0, future_length=4).future_length == 4
+    assert objective("bptt").future_length == 8  # unused
+    assert objective("dmt", hard_transition_fraction=0.5, dynamics_weight=0.0, readout_match_weight=1.0)
     arguments = BPTTTrainingArguments(output_dir="unused", use_cpu=True, max_seconds=2.5, max_steps=7)
     assert arguments.max_seconds == 2.5 and arguments.max_steps > 1_000_000
 

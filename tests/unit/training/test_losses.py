@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from smt_hf.training.losses import (
+    divergence,
     dynamics_loss,
     masked_mean,
     next_token_loss,
@@ -60,6 +61,20 @@ def test_normalized_errors():
     assert torch.equal(has_gradient, expected <= 30)
     far = normalized_errors(torch.full((1, 1, 3, 5), 1e3), torch.zeros(1, 1, 3, 5), torch.ones(3, 5))
     assert far.tolist() == [[20.0]]
+
+
+def test_divergence():
+    """Of the label's distribution from the student's, in nats; the label's side is a constant."""
+    logits, label_logits = (torch.randn(2, 3, 5).requires_grad_() for _ in range(2))
+    losses = divergence(logits, label_logits)
+    for row, position in torch.cartesian_prod(torch.arange(2), torch.arange(3)).tolist():
+        label, own = (one[row, position].detach().softmax(0).tolist() for one in (label_logits, logits))
+        expected = sum(p * math.log(p / q) for p, q in zip(label, own))
+        assert losses[row, position].item() == pytest.approx(expected, rel=1e-4)
+    losses.sum().backward()
+    assert label_logits.grad is None
+    torch.testing.assert_close(logits.grad, (logits.softmax(-1) - label_logits.softmax(-1)).detach())
+    assert divergence(logits, logits).abs().max() < 1e-6
 
 
 def test_predictive_loss():

@@ -20,7 +20,7 @@ def composite(updater_type, teacher=None):
 
 
 @pytest.mark.parametrize("updater_type", UPDATERS)
-@pytest.mark.parametrize("kind", ["smt", "smt_ours", "smt_sparse", "dmt", "bptt"])
+@pytest.mark.parametrize("kind", ["smt", "smt_ours", "smt_sparse", "smt_chunks", "dmt", "dmt_forced", "bptt"])
 def test_what_runs_in_which_precision(kind, updater_type, tmp_path, monkeypatch):
     model = composite(updater_type)
     seen = {"matrices": set(), "norms": set(), "memories": set(), "losses": set()}

@@ -172,3 +172,60 @@ def test_example_uniforms():
         assert abs(torch.corrcoef(torch.stack([values.flatten(), other.flatten()]))[0, 1]) < 0.01
     # An example's numbers do not depend on its company.
     assert torch.equal(example_uniforms(numbers[[7, 2]], 50, 3, 1), values[[7, 2]])
+
+
+@pytest.mark.parametrize("forcing", [0.3, 1.0])
+@pytest.mark.parametrize("documents", [None, DOCUMENTS])
+@pytest.mark.parametrize("steps", [1, 4, 5])
+def test_forced_rollouts_equal_naive_twin(tokens, steps, documents, forcing):
+    """A row and a token at a time: pulled towards the label where a chunk begins, unless a document begins there."""
+    student = make_student()
+    twin = copy.deepcopy(student)
+    num_chunks = -(-12 // steps)
+    labels = torch.randn(3, num_chunks, 3, 16, requires_grad=True)
+    start = student.model.start_memory().expand(3, -1, -1).detach()
+    rows, starts = [], []
+    for row in range(3):
+        memory, memories, own = start[row], [], [start[row]]
+        for index in range(12):
+            if index and index % steps == 0:
+                memory = (1 - forcing) * memory.detach() + forcing * labels[row, index // steps].detach()
+                own.append(memory)
+            if documents is not None and index and documents[row, index] != documents[row, index - 1]:
+                memory = twin.model.start_memory()
+            memory = twin.model.updater(memory[None], twin.model.embed_tokens(tokens[row, index])[None])[0]
+            memories.append(memory)
+        rows.append(torch.stack(memories))
+        starts.append(torch.stack(own))
+    expected, starts = torch.stack(rows), torch.stack(starts)
+    memories = truncated_rollout(student, start, steps, tokens, None, documents, labels=labels, forcing=forcing)
+    torch.testing.assert_close(memories, expected, atol=1e-5, rtol=1e-4)
+    weights = torch.randn_like(memories)
+    (memories * weights).sum().backward()
+    (expected * weights).sum().backward()
+    assert labels.grad is None
+    for own, theirs in zip(student.model.updater.parameters(), twin.model.updater.parameters()):
+        torch.testing.assert_close(own.grad, theirs.grad, atol=2e-4, rtol=1e-3)
+    if 12 % steps == 0:
+        own = sequential_starts(student, num_chunks, tokens, None, documents, labels=labels, forcing=forcing)
+        torch.testing.assert_close(own, starts, atol=1e-5, rtol=1e-4)
+        assert not own.requires_grad
+    free = truncated_rollout(student, start, steps, tokens, None, documents)
+    assert not torch.allclose(free[:, steps:], memories[:, steps:])
+
+
+def test_forced_parallel_starts(tokens):
+    """Every sweep pulls the starts towards the given ones."""
+    student = make_student()
+    given = torch.randn(3, 4, 3, 16)
+    ages = torch.tensor([[1, 1, 1, 2], [2, 2, 2, 2], [3, 1, 3, 3]])
+    starts = parallel_starts(student, given, ages, tokens, forcing=0.25)
+    for row in range(3):
+        for chunk in range(4):
+            begin = chunk - min(int(ages[row, chunk]), chunk)
+            memory = given[row, begin]
+            for at in range(begin, chunk):
+                part = tokens[row : row + 1, at * 3 : (at + 1) * 3]
+                memory = naive_rollout(student, memory[None, None], part)[0, -1]
+                memory = memory + 0.25 * (given[row, at + 1] - memory)
+            torch.testing.assert_close(starts[row, chunk], memory, atol=1e-5, rtol=1e-4)

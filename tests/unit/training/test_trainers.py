@@ -60,6 +60,39 @@ KINDS = {
         SMTTrainingArguments,
         {"future_length": 4, "context_length": 12, "trains_updater": False, "teacher_readout_weight": 0.5},
     ),
+    "smt_chunks": (
+        SMTTrainer,
+        SMTTrainingArguments,
+        {
+            "future_length": 4,
+            "context_length": 12,
+            "num_supervised_transitions": 2,
+            "supervised_chunk_steps": 3,
+            "normalized_dynamics_weight": 0.5,
+            "readout_match_weight": 0.5,
+            "consistency_weight": 0.5,
+            "teacher_readout_weight": 0.5,
+            "hard_transition_fraction": 0.5,
+        },
+    ),
+    "dmt_forced": (
+        DMTTrainer,
+        DMTTrainingArguments,
+        {
+            "transition_steps": 3,
+            "future_length": 4,
+            "context_length": 12,
+            "teacher_forcing": 0.5,
+            "readout_match_weight": 0.5,
+            "consistency_weight": 0.5,
+            "hard_transition_fraction": 0.5,
+        },
+    ),
+    "bptt_future": (
+        BPTTTrainer,
+        BPTTTrainingArguments,
+        {"transition_steps": 4, "context_length": 12, "future_length": 3, "consistency_weight": 0.5},
+    ),
     "bptt_muon": (
         BPTTTrainer,
         BPTTTrainingArguments,
@@ -123,12 +156,18 @@ def test_terms_in_the_log(kind, tmp_path):
     assert len(train) == len(evaluation) == 2
     terms = {"smt": {"readout", "dynamics", "predictive", "uniformity", "teacher"}, "dmt": {"readout", "dynamics"}}
     expected = terms.get(kind.split("_")[0], {"readout"})
-    expected = expected - {"teacher"} if kind == "smt_sparse" else expected
+    expected = expected - {"teacher"} if kind in ("smt_sparse", "smt_chunks") else expected
     if kind == "smt_teacher":
         expected = expected - {"readout", "dynamics"} | {"teacher_readout"}
     if kind == "smt_ours":
         expected = expected | {"consistency", "teacher_readout"}
-    if kind in ("smt_ours", "dmt_stride"):
+    if kind in ("smt_chunks", "dmt_forced", "bptt_future"):
+        expected = expected | {"consistency"}
+    if kind in ("smt_chunks", "dmt_forced"):
+        expected = expected | {"readout_match"}
+    if kind == "smt_chunks":
+        expected = expected | {"teacher_readout"}
+    if kind in ("smt_ours", "smt_chunks", "dmt_stride"):
         expected = expected | {"normalized_dynamics"}
     assert expected <= set(train[0]) and {f"eval_{name}" for name in expected} <= set(evaluation[0])
     assert "eval_rollout" in evaluation[0] and ("eval_drift" in evaluation[0]) == (not kind.startswith("bptt"))
