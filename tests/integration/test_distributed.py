@@ -65,6 +65,12 @@ def compare(one_process, folder, report, accumulation=1):
         student = load_file(folder / kind / "final" / "student" / "model.safetensors")
         for name, value in student.items():
             torch.testing.assert_close(value, second[f"student.{name}"], rtol=0, atol=0)
+        measured = {**expected[kind]["evaluation"]}
+        if is_half and found["distributed_type"] == "DEEPSPEED":
+            del measured["eval_lyapunov"]
+        assert found["evaluation"].keys() == measured.keys() and "eval_rollout" in measured
+        for name, value in measured.items():
+            assert found["evaluation"][name] == pytest.approx(value, abs=1e-2 if is_half else 1e-3), (kind, name)
         assert len(found["log"]) == len(expected[kind]["log"]) > 0
         for own, theirs in zip(expected[kind]["log"], found["log"]):
             for name in set(own) - {"epoch", "learning_rate", "step", "grad_norm", "seconds", *costs}:

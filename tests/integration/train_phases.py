@@ -79,12 +79,14 @@ def main(folder: str, batch: str, backend: str, accumulation: str, *kinds: str) 
         )
         trainer.train()
         sharded = is_sharded(trainer, backend)
+        measured = ("eval_drift_by_age", "eval_free_run", "eval_teacher_forced", "eval_lyapunov", "eval_rollout")
         trainer.save_model(f"{folder}/{kind}/final")
         report[kind] = {
             "distributed_type": trainer.accelerator.distributed_type.value,
             "world_size": trainer.args.world_size,
             "is_sharded": sharded,
             "tokens": trainer.cost.tokens,
+            "evaluation": {name: value for name, value in trainer.evaluate().items() if name in measured},
             "log": [line for line in trainer.state.log_history if "loss" in line],
         }
         is_first = trainer.is_world_process_zero()
