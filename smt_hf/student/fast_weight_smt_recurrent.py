@@ -69,7 +69,8 @@ class FastWeightSizes(NamedTuple):
         own = numbers // heads
         keys = config.matrix_key_size
         if keys is None:  # at least four times as wide as the values: the number of pairs is what limits recall
-            keys = next((size for size in range(2, own + 1, 2) if own % size == 0 and size * size >= 4 * own), 0)
+            even = [size for size in range(2, own + 1, 2) if own % size == 0]
+            keys = next((size for size in even if size * size >= 4 * own), even[-1] if even else 0)
         if keys < 2 or keys % 2 or own % keys:
             raise ValueError(
                 f"`matrix_key_size` must be even and divide the {own} numbers of a head (`num_memory_tokens` {tokens}, "
@@ -259,7 +260,7 @@ class SMTRecurrentFastWeightCell(nn.Module):
             if control is not None:
                 inner = inner + control[2 * layer + 1]
             gates, inputs = inner.chunk(2, dim=-1)
-            change = down_proj(F.silu(gates) * inputs)
+            change = down_proj(F.silu(gates) * inputs).to(features.dtype)  # under autocast the stream is float32
             stream = change if stream is None else stream + change
             if layer_outputs is not None and layer < len(self.down_projs) - 1:
                 layer_outputs.append(stream)

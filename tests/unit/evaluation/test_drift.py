@@ -29,8 +29,9 @@ TINY = {"hidden_size": 4, "num_attention_heads": 2, "num_memory_tokens": 2}
 def tiny_composite(updater_type="transformer", **teacher_fields):
     """Small enough for finite differences, in double precision."""
     torch.manual_seed(0)
-    teacher = {"model_type": "smt_teacher", "vocab_size": VOCAB, "memory_size": 4, **TINY, **teacher_fields}
-    config = SMTPreTrainingConfig(student=student_config(updater_type=updater_type, **TINY), teacher=teacher)
+    sizes = {**TINY, "num_memory_tokens": 3} if updater_type == "fast_weight" else TINY  # its smallest
+    teacher = {"model_type": "smt_teacher", "vocab_size": VOCAB, "memory_size": 4, **sizes, **teacher_fields}
+    config = SMTPreTrainingConfig(student=student_config(updater_type=updater_type, **sizes), teacher=teacher)
     return wake(SMTForPreTraining(config)).double().eval()
 
 
@@ -145,7 +146,8 @@ def test_student_gradients_equal_finite_differences(updater_type, labelled_rows)
     for batch_size in (1, 2, 64):
         norms = gradient_norm_by_distance(student, input_ids, labels, batch_size)
         assert norms.shape == (6,)
-        np.testing.assert_allclose(norms, expected, rtol=1e-6)
+        # Keys of two coordinates that are normalised curve strongly: the differences are less exact.
+        np.testing.assert_allclose(norms, expected, rtol=1e-4 if updater_type == "fast_weight" else 1e-6)
     assert all(parameter.grad is None for parameter in student.parameters())
 
 
