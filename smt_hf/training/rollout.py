@@ -46,7 +46,7 @@ def pulled(own: torch.Tensor, labels: torch.Tensor, forcing: float) -> torch.Ten
 
 
 def truncated_rollout(
-    student, start, window, input_ids, attention_mask=None, document_ids=None, labels=None, forcing: float = 0.0
+    student, start, window, input_ids, attention_mask=None, document_ids=None, *, labels=None, forcing: float = 0.0
 ) -> torch.Tensor:
     """One chunk as long as the row, its gradient cut between windows: truncated BPTT of a row in one step.
 
@@ -81,7 +81,7 @@ def truncated_rollout(
 
 @torch.no_grad()
 def sequential_starts(
-    student, num_chunks, input_ids, attention_mask=None, document_ids=None, labels=None, forcing: float = 0.0
+    student, num_chunks, input_ids, attention_mask=None, document_ids=None, *, labels=None, forcing: float = 0.0
 ) -> torch.Tensor:
     """Own states of all ages: roll from `m_0` over the whole row and keep the memory before every chunk.
 

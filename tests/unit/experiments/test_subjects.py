@@ -183,6 +183,14 @@ def test_what_does_not_fit_text(text_file, settings, message):
         subject.required(phase(SMTTrainingArguments, **SEQUENTIAL, **settings))
 
 
+def test_a_future_is_shorter_than_the_row_where_it_is_decoded(text_file):
+    subject = TextSubject([phase()], train_file=str(text_file))
+    short = {"context_length": 8, "transition_steps": 8, "future_length": 8}
+    assert subject.required(phase(**short)) == {}
+    with pytest.raises(InputError, match="must be shorter"):
+        subject.required(phase(**short, consistency_weight=1.0))
+
+
 def test_text_requires_nothing_but_of_a_stream(tmp_path):
     for number in range(120):
         (tmp_path / f"{number}.txt").write_text(f"{number} bottles of beer on the wall\n" * 3)
