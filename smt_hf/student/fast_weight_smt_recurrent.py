@@ -12,12 +12,11 @@ A key is turned by an angle that grows with its head's pointer, as rotary positi
 then write to a place and come back to it, besides looking up by content.
 
 `control_proj` lets what was read before change all of this. It is zero at birth, and without it last token, traces and
-matrix are a linear recurrence whose coefficients depend on the tokens alone. [`SMTRecurrentFastWeightCell.scan`]
-computes that recurrence for all positions of a row at once; `smt_hf.teachers.SMTFastWeightTeacher` is that part.
+matrix are a linear recurrence whose coefficients depend on the tokens alone. `smt_hf.teachers.SMTFastWeightTeacher`
+is that recurrence, computed for all positions of a row at once.
 
 Shapes: N sequences or chunks side by side, T tokens, K memory tokens, D width, H heads, P value width, Q key width,
-R traces, C tokens of a block of the scan. Sources: fast weights and the delta rule, arXiv:2102.11174; gates,
-arXiv:2412.06464; the scan in blocks, arXiv:2406.06484.
+R traces. Sources: fast weights and the delta rule, arXiv:2102.11174; gates, arXiv:2412.06464.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,8 +31,6 @@ from .layers_smt_recurrent import SMTRecurrentTransition, register_updater
 if TYPE_CHECKING:  # the configuration asks the updaters for their names
     from .configuration_smt_recurrent import SMTRecurrentConfig
 
-# Tokens that a block of the scan holds: its cost per token grows with them, the number of sequential steps falls.
-BLOCK = 32
 # A pair that no later token overwrites, and a pointer that none moves, keep sigmoid(6) = 99.8 % per token at birth.
 KEPT_AT_BIRTH = 6.0
 
@@ -47,13 +44,14 @@ class FastWeightSizes(NamedTuple):
     traces: int  # R, the pointers among them
 
     @classmethod
-    def of(cls, config: "SMTRecurrentConfig") -> "FastWeightSizes":
-        """The sizes that follow from a configuration.
+    def of(cls, config: "SMTRecurrentConfig", width: int | None = None) -> "FastWeightSizes":
+        """The sizes that follow from a configuration, and a width of memory tokens if it is not its `hidden_size`.
 
         Raises:
             ValueError: the memory cannot be divided so.
         """
-        tokens, width, heads = config.num_memory_tokens, config.hidden_size, config.num_matrix_heads
+        tokens, heads = config.num_memory_tokens, config.num_matrix_heads
+        width = config.hidden_size if width is None else width
         if tokens < 3:
             raise ValueError(
                 f"the fast_weight updater needs `num_memory_tokens` of at least 3, for the last token, the matrix and "
@@ -86,101 +84,34 @@ def turned(vectors: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
-def gated_sums(kept: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
-    """`s_t = kept_t s_{t-1} + added_t` from `s_0 = 0`, element by element: `(B, T, R)` twice -> `(B, T, R)`.
-
-    By doubling: about log2(T) passes over the row.
-    """
-    length, reach = added.shape[1], 1
-    while reach < length:
-        added = added + kept * F.pad(added[:, :-reach], (0, 0, reach, 0))
-        if 2 * reach < length:
-            kept = kept * F.pad(kept[:, :-reach], (0, 0, reach, 0))
-        reach *= 2
-    return added
-
-
-class ScannedMatrices:
-    """The matrices `S_t = a_t S_{t-1} + b_t (v_t - a_t S_{t-1} k_t) k_t^T` of a row from `S_0 = 0`, block by block.
-
-    Inside a block everything is matrix products and one triangular system. Only the T / C blocks follow one another,
-    so that cost and memory are linear in T.
-
-    Args:
-        keys, values: `(B, H, T, Q)`, `(B, H, T, P)`: k and v.
-        strengths, log_kept: `(B, H, T)`: b and the logarithm of a.
-        resets: `(B, T)` bool, true where the matrix before a token is zero (another document), or `None`.
-        block: C.
-    """
-
-    def __init__(self, keys, values, strengths, log_kept, resets=None, block: int = BLOCK):
-        self.length, value_size, key_size = keys.shape[2], values.shape[-1], keys.shape[-1]
-        self.block = min(block, self.length)
-        keys, values = self._blocks(keys), self._blocks(values)
-        strengths, sums = self._blocks(strengths[..., None]), self._blocks(log_kept[..., None])[..., 0].cumsum(-1)
-        # What is left at token t of what was there after token i, and of what was there before the block.
-        left = (sums[..., :, None] - sums[..., None, :]).tril().exp().tril()
-        left_of_start = sums.exp()[..., None]
-        if resets is not None:
-            documents = self._blocks(resets[:, None, :, None].long())[..., 0].cumsum(-1)
-            left = left * (documents[..., :, None] == documents[..., None, :])
-            left_of_start = left_of_start * (documents == 0)[..., None]
-        # The written u_t = b_t (v_t - sum_{i < t} left_ti (k_i . k_t) u_i - left_of_start_t S_start k_t).
-        overlaps = (strengths * left * (keys @ keys.transpose(-1, -2))).tril(-1)
-        wanted = torch.cat([strengths * values, strengths * left_of_start * keys], dim=-1)
-        eye = torch.eye(self.block, dtype=keys.dtype, device=keys.device)
-        solved = torch.linalg.solve_triangular(eye + overlaps, wanted, upper=False, unitriangular=True)
-        own, of_start = solved.split([value_size, key_size], dim=-1)
-        last_keys = left[..., -1, :, None] * keys
-        matrix = keys.new_zeros(*keys.shape[:2], value_size, key_size)
-        starts, written = [], []
-        for index in range(keys.shape[2]):
-            starts.append(matrix)
-            written.append(own[:, :, index] - of_start[:, :, index] @ matrix.transpose(-1, -2))
-            matrix = matrix * left_of_start[:, :, index, -1:] + written[-1].transpose(-1, -2) @ last_keys[:, :, index]
-        self.keys, self.left, self.left_of_start = keys, left, left_of_start
-        self.starts, self.written = torch.stack(starts, dim=2), torch.stack(written, dim=2)
-
-    def _blocks(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`(B, H, T, X)` -> `(B, H, T / C, C, X)`, zeros at the end."""
-        padding = -self.length % self.block
-        return F.pad(tensor, (0, 0, 0, padding)).unflatten(2, (-1, self.block))
-
-    def answers(self, queries: torch.Tensor) -> torch.Tensor:
-        """`S_t q_t`: `(B, H, T, Q)` -> `(B, H, T, P)`. No matrix but those between blocks is computed."""
-        queries = self._blocks(queries)
-        answers = (self.left * (queries @ self.keys.transpose(-1, -2))) @ self.written
-        answers = answers + (self.left_of_start * queries) @ self.starts.transpose(-1, -2)
-        return answers.flatten(2, 3)[:, :, : self.length]
-
-    def matrices(self) -> torch.Tensor:
-        """`S_t` for all t, `(B, H, T, P, Q)`."""
-        products = (self.written[..., None] * self.keys[..., None, :]).flatten(-2)
-        matrices = self.left @ products + self.left_of_start * self.starts.flatten(-2)[..., None, :]
-        return matrices.flatten(2, 3)[:, :, : self.length].unflatten(-1, self.starts.shape[-2:])
-
-
 class SMTRecurrentFastWeightCell(nn.Module):
     """The parameters of the recurrence and its arithmetic, but for the step from one position to the next.
 
     Every method takes any leading dimensions: one token of N chunks, or all T of B rows.
     """
 
-    def __init__(self, config: "SMTRecurrentConfig"):
+    def __init__(self, config: "SMTRecurrentConfig", width: int | None = None):
         super().__init__()
         self.eps = config.rms_norm_eps
-        self.sizes = FastWeightSizes.of(config)
-        self.width = config.hidden_size
-        width, inner, (heads, values, keys, traces) = config.hidden_size, config.intermediate_size, self.sizes
+        self.width = width = config.hidden_size if width is None else width
+        self.sizes = FastWeightSizes.of(config, width)
+        inner, (heads, values, keys, traces) = config.intermediate_size, self.sizes
         assert inner is not None  # filled in by the configuration
         self.trace_proj = nn.Linear(2 * width, 2 * traces, bias=False)
         features = 2 * width + traces
         self.matrix_proj = nn.Linear(features, heads * (keys + values + 2), bias=False)
         layers = range(config.num_hidden_layers)
         streams = [features + (width if layer else 0) for layer in layers]
-        self.query_projs = nn.ModuleList([nn.Linear(stream, heads * keys, bias=False) for stream in streams])
-        self.up_projs = nn.ModuleList([nn.Linear(stream + heads * values, 2 * inner, bias=False) for stream in streams])
-        self.down_projs = nn.ModuleList([nn.Linear(inner, width, bias=False) for _ in layers])
+
+        # By names that tools can pick out, as LoRA does by the last part of a name; a ModuleList's are "0" and "1".
+        def projections(name: str, inputs: list[int], outputs: int) -> nn.ModuleDict:
+            return nn.ModuleDict(
+                {f"{name}_{layer}": nn.Linear(size, outputs, bias=False) for layer, size in enumerate(inputs)}
+            )
+
+        self.query_projs = projections("query_proj", streams, heads * keys)
+        self.up_projs = projections("up_proj", [stream + heads * values for stream in streams], 2 * inner)
+        self.down_projs = projections("down_proj", [inner for _ in layers], width)
         # Half-lives of the traces at birth: from one token to about a hundred.
         self.trace_bias = nn.Parameter(torch.empty(traces))
         # Angles per step of a pointer, from half a turn to a 64th.
@@ -248,7 +179,8 @@ class SMTRecurrentFastWeightCell(nn.Module):
             control: per layer, what is added to the projections of its queries and of its inner layer, or `None`.
         """
         stream: Any = None
-        for layer, (query_proj, up_proj, down_proj) in enumerate(zip(self.query_projs, self.up_projs, self.down_projs)):
+        projections = zip(self.query_projs.values(), self.up_projs.values(), self.down_projs.values())
+        for layer, (query_proj, up_proj, down_proj) in enumerate(projections):
             seen = features if stream is None else torch.cat([features, self.normed(stream)], dim=-1)
             asked = query_proj(seen)
             if control is not None:
@@ -266,49 +198,37 @@ class SMTRecurrentFastWeightCell(nn.Module):
                 layer_outputs.append(stream)
         return self.normed(stream)
 
-    def scan(self, tokens, first, resets=None, reads_only: bool = False) -> list[torch.Tensor]:
-        """All memories of rows, without control.
 
-        Args:
-            tokens: `(B, T, D)`, embedded.
-            first: `(D,)`, the last token of an empty prefix.
-            resets: `(B, T)` bool, true at the first token of another document; `None`: one document per row.
-            reads_only: return the last of the four alone, and compute no other matrices than those between blocks.
+class SMTRecurrentFastWeightStep(SMTRecurrentFastWeightCell):
+    """The cell from one position to the next."""
 
-        Returns:
-            Last tokens `(B, T, D)`, traces `(B, T, R)`, matrices `(B, T, H, P, Q)`, what was read `(B, T, D)`.
+    def forward(self, memory, embeds, control, layer_outputs: list | None = None):
+        """`(N, K, D)`, `(N, D)` -> `(N, K, D)`.
+
+        `control`: what is added to the projections, in the order in which they are computed.
         """
-        tokens = self.normed(tokens)
-        before = torch.cat([first.to(tokens.dtype).expand(len(tokens), 1, -1), tokens[:, :-1]], dim=1)
-        if resets is not None:
-            before = torch.where(resets[..., None], first.to(tokens.dtype), before)
-        pair = torch.cat([before, tokens], dim=-1)
-        kept, added = self.trace_inputs(self.trace_proj(pair).to(first.dtype))
-        traces = gated_sums(kept if resets is None else kept.masked_fill(resets[..., None], 0.0), added)
+        heads, values, keys, num_traces = self.sizes
+        parts = [self.width, num_traces, heads * values * keys, self.width]
+        last, traces, matrix, _ = memory.flatten(1).split(parts, dim=-1)
+        trace_control, write_control, *read_control = control
+        token = self.normed(embeds)
+        pair = torch.cat([last.to(embeds.dtype), token], dim=-1)
+        kept, added = self.trace_inputs((self.trace_proj(pair) + trace_control).to(memory.dtype))
+        traces = kept * traces + added
         features, angles = self.features(pair, traces)
-        keys, values, strengths, log_kept = self.write_inputs(self.matrix_proj(features), angles)
+        written_at, written, strengths, log_kept = self.write_inputs(self.matrix_proj(features) + write_control, angles)
+        matrix = matrix.unflatten(-1, (heads, values, keys)) * log_kept.exp()[..., None, None]
+        written_at = written_at[..., None, :]
+        recalled = (matrix * written_at).sum(-1)
+        matrix = matrix + (strengths[..., None] * (written - recalled))[..., None] * written_at
 
-        def in_full_precision():  # the matrices are of the memory's precision, whatever autocast says
-            return torch.autocast(tokens.device.type, enabled=False)
+        def answer(queries):  # not a matrix product, which autocast would compute in half precision
+            return (matrix * queries[..., None, :]).sum(-1)
 
-        with in_full_precision():
-            scanned = ScannedMatrices(
-                keys.transpose(1, 2),
-                values.transpose(1, 2),
-                strengths.transpose(1, 2),
-                log_kept.transpose(1, 2),
-                resets,
-            )
-
-        def answer(queries):
-            with in_full_precision():
-                return scanned.answers(queries.transpose(1, 2)).transpose(1, 2)
-
-        read = self.read(features, angles, answer)
-        if reads_only:
-            return [read]
-        with in_full_precision():
-            return [tokens, traces, scanned.matrices().transpose(1, 2), read]
+        read = self.read(features, angles, answer, read_control, layer_outputs)
+        return torch.cat([token.to(memory.dtype), traces, matrix.flatten(1), read.to(memory.dtype)], dim=-1).view(
+            memory.shape
+        )
 
 
 @register_updater
@@ -320,7 +240,7 @@ class SMTRecurrentFastWeightUpdater(SMTRecurrentTransition):
 
     def __init__(self, config: "SMTRecurrentConfig"):
         super().__init__(config)
-        self.cell = SMTRecurrentFastWeightCell(config)
+        self.cell = SMTRecurrentFastWeightStep(config)
         heads, values, keys, traces = self.cell.sizes
         assert config.intermediate_size is not None
         # In the order in which they are computed.
@@ -362,29 +282,8 @@ class SMTRecurrentFastWeightUpdater(SMTRecurrentTransition):
 
     def forward(self, memory, embeds, layer_outputs: list | None = None):
         """One transition, as of [`SMTRecurrentTransition`]."""
-        cell, (heads, values, keys, num_traces) = self.cell, self.cell.sizes
-        flat = memory.flatten(1)
-        last, traces, matrix, read = flat.split([cell.width, num_traces, heads * values * keys, cell.width], dim=-1)
-        token = cell.normed(embeds)
-        trace_control, write_control, *read_control = self.control_proj(read.to(embeds.dtype)).split(
-            self.controlled, dim=-1
-        )
-        pair = torch.cat([last.to(embeds.dtype), token], dim=-1)
-        kept, added = cell.trace_inputs((cell.trace_proj(pair) + trace_control).to(memory.dtype))
-        traces = kept * traces + added
-        features, angles = cell.features(pair, traces)
-        keys_, values_, strengths, log_kept = cell.write_inputs(cell.matrix_proj(features) + write_control, angles)
-        matrix = matrix.unflatten(-1, (heads, values, keys)) * log_kept.exp()[..., None, None]
-        keys_ = keys_[..., None, :]
-        recalled = (matrix * keys_).sum(-1)
-        matrix = matrix + (strengths[..., None] * (values_ - recalled))[..., None] * keys_
-
-        def answer(queries):  # not a matrix product, which autocast would compute in half precision
-            return (matrix * queries[..., None, :]).sum(-1)
-
-        read = cell.read(features, angles, answer, read_control, layer_outputs)
-        parts = [token.to(memory.dtype), traces, matrix.flatten(1), read.to(memory.dtype)]
-        return torch.cat(parts, dim=-1).view(memory.shape)
+        read = memory[:, -1].to(embeds.dtype)
+        return self.cell(memory, embeds, self.control_proj(read).split(self.controlled, dim=-1), layer_outputs)
 
 
 __all__ = ["SMTRecurrentFastWeightCell", "SMTRecurrentFastWeightUpdater"]

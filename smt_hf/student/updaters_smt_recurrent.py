@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .fast_weight_smt_recurrent import SMTRecurrentFastWeightUpdater
 from .layers_smt_recurrent import UPDATERS, SMTRecurrentBlock, SMTRecurrentMLP, SMTRecurrentUpdater, register_updater
 
 if TYPE_CHECKING:  # the configuration asks the updaters for their names
@@ -130,5 +129,8 @@ class SMTRecurrentGRUUpdater(SMTRecurrentUpdater):
             stream = torch.lerp(candidate.to(stream.dtype), stream, kept.to(stream.dtype))
             yield stream
 
+
+# Last, as it is registered last.
+from .fast_weight_smt_recurrent import SMTRecurrentFastWeightUpdater  # noqa: E402
 
 __all__ = ["UPDATERS", "SMTRecurrentFastWeightUpdater"]

@@ -6,13 +6,14 @@ dynamics is then 0. What the student has to learn is the nonlinear correction al
 To be plain about the gradient: the scan is an exact gradient through time, over the whole row, of a linear recurrence
 whose coefficients depend on the tokens. No gradient through time of the nonlinear student is taken here.
 
-Shapes: B sequences, T tokens, S supervised positions, K memory tokens, D width. A *position* is a number of tokens
-read, 0 .. T.
+Shapes: B sequences, T tokens, S supervised positions, K memory tokens, D width, H heads, P value width, Q key width,
+R traces, C tokens of a block. A *position* is a number of tokens read, 0 .. T. The scan in blocks: arXiv:2406.06484.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import initialization as init
@@ -23,15 +24,140 @@ from smt_hf.student.recurrence_smt_recurrent import document_starts
 
 from .protocol import SMTTeacher, SMTTeacherSizes, register_teacher, without_padding
 
+# Tokens that a block of the scan holds: its cost per token grows with them, the number of sequential steps falls.
+BLOCK = 32
+
+
+def gated_sums(kept: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+    """`s_t = kept_t s_{t-1} + added_t` from `s_0 = 0`, element by element: `(B, T, R)` twice -> `(B, T, R)`.
+
+    By doubling: about log2(T) passes over the row.
+    """
+    length, reach = added.shape[1], 1
+    while reach < length:
+        added = added + kept * F.pad(added[:, :-reach], (0, 0, reach, 0))
+        if 2 * reach < length:
+            kept = kept * F.pad(kept[:, :-reach], (0, 0, reach, 0))
+        reach *= 2
+    return added
+
+
+class ScannedMatrices:
+    """The matrices `S_t = a_t S_{t-1} + b_t (v_t - a_t S_{t-1} k_t) k_t^T` of a row from `S_0 = 0`, block by block.
+
+    Inside a block everything is matrix products and one triangular system. Only the T / C blocks follow one another,
+    so that cost and memory are linear in T.
+
+    Args:
+        keys, values: `(B, H, T, Q)`, `(B, H, T, P)`: k and v.
+        strengths, log_kept: `(B, H, T)`: b and the logarithm of a.
+        resets: `(B, T)` bool, true where the matrix before a token is zero (another document), or `None`.
+        block: C.
+    """
+
+    def __init__(self, keys, values, strengths, log_kept, resets=None, block: int = BLOCK):
+        self.length, value_size, key_size = keys.shape[2], values.shape[-1], keys.shape[-1]
+        self.block = min(block, self.length)
+        keys, values = self._blocks(keys), self._blocks(values)
+        strengths, sums = self._blocks(strengths[..., None]), self._blocks(log_kept[..., None])[..., 0].cumsum(-1)
+        # What is left at token t of what was there after token i, and of what was there before the block.
+        left = (sums[..., :, None] - sums[..., None, :]).tril().exp().tril()
+        left_of_start = sums.exp()[..., None]
+        if resets is not None:
+            documents = self._blocks(resets[:, None, :, None].long())[..., 0].cumsum(-1)
+            left = left * (documents[..., :, None] == documents[..., None, :])
+            left_of_start = left_of_start * (documents == 0)[..., None]
+        # The written u_t = b_t (v_t - sum_{i < t} left_ti (k_i . k_t) u_i - left_of_start_t S_start k_t).
+        overlaps = (strengths * left * (keys @ keys.transpose(-1, -2))).tril(-1)
+        wanted = torch.cat([strengths * values, strengths * left_of_start * keys], dim=-1)
+        eye = torch.eye(self.block, dtype=keys.dtype, device=keys.device)
+        solved = torch.linalg.solve_triangular(eye + overlaps, wanted, upper=False, unitriangular=True)
+        own, of_start = solved.split([value_size, key_size], dim=-1)
+        last_keys = left[..., -1, :, None] * keys
+        matrix = keys.new_zeros(*keys.shape[:2], value_size, key_size)
+        starts, written = [], []
+        for index in range(keys.shape[2]):
+            starts.append(matrix)
+            written.append(own[:, :, index] - of_start[:, :, index] @ matrix.transpose(-1, -2))
+            matrix = matrix * left_of_start[:, :, index, -1:] + written[-1].transpose(-1, -2) @ last_keys[:, :, index]
+        self.keys, self.left, self.left_of_start = keys, left, left_of_start
+        self.starts, self.written = torch.stack(starts, dim=2), torch.stack(written, dim=2)
+
+    def _blocks(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`(B, H, T, X)` -> `(B, H, T / C, C, X)`, zeros at the end."""
+        padding = -self.length % self.block
+        return F.pad(tensor, (0, 0, 0, padding)).unflatten(2, (-1, self.block))
+
+    def answers(self, queries: torch.Tensor) -> torch.Tensor:
+        """`S_t q_t`: `(B, H, T, Q)` -> `(B, H, T, P)`. No matrix but those between blocks is computed."""
+        queries = self._blocks(queries)
+        answers = (self.left * (queries @ self.keys.transpose(-1, -2))) @ self.written
+        answers = answers + (self.left_of_start * queries) @ self.starts.transpose(-1, -2)
+        return answers.flatten(2, 3)[:, :, : self.length]
+
+    def matrices(self) -> torch.Tensor:
+        """`S_t` for all t, `(B, H, T, P, Q)`."""
+        products = (self.written[..., None] * self.keys[..., None, :]).flatten(-2)
+        matrices = self.left @ products + self.left_of_start * self.starts.flatten(-2)[..., None, :]
+        return matrices.flatten(2, 3)[:, :, : self.length].unflatten(-1, self.starts.shape[-2:])
+
+
+class SMTFastWeightScan(SMTRecurrentFastWeightCell):
+    """The cell over whole rows, without control."""
+
+    def forward(self, tokens, first, resets=None, reads_only: bool = False) -> list[torch.Tensor]:
+        """All memories of rows.
+
+        Args:
+            tokens: `(B, T, D)`, embedded.
+            first: `(D,)`, the last token of an empty prefix.
+            resets: `(B, T)` bool, true at the first token of another document; `None`: one document per row.
+            reads_only: return the last of the four alone, and compute no other matrices than those between blocks.
+
+        Returns:
+            Last tokens `(B, T, D)`, traces `(B, T, R)`, matrices `(B, T, H, P, Q)`, what was read `(B, T, D)`.
+        """
+        tokens = self.normed(tokens)
+        before = torch.cat([first.to(tokens.dtype).expand(len(tokens), 1, -1), tokens[:, :-1]], dim=1)
+        if resets is not None:
+            before = torch.where(resets[..., None], first.to(tokens.dtype), before)
+        pair = torch.cat([before, tokens], dim=-1)
+        kept, added = self.trace_inputs(self.trace_proj(pair).to(first.dtype))
+        traces = gated_sums(kept if resets is None else kept.masked_fill(resets[..., None], 0.0), added)
+        features, angles = self.features(pair, traces)
+        keys, values, strengths, log_kept = self.write_inputs(self.matrix_proj(features), angles)
+
+        def in_full_precision():  # the matrices are of the memory's precision, whatever autocast says
+            return torch.autocast(tokens.device.type, enabled=False)
+
+        with in_full_precision():
+            scanned = ScannedMatrices(
+                keys.transpose(1, 2),
+                values.transpose(1, 2),
+                strengths.transpose(1, 2),
+                log_kept.transpose(1, 2),
+                resets,
+            )
+
+        def answer(queries):
+            with in_full_precision():
+                return scanned.answers(queries.transpose(1, 2)).transpose(1, 2)
+
+        read = self.read(features, angles, answer)
+        if reads_only:
+            return [read]
+        with in_full_precision():
+            return [tokens, traces, scanned.matrices().transpose(1, 2), read]
+
 
 @strict
 class SMTFastWeightTeacherConfig(SMTTeacherSizes):
     """Configuration of [`SMTFastWeightTeacher`]: all of it follows from the student's, whose fields it repeats.
 
     Args:
-        vocab_size, num_memory_tokens, hidden_size, intermediate_size, num_hidden_layers, num_matrix_heads,
-        matrix_key_size, rms_norm_eps: as in `SMTRecurrentConfig`.
-        memory_size: `hidden_size`.
+        vocab_size, num_memory_tokens, intermediate_size, num_hidden_layers, num_matrix_heads, matrix_key_size,
+        rms_norm_eps: as in `SMTRecurrentConfig`.
+        memory_size: the student's `hidden_size`, the width of everything; `hidden_size` repeats it and is not used.
 
     Raises:
         InputError: a size is out of range.
@@ -39,7 +165,6 @@ class SMTFastWeightTeacherConfig(SMTTeacherSizes):
 
     model_type = "smt_fast_weight_teacher"
 
-    hidden_size: int = 64
     num_matrix_heads: int = 1
     matrix_key_size: int | None = None
 
@@ -64,7 +189,7 @@ class SMTFastWeightTeacherConfig(SMTTeacherSizes):
         """Part of `validate()`: refuses sizes that no teacher can be built from."""
         super().validate_sizes()
         try:
-            FastWeightSizes.of(self)
+            FastWeightSizes.of(self, self.memory_size)
         except ValueError as error:
             raise InputError(str(error)) from None
 
@@ -75,7 +200,7 @@ class SMTFastWeightTeacher(SMTTeacher):
 
     config_class = SMTFastWeightTeacherConfig
     config: SMTFastWeightTeacherConfig
-    _no_split_modules = ["SMTRecurrentFastWeightCell"]
+    _no_split_modules = ["SMTFastWeightScan"]
     has_next_token_head = False
     # The readout of its memories trains it: the future beyond the next token adds nothing where gradients already reach
     # back over the whole row.
@@ -90,8 +215,8 @@ class SMTFastWeightTeacher(SMTTeacher):
 
     def __init__(self, config: SMTFastWeightTeacherConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.cell = SMTRecurrentFastWeightCell(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.memory_size)
+        self.cell = SMTFastWeightScan(config, config.memory_size)
         self.post_init()
 
     @torch.no_grad()
@@ -133,7 +258,7 @@ class SMTFastWeightTeacher(SMTTeacher):
         if not length:
             return initial_memory.expand(*positions.shape, -1, -1)
         resets = None if document_ids is None else document_starts(document_ids)
-        parts = self.cell.scan(self.embed_tokens(input_ids), initial_memory[0], resets, reads_only)
+        parts = self.cell(self.embed_tokens(input_ids), initial_memory[0], resets, reads_only)
         memories = torch.cat([part.flatten(2).to(initial_memory.dtype) for part in parts], dim=-1)
         start = initial_memory[-1:] if reads_only else initial_memory
         memories = torch.cat([start.flatten().expand(batch, 1, -1), memories], dim=1)

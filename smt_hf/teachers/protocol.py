@@ -170,6 +170,7 @@ class SMTTeacher(PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
         return_logits: bool = False,
+        reads_only: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Memory labels of prefixes.
 
@@ -181,6 +182,7 @@ class SMTTeacher(PreTrainedModel):
                 before it.
             document_ids: `(B, T)`, constant inside a document; labels hold nothing of earlier documents in the row.
             return_logits: also return the teacher's own next-token logits.
+            reads_only: a teacher that `can_read_only` may leave out the memory tokens that the readout does not see.
 
         Returns:
             `(B, S, K, D)`, each memory token RMS-normalised; with `return_logits` also `(B, S, V)`, whose row at a

@@ -52,7 +52,7 @@ def updater_flops(config: SMTRecurrentConfig) -> float:
 
 def readout_flops(config: SMTRecurrentConfig, future: int = 1) -> float:
     """Forward of one memory that is read out, the next `future` tokens decoded from it, head included."""
-    positions = config.num_memory_tokens + future - 1
+    positions = UPDATERS[config.updater_type].num_read_tokens(config) + future - 1
     blocks = (config.num_readout_layers - 1) * SMTRecurrentBlock.multiply_adds(config, positions, positions)
     blocks += SMTRecurrentBlock.multiply_adds(config, positions, future)
     return 2 * (blocks + future * config.hidden_size * config.vocab_size)
@@ -103,8 +103,8 @@ def step_flops(
 def saved_bytes(student: SMTRecurrentConfig, length: int) -> float:
     """What one row of the student keeps for its backward pass: the updater at every transition, the readout at every
     memory. (The teacher adds what a Transformer of its size keeps.)"""
-    tokens, layers = student.num_memory_tokens, student.num_readout_layers
-    update = UPDATERS[student.updater_type].saved_numbers(student)
+    updater, layers = UPDATERS[student.updater_type], student.num_readout_layers
+    update, tokens = updater.saved_numbers(student), updater.num_read_tokens(student)
     read = (layers - 1) * SMTRecurrentBlock.saved_numbers(student, tokens, tokens)
     read += SMTRecurrentBlock.saved_numbers(student, tokens, 1) + 2 * student.hidden_size + student.vocab_size
     return FLOAT * length * (update + read)

@@ -87,7 +87,9 @@ def naive_fast_weight_row(updater, memory, embeds, eps):
         [left[h] + torch.sigmoid(strength[h]) * torch.outer(what[h] - left[h] @ at[h], at[h]) for h in range(heads)]
     )
     stream = None
-    for query_proj, up_proj, down_proj in zip(cell.query_projs, cell.up_projs, cell.down_projs):
+    for query_proj, up_proj, down_proj in zip(
+        cell.query_projs.values(), cell.up_projs.values(), cell.down_projs.values()
+    ):
         seen = features if stream is None else torch.cat([features, naive_rms(stream, eps)])
         asked = turned(query_proj.weight @ seen + control.pop(0))
         answers = torch.cat([matrices[h] @ asked[h] for h in range(heads)])
@@ -431,7 +433,7 @@ def test_every_linear_layer_is_found_by_its_type(student, tokens):
     [
         ({"num_memory_tokens": 0}, "`num_memory_tokens` must be at least 1"),
         ({"hidden_size": 20, "num_attention_heads": 3}, "`num_attention_heads` .3. must divide `hidden_size` .20."),
-        ({"updater_type": "lstm"}, "unknown `updater_type` 'lstm': choose one of transformer, mlp, gru"),
+        ({"updater_type": "lstm"}, "unknown `updater_type` 'lstm': choose one of transformer, mlp, gru, fast_weight"),
         ({"vocab_size": 0}, "`vocab_size` must be at least 1"),
         ({"hidden_size": 0}, "`hidden_size` must be at least 1, got 0"),
         ({"hidden_size": -8}, "`hidden_size` must be at least 1, got -8"),

@@ -5,15 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from smt_hf import SMTForPreTraining, SMTRecurrentForCausalLM
-from smt_hf.student.fast_weight_smt_recurrent import (
-    BLOCK,
-    FastWeightSizes,
-    ScannedMatrices,
-    SMTRecurrentFastWeightCell,
-    gated_sums,
-)
+from smt_hf.student.fast_weight_smt_recurrent import FastWeightSizes, SMTRecurrentFastWeightCell
 from smt_hf.student.recurrence_smt_recurrent import document_starts
 from smt_hf.teachers import SMTFastWeightTeacher
+from smt_hf.teachers.fast_weight import BLOCK, ScannedMatrices, gated_sums
 from smt_hf.training import SMTPreTrainingConfig
 from tests.conftest import VOCAB, student_config
 
@@ -211,6 +206,6 @@ def test_gradients_reach_back_over_the_whole_row(at):
     model = make_composite()
     embeds = model.teacher.embed_tokens(torch.randint(VOCAB, (1, 3 * BLOCK))).detach().requires_grad_()
     start = model.student.model.start_memory()
-    *_, matrices, _ = model.teacher.cell.scan(embeds, start[0])
+    *_, matrices, _ = model.teacher.cell(embeds, start[0])
     matrices[0, -1].square().sum().backward()
     assert embeds.grad[0, at].abs().max() > 0
