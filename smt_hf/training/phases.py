@@ -63,16 +63,18 @@ def arm_name(phases: list[PhaseArguments]) -> str:
 
     BPTT alone is `bptt` if its window is the whole row, else `bptt_truncated`. A pipeline whose smt phase supervises
     single transitions is the paper's: `published_smt` after that phase, `published` with what follows. A phase that
-    does not train the updater has no part in the name.
+    does not train the updater has no part in the name, unless it is the only smt phase: `smt_dmt32` is a teacher that
+    was trained alone, then dmt.
     """
+    began_as_teacher = any(arguments.phase == "smt" for arguments in phases)
     phases = [arguments for arguments in phases if arguments.trains_updater]
     if not phases:
         return "teacher"
     if phases[0].num_supervised_transitions:
         return "published_smt" if len(phases) == 1 else "published"
-    if [arguments.phase for arguments in phases] == ["bptt"]:
+    if [arguments.phase for arguments in phases] == ["bptt"] and not began_as_teacher:
         return "bptt" if phases[0].transition_steps == phases[0].context_length else "bptt_truncated"
-    parts = []
+    parts = ["smt"] if began_as_teacher and all(arguments.phase != "smt" for arguments in phases) else []
     for arguments in phases:
         steps = arguments.transition_steps
         parts.append(arguments.phase if arguments.phase == "bptt" or steps == 1 else f"{arguments.phase}{steps}")

@@ -526,7 +526,7 @@ def test_the_default_run_small(tmp_path):
     done = run("--train_file", "text.txt", "--output_dir", "out", *_without_teacher(SMALL), cwd=tmp_path)
     out = tmp_path / "out"
     results = json.loads((out / "eval_results.json").read_text())
-    assert results["student_arm"] == "dmt32" and {"teacher", "dmt32"} <= set(results["arms"])
+    assert results["student_arm"] == "smt_dmt32" and {"teacher", "smt_dmt32"} <= set(results["arms"])
     config = json.loads((out / "student" / "config.json").read_text())
     assert config["updater_type"] == "fast_weight" and config["num_memory_tokens"] == 6
     assert (out / "student" / "fast_weight_smt_recurrent.py").exists()

@@ -528,6 +528,9 @@ def test_arm_names(tmp_path):
     assert arm_name(pure) == "smt_dmt" and arm_name(pure[:1]) == "smt"
     assert arm_name([smt8, dmt4, bptt]) == "smt8_dmt4_bptt"
     assert arm_name([bptt]) == "bptt_truncated"
+    alone = arguments("smt", trains_updater=False)
+    assert arm_name([alone, dmt4]) == "smt_dmt4" and arm_name([alone, smt8, dmt4]) == "smt8_dmt4"
+    assert arm_name([alone]) == "teacher" and arm_name([alone, bptt]) == "smt_bptt"
     assert arm_name([arguments("bptt", context_length=16, transition_steps=16)]) == "bptt"
 
 
