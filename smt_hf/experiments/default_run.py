@@ -14,7 +14,7 @@ PHASES = "smt,dmt"
 # Phase -> arguments. The optimiser is Muon where it can run.
 SETTINGS: dict[str, dict[str, Any]] = {
     "smt": {
-        "max_steps": 3600,
+        "max_steps": 3000,
         "context_length": 128,
         "learning_rate": 0.008,
         "per_device_train_batch_size": 16,
