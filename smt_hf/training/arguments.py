@@ -47,6 +47,8 @@ class PhaseArguments(DriftArguments):
     """What all phases share. Not used by itself."""
 
     phase = ""
+    # Whether no earlier phase of the pipeline has trained the student's updater. Set by `lay_out`.
+    student_is_new = False
     # What only some phases have is off in the others.
     trains_updater = True
     num_supervised_transitions = 0

@@ -116,7 +116,8 @@ def lay_out(phases: list[PhaseArguments], output_dir: str) -> None:
         _check_continuation(before, arguments)
         before.drift_is_mended = any(later.phase in ("dmt", "bptt") for later in phases[index:])
     names: dict[str, int] = {}
-    for arguments in phases:
+    for place, arguments in enumerate(phases):
+        arguments.student_is_new = not any(before.trains_updater for before in phases[:place])
         names[arguments.phase] = names.get(arguments.phase, 0) + 1
         number = "" if names[arguments.phase] == 1 else f"_{names[arguments.phase]}"
         arguments.output_dir = os.path.join(output_dir, arguments.phase + number)
@@ -214,8 +215,7 @@ def run_phases(
             folder = Path(str(arguments.output_dir))
             found = _of_main(newest_checkpoint, folder) if resume_from_checkpoint else None
             is_new = found is None or not _is_last(found, arguments)
-            is_first = arguments.trains_updater and not any(before.trains_updater for before in phases[:index])
-            if is_new and is_first and index:
+            if is_new and index and arguments.student_is_new and arguments.trains_updater:
                 model.hand_over()  # the teacher has been trained alone since they were made
             adapted = add_lora(model.student, lora[arguments.phase]) if lora and arguments.phase in lora else None
             if is_new:
