@@ -69,7 +69,12 @@ def plot_curves(histories: list[tuple[str, list[dict]]], path: Path) -> None:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     axes = figure.subplots(1, 2)
     panels: tuple[dict[str, str], ...] = (
-        {"readout": "readout", "teacher": "teacher, next token", "eval_rollout": "held-out rollout"},
+        {
+            "readout": "readout",
+            "teacher": "teacher, next token",
+            "teacher_readout": "readout of the teacher",
+            "eval_rollout": "held-out rollout",
+        },
         {"eval_drift": "drift", "eval_dynamics": "error within a chunk"},
     )
     colours = {name: f"C{index}" for index, name in enumerate(name for panel in panels for name in panel)}
@@ -91,7 +96,7 @@ def plot_curves(histories: list[tuple[str, list[dict]]], path: Path) -> None:
         handles, labels = axis.get_legend_handles_labels()
         if unique := dict(zip(labels, handles)):
             axis.legend(unique.values(), unique.keys(), fontsize=8)
-            set_log(axis, "y", [value for line in axis.get_lines() for value in line.get_ydata()], ratio=1)
+            set_log(axis, "y", [value for line in axis.get_lines() for value in line.get_ydata()], ratio=4)
         else:
             axis.annotate("not measured in this run", (0.5, 0.5), xycoords="axes fraction", ha="center")
     save_figure(figure, path)
