@@ -114,8 +114,6 @@ class SMTRecurrentFastWeightCell(nn.Module):
         self.down_projs = projections("down_proj", [inner for _ in layers], width)
         # Half-lives of the traces at birth: from one token to about a hundred.
         self.trace_bias = nn.Parameter(torch.empty(traces))
-        # Angles per step of a pointer, from half a turn to a 64th.
-        self.register_buffer("frequencies", torch.pi * 0.5 ** torch.linspace(0.0, 5.0, keys // 2))
 
     @staticmethod
     def multiply_adds(config: "SMTRecurrentConfig") -> int:
@@ -132,11 +130,9 @@ class SMTRecurrentFastWeightCell(nn.Module):
 
     def init_own_weights(self) -> None:
         heads, traces = self.sizes.heads, self.sizes.traces
-        with torch.no_grad():
-            bias = torch.linspace(-2.0, 5.0, traces)
-            bias[:heads] = KEPT_AT_BIRTH
-            init.copy_(self.trace_bias, bias)
-            init.copy_(self.frequencies, torch.pi * 0.5 ** torch.linspace(0.0, 5.0, self.sizes.keys // 2))
+        bias = torch.linspace(-2.0, 5.0, traces)
+        bias[:heads] = KEPT_AT_BIRTH
+        init.copy_(self.trace_bias, bias)
 
     def normed(self, states: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(states, states.shape[-1:], eps=self.eps)
@@ -152,7 +148,9 @@ class SMTRecurrentFastWeightCell(nn.Module):
     def features(self, tokens: torch.Tensor, traces: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What everything is projected from, `(..., 2 D + R)`, and the angles of the keys, `(..., H, Q / 2)`."""
         pointers, means = traces.split([self.sizes.heads, self.sizes.traces - self.sizes.heads], dim=-1)
-        angles = pointers[..., None] * self.frequencies
+        # Angles per step of a pointer, from half a turn to a 64th. Not a buffer: a half-precision model would round it.
+        octaves = torch.linspace(0.0, 5.0, self.sizes.keys // 2, device=traces.device, dtype=traces.dtype)
+        angles = pointers[..., None] * torch.pi * torch.exp2(-octaves)
         # The pointers' own columns are zero: they grow without bound.
         means = F.pad(self.normed(means), (self.sizes.heads, 0))
         return torch.cat([tokens, means.to(tokens.dtype)], dim=-1), angles
