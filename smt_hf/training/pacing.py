@@ -11,7 +11,7 @@ from transformers.trainer_callback import ExportableState
 # With a budget of seconds the learning-rate schedule counts milliseconds instead of steps.
 VIRTUAL_STEPS_PER_SECOND = 1000
 # Values of the log that the progress bar shows.
-_SHOWN = ("loss", "readout", "dynamics", "predictive", "teacher", "eval_rollout", "eval_drift")
+_SHOWN = ("loss", "readout", "dynamics", "predictive", "teacher", "teacher_readout", "eval_rollout", "eval_drift")
 
 
 class _KeptState(TrainerCallback, ExportableState):
