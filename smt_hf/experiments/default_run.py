@@ -1,5 +1,5 @@
-"""What `recipes/pretrain.py` takes where nothing else is given: the best text model that five minutes on two CPU cores
-buy with an smt phase in the pipeline (model_cards/evidence).
+"""What `recipes/pretrain.py` takes where nothing else is given: the best on text of the few settings that were measured
+within five minutes on two CPU cores with an smt phase in the pipeline (model_cards/evidence).
 
 It is one set, whose parts belong together. A run that names another updater or teacher takes none of it: it has the
 defaults of the classes, which are the paper's updater, teacher and optimiser.

@@ -240,7 +240,7 @@ def _with_usual(phase: str, usual: dict[str, Any], given: dict[str, Any], notes:
             )
     elif given["matrix_optimizer"] == "adamw":
         usual = {**usual, "learning_rate": _ADAMW_RATE}
-    if "max_seconds" in given:
+    if given.get("max_seconds") is not None:
         usual = {name: value for name, value in usual.items() if name != "max_steps"}
     return {**usual, **given}
 

@@ -4,7 +4,8 @@ accelerate prepares exactly one module, and DDP, FSDP and ZeRO hook its `forward
 Shapes: B sequences, T transitions (rows hold T + 1 tokens), C chunks, S positions, K memory tokens, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,6 +200,18 @@ class SMTForPreTraining(PreTrainedModel):
         """Let a student whose updater has not been trained begin as its teacher, where the two are of one kind."""
         if self.teacher is not None and hasattr(self.teacher, "hand_over"):
             self.teacher.hand_over(self.student)
+
+    @contextmanager
+    def begun_as_teacher(self) -> Iterator[None]:
+        """The student as it would begin now, and its own weights again afterwards: an evaluation changes nothing."""
+        parts = (self.student.model.updater, self.student.model.embed_tokens)
+        kept = [{name: tensor.clone() for name, tensor in part.state_dict().items()} for part in parts]
+        self.hand_over()
+        try:
+            yield
+        finally:
+            for part, own in zip(parts, kept):
+                part.load_state_dict(own)
 
     @property
     def trains_teacher(self) -> bool:

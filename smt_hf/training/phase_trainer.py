@@ -5,6 +5,7 @@ The losses are in `SMTForPreTraining.forward`; nothing here calls a part of the 
 
 import json
 import os
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -285,10 +286,10 @@ class PhaseTrainer(DriftWatchingTrainer, StudentPushingTrainer, CheckpointingTra
     def evaluation_loop(self, *args, **kwargs):
         self._term_sums["eval"], self._num_items["eval"] = {}, 0.0
         self._scored_rows = set()
-        if self.args.student_is_new and not self.args.trains_updater and not self._is_sharded:
-            # The rollout that is scored is that of the student that would begin as this teacher now.
-            self.accelerator.unwrap_model(self.model).hand_over()
-        output = super().evaluation_loop(*args, **kwargs)
+        begins = self.args.student_is_new and not self.args.trains_updater and not self._is_sharded
+        # The rollout that is scored is that of the student that would begin as this teacher now.
+        with self.accelerator.unwrap_model(self.model).begun_as_teacher() if begins else nullcontext():
+            output = super().evaluation_loop(*args, **kwargs)
         prefix, terms = kwargs.get("metric_key_prefix", "eval"), self._mean_terms("eval")
         scale = self.pace.dynamics_scale(self.args.dynamics_starts_below, self.args.dynamics_full_below)
         # transformers averages the losses of batches, whose numbers of labels may differ.

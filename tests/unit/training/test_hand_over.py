@@ -34,7 +34,9 @@ def test_the_student_that_would_begin_as_the_teacher_is_scored(tmp_path):
     trainer = SMTTrainer(model=composite(), args=arguments, train_dataset=ROWS, eval_dataset=ROWS)
     before = trainer.evaluate()["eval_rollout"]
     trainer.train()
+    own = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     scores = trainer.evaluate()
+    assert all(torch.equal(own[name], tensor) for name, tensor in trainer.model.state_dict().items())
     assert scores["eval_rollout"] < before - 1.0
     assert scores["eval_rollout"] == pytest.approx(scores["eval_teacher_readout"], rel=1e-3)
 
