@@ -34,6 +34,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bptt": {"learning_rate": 0.004, "per_device_train_batch_size": 32, "transition_steps": 16},
 }
 MATRIX_OPTIMIZER = "muon"
+# Arguments of smt that say how its transitions are trained: a phase of the teacher alone has no use for them.
+OF_TRANSITIONS = (
+    "transition_steps", "readout_weight", "readout_trains_updater", "dynamics_", "normalized_dynamics_",
+    "readout_match_", "consistency_", "num_consistency_chunks", "hard_", "on_policy_", "teacher_forcing",
+    "num_supervised_transitions", "supervised_chunk_steps",
+)  # fmt: skip
 
 
 def is_taken(student: dict[str, Any], teacher: dict[str, Any]) -> bool:
@@ -43,12 +49,7 @@ def is_taken(student: dict[str, Any], teacher: dict[str, Any]) -> bool:
     return updater_type == UPDATER_TYPE and teacher in ({}, TEACHER)
 
 
-def settings_of(phase: str, is_followed: bool, has_trained: bool) -> dict[str, Any]:
-    """The arguments of a phase.
-
-    Args:
-        is_followed: another phase comes after it.
-        has_trained: a phase before it has trained the student.
-    """
-    alone = {"trains_updater": False} if phase == "smt" and is_followed and not has_trained else {}
+def settings_of(phase: str, trains_teacher_alone: bool) -> dict[str, Any]:
+    """The arguments of a phase; an smt phase may train the teacher alone."""
+    alone = {"trains_updater": False} if trains_teacher_alone else {}
     return {**SETTINGS[phase], **alone, "matrix_optimizer": MATRIX_OPTIMIZER}

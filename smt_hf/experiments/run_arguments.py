@@ -13,6 +13,7 @@ from smt_hf.data import TASKS
 from smt_hf.errors import InputError
 from smt_hf.student import SMTRecurrentConfig
 from smt_hf.teachers import DEFAULT_TEACHER, TEACHERS, teacher_config_class
+from smt_hf.teachers.protocol import SMTTeacherSizes
 from smt_hf.training.arguments import BPTTTrainingArguments, PhaseArguments
 from smt_hf.training.launch import launched_sharded
 from smt_hf.training.phases import ARGUMENTS
@@ -20,8 +21,6 @@ from smt_hf.training.phases import ARGUMENTS
 from . import default_run
 from .run_folder import RunArguments
 
-# Peak rate of the default run with AdamW in the place of Muon.
-_ADAMW_RATE = 0.004
 # Set by the pipeline, or arguments of the whole run.
 HIDDEN = {"schedule_offset", "schedule_steps", "output_dir", "resume_from_checkpoint", "seed"}
 
@@ -117,7 +116,9 @@ def _plain_dataclass(config_class, left_out: Collection[str] = ()):
 STUDENT_FIELDS = _plain_dataclass(SMTRecurrentConfig)
 # `model_type` of a teacher -> its fields.
 TEACHER_FIELDS = {
-    name: _plain_dataclass(teacher.config_class, getattr(teacher.config_class, "follows_student", ()))
+    name: _plain_dataclass(
+        teacher.config_class, getattr(teacher.config_class, "follows_student", SMTTeacherSizes.follows_student)
+    )
     for name, teacher in TEACHERS.items()
 }
 PHASE_NAMES = {phase: names_of(arguments) - HIDDEN for phase, arguments in ARGUMENTS.items()}
@@ -209,8 +210,9 @@ def parse_run(argv: list[str]) -> ParsedRun:
         merged = {**below, **inside, **above[phase]}
         merged = {name: value for name, value in merged.items() if name in PHASE_NAMES[phase]}
         if is_default:
-            usual = default_run.settings_of(phase, place < len(names) - 1, has_trained=bool(names[:place]))
-            merged = _with_usual(phase, usual, merged, notes)
+            may_be_alone = place == 0 and phase == "smt" and len(names) > 1
+            meant = {*inside, *(name.removeprefix("smt_") for layer in layers for name in layer if name[:4] == "smt_")}
+            merged = _with_usual(phase, merged, meant, may_be_alone, notes)
         kind = (default_run.TEACHER if is_default else teacher).get("model_type", DEFAULT_TEACHER)
         return _with_teacher(phase, {**merged, "seed": run.seed}, kind, [] if is_default else notes)
 
@@ -224,8 +226,24 @@ def parse_run(argv: list[str]) -> ParsedRun:
     return ParsedRun(run, student, teacher, is_default, built_phases, rival, notes)
 
 
-def _with_usual(phase: str, usual: dict[str, Any], given: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    """The settings of a phase of the default run, with AdamW where Muon, its default, cannot run."""
+def _with_usual(
+    phase: str, given: dict[str, Any], meant: Collection[str], may_be_alone: bool, notes: list[str]
+) -> dict[str, Any]:
+    """The settings of a phase of the default run.
+
+    Args:
+        given: what the run gives this phase, by its name or for all phases.
+        meant: names of what it gives by the phase's name.
+        may_be_alone: the phase trains the teacher alone, unless what is meant for it says otherwise.
+        notes: receives a line for what is left out or set because of what is given.
+    """
+    of_transitions = {name for name in given if name.startswith(default_run.OF_TRANSITIONS)}
+    alone = may_be_alone and "trains_updater" not in given and not of_transitions & set(meant)
+    if may_be_alone and not alone and "trains_updater" not in given:
+        notes.append(f"smt: trains the student too, since {', '.join(sorted(of_transitions & set(meant)))} is given")
+    if alone:  # what is given for all phases is for those with transitions
+        given = {name: value for name, value in given.items() if name not in of_transitions}
+    usual = default_run.settings_of(phase, alone)
     if "matrix_optimizer" not in given:
         why = None
         if given.get("deepspeed") or given.get("fsdp") or launched_sharded():
@@ -233,15 +251,10 @@ def _with_usual(phase: str, usual: dict[str, Any], given: dict[str, Any], notes:
         elif not str(given.get("optim", "adamw_torch")).startswith("adamw_torch"):
             why = f"`optim` is {given['optim']}"
         if why is not None:
-            usual = {**usual, "matrix_optimizer": "adamw", "learning_rate": _ADAMW_RATE}
-            notes.append(
-                f"{phase}: matrix_optimizer muon -> adamw, at a rate of {_ADAMW_RATE} ({why}; `--matrix_optimizer "
-                "adamw` says the same)"
-            )
-    elif given["matrix_optimizer"] == "adamw":
-        usual = {**usual, "learning_rate": _ADAMW_RATE}
+            usual["matrix_optimizer"] = "adamw"
+            notes.append(f"{phase}: matrix_optimizer muon -> adamw ({why}; `--matrix_optimizer adamw` says the same)")
     if given.get("max_seconds") is not None:
-        usual = {name: value for name, value in usual.items() if name != "max_steps"}
+        usual.pop("max_steps", None)
     return {**usual, **given}
 
 
@@ -313,7 +326,7 @@ _FIRST = """usage: accelerate launch recipes/pretrain.py [--config FILE.yaml] [-
 
   --train_file FILE ...     text to train on (default: Python's standard library)
   --output_dir DIR          folder for everything that the run writes (default: runs/pretrain)
-  --phases LIST             sequence of smt, dmt and bptt (default: smt,bptt)
+  --phases LIST             sequence of smt, dmt and bptt (default: smt,dmt)
   --max_steps N             optimiser steps of every phase; --smt_max_steps N of one
   --learning_rate X         peak learning rate of every phase; --bptt_learning_rate X of one
   --hidden_size N           width of the student; --num_memory_tokens N, --num_hidden_layers N, --updater_type NAME
@@ -329,11 +342,11 @@ All arguments, which the YAML file may hold too. "Paper": the default of arXiv:2
 
 def help_text() -> str:
     """What `--help` prints."""
-    lines = [_FIRST, "the run:", *described(PretrainArguments), ""]
+    lines = [_FIRST, *_of_the_default_run(), "the run:", *described(PretrainArguments), ""]
     lines += ["the student:", *described(STUDENT_FIELDS, documentation=SMTRecurrentConfig), ""]
     shown: set[str] = set()
     for name, fields in TEACHER_FIELDS.items():
-        which = ", what is its own" if shown else ", the default, its fields"
+        which = ", what is its own" if shown else ", its fields"
         lines += [f"the teacher `--teacher_model_type {name}`{which}:"]
         lines += [*described(fields, names_of(fields) - shown, "teacher_", teacher_config_class(name)), ""]
         shown |= names_of(fields)
@@ -343,6 +356,21 @@ def help_text() -> str:
         lines += [f"the {phase} phase, what is its own or has another default:"]
         lines += [*described(kind, new_fields(kind, PhaseArguments)), ""]
     return "\n".join([*lines, "Every other field of transformers' TrainingArguments is a flag of the phases too."])
+
+
+def _of_the_default_run() -> list[str]:
+    """What a run takes in the place of the defaults below, where it names no other updater or teacher."""
+
+    def shown(settings: dict[str, Any]) -> str:
+        return " ".join(f"--{name} {value}" for name, value in settings.items())
+
+    teacher = {f"teacher_{name}": value for name, value in default_run.TEACHER.items()}
+    lines = ["the default run, unless another updater or a field of another teacher is named:"]
+    lines += [f"  {shown({'phases': default_run.PHASES, **default_run.STUDENT})}", f"  {shown(teacher)}"]
+    for phase in default_run.SETTINGS:
+        settings = default_run.settings_of(phase, trains_teacher_alone=phase == "smt")
+        lines.append(f"  {shown({f'{phase}_{name}': value for name, value in settings.items()})}")
+    return [*lines, "The defaults below hold for all other runs, and for what is not named here.", ""]
 
 
 def new_fields(kind, parent) -> set[str]:

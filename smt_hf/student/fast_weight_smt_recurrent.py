@@ -1,4 +1,4 @@
-"""A memory that looks things up: the fast-weight updater, and the linear recurrence at its heart.
+"""A memory that looks things up: the fast-weight updater, and the recurrences at its heart.
 
 The memory holds, in this order:
 
@@ -11,9 +11,9 @@ The memory holds, in this order:
 A key is turned by an angle that grows with its head's pointer, as rotary positions turn queries and keys. A head can
 then write to a place and come back to it, besides looking up by content.
 
-`control_proj` lets what was read before change all of this. It is zero at birth, and without it last token, traces and
-matrix are a linear recurrence whose coefficients depend on the tokens alone. `smt_hf.teachers.SMTFastWeightTeacher`
-is that recurrence, computed for all positions of a row at once.
+`control_proj` lets what was read before change all of this. It is zero at birth. Without it the traces are a linear
+recurrence whose coefficients depend on the tokens, and the matrix is one whose coefficients depend on the tokens and
+the traces. `smt_hf.teachers.SMTFastWeightTeacher` computes both for all positions of a row at once.
 
 Shapes: N sequences or chunks side by side, T tokens, K memory tokens, D width, H heads, P value width, Q key width,
 R traces. Sources: fast weights and the delta rule, arXiv:2102.11174; gates, arXiv:2412.06464.

@@ -1,10 +1,12 @@
-"""The teacher that a student can follow: the linear recurrence of the fast-weight updater, computed for a whole row.
+"""The teacher that a student can follow: the fast-weight updater without feedback, computed for a whole row.
 
 Its memories are those that the student reaches with `control_proj` at zero, as at birth: the error of the student's
-dynamics is then 0. What the student has to learn is the nonlinear correction alone.
+dynamics is then 0. What the student has more is the feedback from what was read.
 
-To be plain about the gradient: the scan is an exact gradient through time, over the whole row, of a linear recurrence
-whose coefficients depend on the tokens. No gradient through time of the nonlinear student is taken here.
+To be plain about the gradient: without feedback the memory is two recurrences, one after the other. The traces are
+linear in themselves, with coefficients computed from the tokens. The matrix is linear in itself, with coefficients
+computed from the tokens and the traces. The scans give their exact gradient through time, over the whole row. No
+gradient through time of the student with its feedback is taken here.
 
 Shapes: B sequences, T tokens, S supervised positions, K memory tokens, D width, H heads, P value width, Q key width,
 R traces, C tokens of a block. A *position* is a number of tokens read, 0 .. T. The scan in blocks: arXiv:2406.06484.
@@ -20,7 +22,7 @@ from transformers import initialization as init
 
 from smt_hf.errors import InputError
 from smt_hf.student.fast_weight_smt_recurrent import FastWeightSizes, SMTRecurrentFastWeightCell
-from smt_hf.student.recurrence_smt_recurrent import document_starts
+from smt_hf.student.recurrence_smt_recurrent import document_starts, state_dtype
 
 from .protocol import SMTTeacher, SMTTeacherSizes, register_teacher, without_padding
 
@@ -68,10 +70,10 @@ class ScannedMatrices:
             left = left * (documents[..., :, None] == documents[..., None, :])
             left_of_start = left_of_start * (documents == 0)[..., None]
         # The written u_t = b_t (v_t - sum_{i < t} left_ti (k_i . k_t) u_i - left_of_start_t S_start k_t).
-        overlaps = (strengths * left * (keys @ keys.transpose(-1, -2))).tril(-1)
+        overlaps = strengths * left * (keys @ keys.transpose(-1, -2))
         wanted = torch.cat([strengths * values, strengths * left_of_start * keys], dim=-1)
-        eye = torch.eye(self.block, dtype=keys.dtype, device=keys.device)
-        solved = torch.linalg.solve_triangular(eye + overlaps, wanted, upper=False, unitriangular=True)
+        # Of `overlaps` what lies below the diagonal is read; the diagonal is taken to be 1.
+        solved = torch.linalg.solve_triangular(overlaps, wanted, upper=False, unitriangular=True)
         own, of_start = solved.split([value_size, key_size], dim=-1)
         last_keys = left[..., -1, :, None] * keys
         matrix = keys.new_zeros(*keys.shape[:2], value_size, key_size)
@@ -122,7 +124,7 @@ class SMTFastWeightScan(SMTRecurrentFastWeightCell):
         if resets is not None:
             before = torch.where(resets[..., None], first.to(tokens.dtype), before)
         pair = torch.cat([before, tokens], dim=-1)
-        kept, added = self.trace_inputs(self.trace_proj(pair).to(first.dtype))
+        kept, added = self.trace_inputs(self.trace_proj(pair).to(state_dtype(first.dtype)))
         traces = gated_sums(kept if resets is None else kept.masked_fill(resets[..., None], 0.0), added)
         features, angles = self.features(pair, traces)
         keys, values, strengths, log_kept = self.write_inputs(self.matrix_proj(features), angles)
@@ -204,12 +206,7 @@ class SMTFastWeightTeacher(SMTTeacher):
     has_next_token_head = False
     # The readout of its memories trains it: the future beyond the next token adds nothing where gradients already reach
     # back over the whole row.
-    smt_defaults = {
-        "teacher_weight": 0.0,
-        "teacher_readout_weight": 1.0,
-        "predictive_weight": 0.0,
-        "uniformity_weight": 0.0,
-    }
+    smt_defaults = {"teacher_readout_weight": 1.0, "predictive_weight": 0.0, "uniformity_weight": 0.0}
     labels_all_positions = True
     can_read_only = True
 
@@ -259,8 +256,9 @@ class SMTFastWeightTeacher(SMTTeacher):
             return initial_memory.expand(*positions.shape, -1, -1)
         resets = None if document_ids is None else document_starts(document_ids)
         parts = self.cell(self.embed_tokens(input_ids), initial_memory[0], resets, reads_only)
-        memories = torch.cat([part.flatten(2).to(initial_memory.dtype) for part in parts], dim=-1)
-        start = initial_memory[-1:] if reads_only else initial_memory
+        dtype = state_dtype(initial_memory.dtype)  # as the student's: a half-precision pointer stops at 256
+        memories = torch.cat([part.flatten(2).to(dtype) for part in parts], dim=-1)
+        start = (initial_memory[-1:] if reads_only else initial_memory).to(dtype)
         memories = torch.cat([start.flatten().expand(batch, 1, -1), memories], dim=1)
         chosen = memories.gather(1, positions[..., None].expand(-1, -1, memories.shape[-1]))
         return chosen.unflatten(-1, start.shape)

@@ -14,7 +14,7 @@ its configuration (`vocab_size`, `num_memory_tokens` [K], `memory_size` [D]), by
 - `hand_over(student)`: called before the first phase that trains the updater; where the student can begin as this
   teacher, it does.
 - `teacher(input_ids, positions, initial_memory, attention_mask=None, document_ids=None, return_logits=False)` returns
-  memories `(B, S, K, D)`, each memory token RMS-normalised, and with `return_logits` also next-token logits
+  memories `(B, S, K, D)`, normalised as the student's are, and with `return_logits` also next-token logits
   `(B, S, V)`. [`SMTTeacher.forward`] describes the arguments.
 
 A subclass of [`SMTTeacher`] sets the two attributes and `_no_split_modules` (the names of its block classes, for FSDP),
@@ -177,7 +177,7 @@ class SMTTeacher(PreTrainedModel):
         Args:
             input_ids: `(B, T)`.
             positions: `(S,)` or `(B, S)`, numbers of tokens read, 0 .. T, padding counted.
-            initial_memory: `(K, D)`, the label of an empty prefix (RMS-normalised, the student's `start_memory()`).
+            initial_memory: `(K, D)`, the label of an empty prefix (the student's `start_memory()`).
             attention_mask: `(B, T)`; padding anywhere is as if it were not there: the label after it is the one
                 before it.
             document_ids: `(B, T)`, constant inside a document; labels hold nothing of earlier documents in the row.
@@ -185,8 +185,8 @@ class SMTTeacher(PreTrainedModel):
             reads_only: a teacher that `can_read_only` may leave out the memory tokens that the readout does not see.
 
         Returns:
-            `(B, S, K, D)`, each memory token RMS-normalised; with `return_logits` also `(B, S, V)`, whose row at a
-            position 0 is all zeros (the teacher predicts nothing from nothing).
+            `(B, S, K, D)`, each memory token RMS-normalised (a subclass may differ); with `return_logits` also
+            `(B, S, V)`, whose row at a position 0 is all zeros (the teacher predicts nothing from nothing).
 
         Raises:
             InputError: logits of a teacher without a next-token head.

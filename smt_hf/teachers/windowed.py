@@ -72,7 +72,6 @@ class SMTWindowedTeacher(SMTTeacher):
     config: SMTWindowedTeacherConfig
     _no_split_modules = ["SMTWindowedTeacherBlock"]
     has_next_token_head = False
-    smt_defaults = {"teacher_weight": 0.0}
     labels_all_positions = False
 
     def __init__(self, config: SMTWindowedTeacherConfig):

@@ -87,9 +87,7 @@ class PhaseArguments(DriftArguments):
         "`difficulty` is not added to them. A phase starts at the first level that is at least as hard as the hardest "
         "that the student has reached, or at its last level.",
     )
-    max_steps: int = argument(
-        600, "Optimiser steps of the phase. Ours: a quarter of the 4 minutes that the default run takes on two cores."
-    )
+    max_steps: int = argument(600, "Optimiser steps of the phase. Ours.")
     matrix_optimizer: str = argument(
         "adamw",
         "Optimiser of the weights of linear layers: `adamw`, or `muon` (everything else stays with AdamW, at the same "
@@ -394,7 +392,7 @@ class BPTTTrainingArguments(loss_weights("bptt"), PhaseArguments):  # type: igno
     )
     max_steps: int = argument(
         2800,
-        "Optimiser steps of the phase. Ours: three quarters of the 4 minutes that the default run takes on two cores.",
+        "Optimiser steps of the phase. Ours: with the steps of smt, three quarters of the time of `smt,bptt`.",
     )
     context_length: int = argument(256, "Transitions per row, over which the memory is carried. Ours, not searched.")
     transition_steps: int = argument(

@@ -261,7 +261,7 @@ class SMTForPreTraining(PreTrainedModel):
         self.label_updates += 1
 
     def label_variance(self) -> torch.Tensor:
-        """`(K, D)`, running variance of the memory labels; 1 before any was seen (they are RMS-normalised)."""
+        """`(K, D)`, running variance of the memory labels; 1 before any was seen."""
         return (self.label_square - self.label_mean.square()).clamp(min=0.0)
 
     def forward(

@@ -38,14 +38,12 @@ class DriftArguments(TrainingArguments):
     drift_rows: int = argument(
         16,
         "Held-out rows, the first ones, on which every evaluation measures drift by age and the Lyapunov exponent; "
-        "0: none. Ours: on one thread 16 rows add 0.8 s to an evaluation of smt and 0.3 s to one of bptt, 2 % of the "
-        "default run.",
+        "0: none. Ours: few, since an evaluation costs a forward pass per age on them.",
     )
     drift_warning: float | None = argument(
         0.2,
         "Nats per label: warn, once per phase and from its middle on, if the student's own rollout loses more than "
-        "this against the teacher's memories and neither dmt nor bptt follows. Ours: after smt, the student of the "
-        "text card loses 0.08, that of the retrieval card, which only dmt makes usable, 1.28.",
+        "this against the teacher's memories and neither dmt nor bptt follows. Ours, not searched.",
     )
 
     def __post_init__(self):

@@ -555,6 +555,37 @@ def test_the_default_set_gives_way():
     assert smt.trains_updater
 
 
+def test_settings_of_transitions_in_the_default_set():
+    """Meant for smt, they make it train the student too; meant for all phases, they are for those with transitions."""
+    parsed = parse_run(["--smt_transition_steps", "1"])
+    assert parsed.phases[0].trains_updater and parsed.phases[0].transition_steps == 1
+    assert parsed.notes == ["smt: trains the student too, since transition_steps is given"]
+    smt, dmt = parse_run(
+        ["--transition_steps", "16", "--readout_match_weight", "0.5", "--consistency_weight", "1"]
+    ).phases
+    assert not smt.trains_updater and smt.readout_match_weight == smt.consistency_weight == 0.0
+    assert (dmt.transition_steps, dmt.readout_match_weight, dmt.consistency_weight) == (16, 0.5, 1.0)
+    with pytest.raises(InputError, match="has no use for `consistency_weight`"):
+        parse_run(["--smt_trains_updater", "false", "--smt_consistency_weight", "1"])
+
+
+def test_seconds_in_the_place_of_steps_in_the_default_set(tmp_path):
+    assert parse_run(["--max_seconds", "9"]).phases[0].max_steps > 1_000_000
+    nothing = parse_run(["--config", write(tmp_path, "max_seconds: null\n")]).phases
+    assert [phase.max_steps for phase in nothing] == [phase.max_steps for phase in parse_run([]).phases]
+
+
+def test_help_shows_the_default_set():
+    text = help_text()
+    for flag in (
+        "--updater_type fast_weight",
+        "--smt_max_steps 3000",
+        "--smt_trains_updater False",
+        "--phases smt,dmt",
+    ):
+        assert flag in text
+
+
 @pytest.mark.parametrize("words, why", [(["--optim", "sgd"], "`optim` is sgd"), (["--fsdp", "full_shard"], "FSDP")])
 def test_adamw_where_muon_cannot_run(words, why):
     """Said before training, with the flag; a Muon that was asked for is refused."""

@@ -209,3 +209,18 @@ def test_gradients_reach_back_over_the_whole_row(at):
     *_, matrices, _ = model.teacher.cell(embeds, start[0])
     matrices[0, -1].square().sum().backward()
     assert embeds.grad[0, at].abs().max() > 0
+
+
+def test_a_half_precision_teacher_keeps_its_state_in_float32():
+    """As its student does: in bfloat16 a pointer would stop at 256."""
+    model = make_composite()
+    ids = torch.randint(VOCAB, (1, 400))
+    with torch.no_grad():
+        expected = model.teacher(ids, torch.tensor([400]), model.student.model.start_memory())
+        model = model.bfloat16()
+        start = model.student.model.start_memory()
+        own = model.teacher(ids, torch.tensor([400]), start)
+        last = model.teacher(ids, torch.tensor([400]), start, reads_only=True)
+    assert own.dtype == last.dtype == torch.float32 and torch.equal(last, own[:, :, -1:])
+    pointer = expected.flatten()[16]
+    assert pointer > 200 and own.flatten()[16] == pytest.approx(pointer.item(), rel=0.02)
