@@ -72,8 +72,13 @@ def split_by(lines: list[dict], *keys: str) -> dict:
     return {value: list(some) for value, some in groupby(sorted(lines, key=value_of), key=value_of)}
 
 
+def cells_with(lines: list[dict], *keys: str) -> list[tuple[str, list[dict]]]:
+    """Title and lines of every cell that has lines with one of the keys: those lines."""
+    cells = split_by([line for line in lines if any(line.get(key) for key in keys)], "task", "difficulty")
+    return [(f"{task} {difficulty}", cell) for (task, difficulty), cell in cells.items()]
+
+
 def hardest_cells(lines: list[dict], *keys: str) -> list[tuple[str, list[dict]]]:
     """Title and lines of a cell per task: the highest difficulty at which lines have one of the keys, those lines."""
-    cells = split_by([line for line in lines if any(line.get(key) for key in keys)], "task", "difficulty")
-    hardest = {task: (f"{task} {difficulty}", cell) for (task, difficulty), cell in cells.items()}  # a task's last one
+    hardest = {cell[0]["task"]: (title, cell) for title, cell in cells_with(lines, *keys)}  # a task's last one
     return list(hardest.values())

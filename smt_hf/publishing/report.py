@@ -17,10 +17,23 @@ from statistics import fmean
 from smt_hf.errors import InputError
 
 from .arms import YARDSTICKS, arm_order, by_arm, display_name, is_whole_run, kind_of, natural_order
-from .evidence import hardest_cells, split_by
+from .evidence import cells_with, hardest_cells, split_by
 from .export import write_text
+from .figures import looks_of
 from .report_figures import draw_figures
-from .scores import MARGIN, SOLVED, UNITS, Verdict, badness, chances_of, judge, metric_of, metric_score, score_of
+from .scores import (
+    MARGIN,
+    REACHED,
+    SOLVED,
+    UNITS,
+    Verdict,
+    badness,
+    chances_of,
+    judge,
+    metric_of,
+    metric_score,
+    score_of,
+)
 
 _SAME_TIME = 1.1  # seconds of the longer over those of the shorter training
 _NUM_TEXTS = 2  # samples shown per arm
@@ -132,7 +145,7 @@ def _results(lines: list[dict]) -> str:
     verdicts: dict[str, Verdict | None] = {}
     tables = [_task_table(task, some, verdicts) for task, some in split_by(lines, "task").items()]
     notes = [*_summary(verdicts), *_unequal(lines, verdicts), *_doubles(lines), _names(lines)]
-    return _section("Results", [*notes, _HOW_TO_READ, *tables])
+    return _section("Results", [*notes, _HOW_TO_READ, *tables, *filter(None, [_speeds(lines)])])
 
 
 def _names(lines: list[dict]) -> str:
@@ -166,6 +179,32 @@ def _task_table(task: str, lines: list[dict], verdicts: dict[str, Verdict | None
     header = ["difficulty", *(f"`{arm}`" for arm in arms), *(["chance"] if chances else [])]
     title = f"### `{task}`: {UNITS[metric].label} ({UNITS[metric].better} is better)"
     return f"{title}\n\n{_table([*header, 'ours - bptt', 'verdict'], rows)}"
+
+
+def _speeds(lines: list[dict]) -> str:
+    """Seconds of training until the student's own rollout is first evaluated at `REACHED` or more, per cell and arm."""
+    lines = [line for line in lines if metric_of(line) == "accuracy" and (line.get("curve") or {}).get("accuracy")]
+    names = list(looks_of([display_name(line) for line in lines]))  # in the order of the figures
+    rows = []
+    for title, cell in cells_with(lines, "curve"):
+        row = [title]
+        for name in names:
+            own = [line for line in cell if display_name(line) == name]
+            reached = [at for at in map(_seconds_until_reached, own) if at is not None]
+            row.append(f"{fmean(reached):.0f} ({len(reached)} of {len(own)})" if reached else "never" if own else "")
+        rows.append(row)
+    if not rows:
+        return ""
+    legend = (
+        f"Seconds of training until an evaluation of the student's own rollout first has an accuracy of {REACHED}: the "
+        "mean over the runs that have reached it, and how many have."
+    )
+    return f"### Seconds to {REACHED}\n\n{legend}\n\n{_table(['cell', *names], rows)}"
+
+
+def _seconds_until_reached(line: dict) -> float | None:
+    points = zip(line["curve"]["seconds"], line["curve"]["accuracy"])
+    return next((at for at, accuracy in points if accuracy is not None and accuracy >= REACHED), None)
 
 
 def _summary(verdicts: dict[str, Verdict | None]) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .arms import YARDSTICKS, display_name, is_whole_run, kind_of
-from .evidence import hardest_cells, split_by
+from .evidence import cells_with, hardest_cells, split_by
 from .figures import looks_of, save_figure, set_log
 from .scores import UNITS, Score, chances_of, metric_of, metric_score, score_of
 
@@ -55,7 +55,12 @@ def _named(lines: list[dict]) -> list[dict]:
             runs.setdefault(cell, set()).add(line.get("run", line["arm"]))
     doubled = {name for (name, *_), some in runs.items() if len(some) > 1}
     names = [(display_name(line), line.get("run", line["arm"])) for line in drawn]
-    return [{**line, "name": f"{name} ({run})" if name in doubled else name} for line, (name, run) in zip(drawn, names)]
+    named = [
+        {**line, "name": f"{name} ({run})" if name in doubled else name} for line, (name, run) in zip(drawn, names)
+    ]
+    for line in named:  # of text, the loss over seconds says more
+        line["accuracy_curve"] = metric_of(line) == "accuracy" and (line.get("curve") or {}).get("accuracy")
+    return named
 
 
 def _by_name(lines: list[dict], looks: _Looks) -> dict[str, list[dict]]:
@@ -71,16 +76,19 @@ class _Figure(NamedTuple):
         draw: draws one cell's lines on its axes.
         keys: the hardest cell of every task that has one of them is drawn; without keys, every task with all its cells.
         num_axes: for each cell.
+        every_cell: draw every cell that has one of the keys, not the hardest of each task alone.
     """
 
     caption: str
     draw: Callable[..., None]
     keys: tuple[str, ...] = ()
     num_axes: int = 1
+    every_cell: bool = False
 
 
 def _drawn(what: _Figure, lines: list[dict], looks: _Looks) -> Figure | None:
-    cells = hardest_cells(lines, *what.keys) if what.keys else list(split_by(lines, "task").items())
+    chosen = cells_with if what.every_cell else hardest_cells
+    cells = chosen(lines, *what.keys) if what.keys else list(split_by(lines, "task").items())
     if not cells:
         return None
     columns = what.num_axes if what.num_axes > 1 else 2 if len(cells) == 4 else min(len(cells), 3)
@@ -177,6 +185,14 @@ def _draw_loss(lines: list[dict], looks: _Looks, *axes) -> None:
         axis.set(xlabel=key.replace("_", " "), ylabel="nats per label")
 
 
+def _draw_accuracy(lines: list[dict], looks: _Looks, axis) -> None:
+    runs = [(line["name"], list(zip(line["curve"]["seconds"], line["accuracy_curve"]))) for line in lines]
+    _draw_runs(axis, runs, looks)
+    for chance in chances_of(lines).values():
+        axis.axhline(chance, **_CHANCE)
+    axis.set(ylim=(-0.03, 1.03), xlabel="seconds of training", ylabel="accuracy")
+
+
 def _draw_drift(lines: list[dict], looks: _Looks, axis) -> None:
     _draw_runs(axis, [(line["name"], line["drift"]) for line in lines], looks)
     set_log(axis, "x", [at for line in lines for at, _ in line["drift"]], 10)
@@ -255,6 +271,12 @@ _FIGURES = {
     "difficulty": _Figure(f"Scores over difficulty {_BARS}", _draw_difficulty),
     "loss": _Figure(
         f"Held-out loss of the student's own rollout during training {_MEDIAN}", _draw_loss, ("curve",), num_axes=2
+    ),
+    "accuracy": _Figure(
+        f"Held-out accuracy of the student's own rollout over the seconds of training {_MEDIAN}",
+        _draw_accuracy,
+        ("accuracy_curve",),
+        every_cell=True,
     ),
     "drift": _Figure(
         f"Drift of the student's own rollout from the teacher's memories {_MEDIAN}", _draw_drift, ("drift",)

@@ -12,6 +12,7 @@ from typing import Any
 from .evidence import split_by
 
 SOLVED = 0.9  # two accuracies below it: neither side can do the task
+REACHED = 0.95  # the accuracy whose first evaluation tells how fast an arm learns
 MARGIN = 0.02  # a smaller difference decides nothing, however small the standard error of a few seeds
 _DIVERGED = 1e9  # badness of an arm that has no finite score
 

@@ -7,7 +7,7 @@ from PIL import Image
 from smt_hf.publishing import report_figures
 from smt_hf.publishing.figures import looks_of, save_figure
 from smt_hf.publishing.report import render_report
-from tests.unit.publishing.conftest import make_line, render
+from tests.unit.publishing.conftest import make_bits, make_line, render
 
 
 def drawn(monkeypatch):
@@ -42,6 +42,33 @@ def test_figures_are_drawn_for_what_the_lines_hold_alone(tmp_path):
     everything = {key: value for fields in data.values() for key, value in fields.items()}
     assert render([make_line(**everything)], tmp_path)[1] == {"difficulty", *data}
     assert render(lines, tmp_path)[1] == {"difficulty"}  # those of the earlier report are gone
+
+
+def test_accuracy_over_seconds_is_drawn_for_every_cell_and_told_in_seconds(tmp_path, monkeypatch):
+    figures = drawn(monkeypatch)
+
+    def line(arm, difficulty, accuracies, seed=0):
+        curve = {"seconds": [5.0, 9.0], "sequential_steps": [50, 70], "loss": [1.0, 0.5], "accuracy": accuracies}
+        return make_line(arm, seed, difficulty=difficulty, curve=curve)
+
+    lines = [
+        line("smt_dmt", 8, [0.95, 0.99]),
+        line("smt_dmt", 8, [0.4, 0.96], seed=1),
+        line("bptt", 8, [0.2, 0.94]),
+        line("bptt", 16, [None, 0.97]),
+    ]
+    text, _ = render(lines, tmp_path)
+    axes = [axis for axis in figures["accuracy"].axes if axis.get_visible()]
+    assert [axis.get_title() for axis in axes] == ["retrieval 8", "retrieval 16"]
+    assert len(figures["loss"].axes) == 2  # the hardest cell alone
+    rows = [row for row in text.splitlines() if row.startswith(("| cell", "| retrieval"))]
+    assert rows == [
+        "| cell | ours, 1 step | BPTT |",
+        "| retrieval 8 | 7 (2 of 2) | never |",
+        "| retrieval 16 |  | 9 (1 of 1) |",
+    ]
+    bits = make_bits("smt", 2.0, curve=lines[0]["curve"])
+    assert "Seconds to" not in render([bits], tmp_path)[0]
 
 
 def test_an_arm_has_one_colour_and_its_own_data_in_every_figure(tmp_path, monkeypatch):
