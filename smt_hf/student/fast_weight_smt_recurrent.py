@@ -33,6 +33,9 @@ if TYPE_CHECKING:  # the configuration asks the updaters for their names
 
 # A pair that no later token overwrites, and a pointer that none moves, keep sigmoid(6) = 99.8 % per token at birth.
 KEPT_AT_BIRTH = 6.0
+# An empty matrix answers 0, which stays 0: with a small epsilon, rounding errors would grow to length 1. A large one
+# leaves answers as small as the values are at birth.
+ANSWER_EPS = 0.1
 
 
 class FastWeightSizes(NamedTuple):
@@ -184,8 +187,7 @@ class SMTRecurrentFastWeightCell(nn.Module):
             if control is not None:
                 asked = asked + control[2 * layer]
             answers = answer(self.heads_of(asked, angles)).flatten(-2)
-            # An empty matrix answers 0, which stays 0: with a small epsilon, rounding errors would grow to length 1.
-            answers = F.rms_norm(answers, answers.shape[-1:], eps=1.0)
+            answers = F.rms_norm(answers, answers.shape[-1:], eps=ANSWER_EPS)
             inner = up_proj(torch.cat([seen, answers.to(seen.dtype)], dim=-1))
             if control is not None:
                 inner = inner + control[2 * layer + 1]

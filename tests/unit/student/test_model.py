@@ -93,7 +93,7 @@ def naive_fast_weight_row(updater, memory, embeds, eps):
         seen = features if stream is None else torch.cat([features, naive_rms(stream, eps)])
         asked = turned(query_proj.weight @ seen + control.pop(0))
         answers = torch.cat([matrices[h] @ asked[h] for h in range(heads)])
-        gate, inner = (up_proj.weight @ torch.cat([seen, naive_rms(answers, 1.0)]) + control.pop(0)).chunk(2)
+        gate, inner = (up_proj.weight @ torch.cat([seen, naive_rms(answers, 0.1)]) + control.pop(0)).chunk(2)
         change = down_proj.weight @ (F.silu(gate) * inner)
         stream = change if stream is None else stream + change
     return torch.cat([token, traces, matrices.flatten(), naive_rms(stream, eps)]).view(memory.shape)
