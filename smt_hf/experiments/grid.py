@@ -228,8 +228,8 @@ def run_grid(runs: list[Run], output: Path, jobs: int = 1) -> Iterator[list[dict
 def _trained(runs: list[Run], jobs: int) -> Iterator[list[dict]]:
     """The lines of each run, in the order in which the runs end.
 
-    Workers are processes of their own, with no more threads than a run has, and with cores of their own where there are
-    enough: two timed runs on one core would slow each other down.
+    Workers are processes of their own, with no more threads than a run has. Several workers have cores of their own
+    where there are enough: two timed runs on one core would slow each other down.
     """
     if not runs:
         return
@@ -257,7 +257,8 @@ def _settle(slots, jobs: int, num_threads: int) -> None:
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         slot = slots.get()
-        if jobs * num_threads <= len(cores):
+        # A single worker is left to the scheduler: the first cores may be those of another grid.
+        if jobs > 1 and jobs * num_threads <= len(cores):
             os.sched_setaffinity(0, cores[slot * num_threads : (slot + 1) * num_threads])
 
 

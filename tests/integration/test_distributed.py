@@ -29,6 +29,10 @@ KINDS = (
     "smt_bf16",
     "smt_ragged",
     "bptt_full_ragged",
+    "smt_teacher_fast",
+    "smt_fast",
+    "dmt_fast",
+    "bptt_fast",
 )
 TYPES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
 
