@@ -68,6 +68,14 @@ def make_composite(**fields) -> SMTForPreTraining:
     return wake(SMTForPreTraining(config)).eval()
 
 
+def make_fast_weight_composite() -> SMTForPreTraining:
+    """A fast-weight student and the teacher that it can follow."""
+    torch.manual_seed(0)
+    student = student_config(updater_type="fast_weight")
+    config = SMTPreTrainingConfig(student=student, teacher={"model_type": "smt_fast_weight_teacher"})
+    return wake(SMTForPreTraining(config)).eval()
+
+
 @pytest.fixture(params=UPDATERS)
 def student(request):
     return make_student(updater_type=request.param)

@@ -4,16 +4,17 @@ The memory holds, in this order:
 
 - token 0, the **last token** read;
 - the **traces**, R numbers: running means of the tokens so far, each with a forgetting rate that the tokens set. The
-  first H of them are **pointers** instead, positions that tokens move on, back, or to the start;
+  first H of them are **pointers** instead, positions that tokens and running means move on, back, or to the start;
 - the **matrix**, H heads of P x Q numbers: pairs of a key and a value, written by the delta rule, read by content;
 - token K - 1, what was **read**, the only one that the readout sees.
 
 A key is turned by an angle that grows with its head's pointer, as rotary positions turn queries and keys. A head can
 then write to a place and come back to it, besides looking up by content.
 
-`control_proj` lets what was read before change all of this. It is zero at birth. Without it the traces are a linear
-recurrence whose coefficients depend on the tokens, and the matrix is one whose coefficients depend on the tokens and
-the traces. `smt_hf.teachers.SMTFastWeightTeacher` computes both for all positions of a row at once.
+`control_proj` lets what was read before change all of this. It is zero at birth. Without it there are three linear
+recurrences, one after the other: the means, with coefficients computed from the tokens; the pointers, from the tokens
+and the means; the matrix, from the tokens, the means and the pointers. `smt_hf.teachers.SMTFastWeightTeacher` computes
+them for all positions of a row at once.
 
 Shapes: N sequences or chunks side by side, T tokens, K memory tokens, D width, H heads, P value width, Q key width,
 R traces. Sources: fast weights and the delta rule, arXiv:2102.11174; gates, arXiv:2412.06464.
@@ -100,8 +101,9 @@ class SMTRecurrentFastWeightCell(nn.Module):
         self.sizes = FastWeightSizes.of(config, width)
         inner, (heads, values, keys, traces) = config.intermediate_size, self.sizes
         assert inner is not None  # filled in by the configuration
-        self.trace_proj = nn.Linear(2 * width, 2 * traces, bias=False)
-        features = 2 * width + traces
+        means, features = traces - heads, 2 * width + traces - heads
+        self.mean_proj = nn.Linear(2 * width, 2 * means, bias=False)
+        self.pointer_proj = nn.Linear(features, 2 * heads, bias=False)
         self.matrix_proj = nn.Linear(features, heads * (keys + values + 2), bias=False)
         layers = range(config.num_hidden_layers)
         streams = [features + (width if layer else 0) for layer in layers]
@@ -115,8 +117,8 @@ class SMTRecurrentFastWeightCell(nn.Module):
         self.query_projs = projections("query_proj", streams, heads * keys)
         self.up_projs = projections("up_proj", [stream + heads * values for stream in streams], 2 * inner)
         self.down_projs = projections("down_proj", [inner for _ in layers], width)
-        # Half-lives of the traces at birth: from one token to about a hundred.
-        self.trace_bias = nn.Parameter(torch.empty(traces))
+        # Half-lives of the means at birth: from one token to about a hundred.
+        self.mean_bias = nn.Parameter(torch.empty(means))
 
     @staticmethod
     def multiply_adds(config: "SMTRecurrentConfig") -> int:
@@ -124,39 +126,41 @@ class SMTRecurrentFastWeightCell(nn.Module):
         width, inner = config.hidden_size, config.intermediate_size
         heads, values, keys, traces = FastWeightSizes.of(config)
         assert inner is not None
-        features = 2 * width + traces
-        total = 2 * width * 2 * traces + features * heads * (keys + values + 2)
+        means, features = traces - heads, 2 * width + traces - heads
+        total = 2 * width * 2 * means + features * (2 * heads + heads * (keys + values + 2))
         for layer in range(config.num_hidden_layers):
             stream = features + (width if layer else 0)
             total += stream * heads * keys + (stream + heads * values) * 2 * inner + inner * width
         return total
 
     def init_own_weights(self) -> None:
-        heads, traces = self.sizes.heads, self.sizes.traces
-        bias = torch.linspace(-2.0, 5.0, traces)
-        bias[:heads] = KEPT_AT_BIRTH
-        init.copy_(self.trace_bias, bias)
+        init.copy_(self.mean_bias, torch.linspace(-2.0, 5.0, len(self.mean_bias)))
+        init.zeros_(self.pointer_proj.weight)
 
     def normed(self, states: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(states, states.shape[-1:], eps=self.eps)
 
-    def trace_inputs(self, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What each trace keeps and what is added to it: `(..., 2 R)` -> `(..., R)` twice."""
+    def mean_inputs(self, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What each running mean keeps and what is added to it: `(..., 2 (R - H))` -> `(..., R - H)` twice."""
         gates, inputs = projected.chunk(2, dim=-1)
-        kept = torch.sigmoid(gates + self.trace_bias)
-        pointed, meant = inputs.split([self.sizes.heads, self.sizes.traces - self.sizes.heads], dim=-1)
-        # A pointer moves by one token at birth, so that a key is turned by its distance.
-        return kept, torch.cat([pointed + 1.0, (1.0 - kept[..., self.sizes.heads :]) * meant], dim=-1)
+        kept = torch.sigmoid(gates + self.mean_bias)
+        return kept, (1.0 - kept) * inputs
 
-    def features(self, tokens: torch.Tensor, traces: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What everything is projected from, `(..., 2 D + R)`, and the angles of the keys, `(..., H, Q / 2)`."""
-        pointers, means = traces.split([self.sizes.heads, self.sizes.traces - self.sizes.heads], dim=-1)
+    def pointer_inputs(self, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What each pointer keeps and how far it moves: `(..., 2 H)` -> `(..., H)` twice."""
+        gates, moves = projected.chunk(2, dim=-1)
+        # A pointer moves by one token at birth, so that a key is turned by its distance.
+        return torch.sigmoid(gates + KEPT_AT_BIRTH), moves + 1.0
+
+    def features(self, tokens: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+        """What pointers, matrix and queries are projected from, `(..., 2 D + R - H)`; `tokens`: the last two."""
+        return torch.cat([tokens, self.normed(means).to(tokens.dtype)], dim=-1)
+
+    def angles(self, pointers: torch.Tensor) -> torch.Tensor:
+        """Angles of the keys at the pointers' places, `(..., H)` -> `(..., H, Q / 2)`."""
         # Angles per step of a pointer, from half a turn to a 64th. Not a buffer: a half-precision model would round it.
-        octaves = torch.linspace(0.0, 5.0, self.sizes.keys // 2, device=traces.device, dtype=traces.dtype)
-        angles = pointers[..., None] * torch.pi * torch.exp2(-octaves)
-        # The pointers' own columns are zero: they grow without bound.
-        means = F.pad(self.normed(means), (self.sizes.heads, 0))
-        return torch.cat([tokens, means.to(tokens.dtype)], dim=-1), angles
+        octaves = torch.linspace(0.0, 5.0, self.sizes.keys // 2, device=pointers.device, dtype=pointers.dtype)
+        return pointers[..., None] * torch.pi * torch.exp2(-octaves)
 
     def heads_of(self, projected: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
         """Keys or queries of length 1: `(..., H Q)` -> `(..., H, Q)`."""
@@ -175,7 +179,7 @@ class SMTRecurrentFastWeightCell(nn.Module):
         """What the matrix answers to queries, layer by layer, each from the answers before: `(..., D)`.
 
         Args:
-            features, angles: as of `features`.
+            features, angles: as of the methods of these names.
             answer: queries `(..., H, Q)` -> what the matrices answer, `(..., H, P)`.
             control: per layer, what is added to the projections of its queries and of its inner layer, or `None`.
         """
@@ -210,12 +214,16 @@ class SMTRecurrentFastWeightStep(SMTRecurrentFastWeightCell):
         heads, values, keys, num_traces = self.sizes
         parts = [self.width, num_traces, heads * values * keys, self.width]
         last, traces, matrix, _ = memory.flatten(1).split(parts, dim=-1)
-        trace_control, write_control, *read_control = control
+        mean_control, pointer_control, write_control, *read_control = control
+        pointers, means = traces.split([heads, num_traces - heads], dim=-1)
         token = self.normed(embeds)
         pair = torch.cat([last.to(embeds.dtype), token], dim=-1)
-        kept, added = self.trace_inputs((self.trace_proj(pair) + trace_control).to(memory.dtype))
-        traces = kept * traces + added
-        features, angles = self.features(pair, traces)
+        kept, added = self.mean_inputs((self.mean_proj(pair) + mean_control).to(memory.dtype))
+        means = kept * means + added
+        features = self.features(pair, means)
+        kept, moved = self.pointer_inputs((self.pointer_proj(features) + pointer_control).to(memory.dtype))
+        pointers = kept * pointers + moved
+        angles = self.angles(pointers)
         written_at, written, strengths, log_kept = self.write_inputs(self.matrix_proj(features) + write_control, angles)
         matrix = matrix.unflatten(-1, (heads, values, keys)) * log_kept.exp()[..., None, None]
         written_at = written_at[..., None, :]
@@ -226,9 +234,8 @@ class SMTRecurrentFastWeightStep(SMTRecurrentFastWeightCell):
             return (matrix * queries[..., None, :]).sum(-1)
 
         read = self.read(features, angles, answer, read_control, layer_outputs)
-        return torch.cat([token.to(memory.dtype), traces, matrix.flatten(1), read.to(memory.dtype)], dim=-1).view(
-            memory.shape
-        )
+        parts = [token.to(memory.dtype), pointers, means, matrix.flatten(1), read.to(memory.dtype)]
+        return torch.cat(parts, dim=-1).view(memory.shape)
 
 
 @register_updater
@@ -244,7 +251,7 @@ class SMTRecurrentFastWeightUpdater(SMTRecurrentTransition):
         heads, values, keys, traces = self.cell.sizes
         assert config.intermediate_size is not None
         # In the order in which they are computed.
-        self.controlled = [2 * traces, heads * (keys + values + 2)]
+        self.controlled = [2 * (traces - heads), 2 * heads, heads * (keys + values + 2)]
         self.controlled += [heads * keys, 2 * config.intermediate_size] * config.num_hidden_layers
         self.control_proj = nn.Linear(config.hidden_size, sum(self.controlled), bias=False)
 

@@ -3,10 +3,10 @@
 Its memories are those that the student reaches with `control_proj` at zero, as at birth: the error of the student's
 dynamics is then 0. What the student has more is the feedback from what was read.
 
-To be plain about the gradient: without feedback the memory is two recurrences, one after the other. The traces are
-linear in themselves, with coefficients computed from the tokens. The matrix is linear in itself, with coefficients
-computed from the tokens and the traces. The scans give their exact gradient through time, over the whole row. No
-gradient through time of the student with its feedback is taken here.
+To be plain about the gradient: without feedback the memory is three recurrences, one after the other, each linear in
+itself. The coefficients of the running means are computed from the tokens, those of the pointers from the tokens and
+the means, those of the matrix from all of these. The scans give their exact gradient through time, over the whole row.
+No gradient through time of the student with its feedback is taken here.
 
 Shapes: B sequences, T tokens, S supervised positions, K memory tokens, D width, H heads, P value width, Q key width,
 R traces, C tokens of a block. A *position* is a number of tokens read, 0 .. T. The scan in blocks: arXiv:2406.06484.
@@ -30,12 +30,14 @@ from .protocol import SMTTeacher, SMTTeacherSizes, register_teacher, without_pad
 BLOCK = 32
 
 
-def gated_sums(kept: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
-    """`s_t = kept_t s_{t-1} + added_t` from `s_0 = 0`, element by element: `(B, T, R)` twice -> `(B, T, R)`.
+def gated_sums(kept: torch.Tensor, added: torch.Tensor, start: torch.Tensor | None = None) -> torch.Tensor:
+    """`s_t = kept_t s_{t-1} + added_t` from `s_0 = start`, element by element: `(B, T, R)` twice -> `(B, T, R)`.
 
-    By doubling: about log2(T) passes over the row.
+    By doubling: about log2(T) passes over the row. `start`: `(B, R)`, or `None` for zero.
     """
     length, reach = added.shape[1], 1
+    if start is not None:
+        added = torch.cat([added[:, :1] + (kept[:, 0] * start)[:, None], added[:, 1:]], dim=1)
     while reach < length:
         added = added + kept * F.pad(added[:, :-reach], (0, 0, reach, 0))
         if 2 * reach < length:
@@ -45,7 +47,7 @@ def gated_sums(kept: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
 
 
 class ScannedMatrices:
-    """The matrices `S_t = a_t S_{t-1} + b_t (v_t - a_t S_{t-1} k_t) k_t^T` of a row from `S_0 = 0`, block by block.
+    """The matrices `S_t = a_t S_{t-1} + b_t (v_t - a_t S_{t-1} k_t) k_t^T` of a row from `S_0`, block by block.
 
     Inside a block everything is matrix products and one triangular system. Only the T / C blocks follow one another,
     so that cost and memory are linear in T.
@@ -54,10 +56,14 @@ class ScannedMatrices:
         keys, values: `(B, H, T, Q)`, `(B, H, T, P)`: k and v.
         strengths, log_kept: `(B, H, T)`: b and the logarithm of a.
         resets: `(B, T)` bool, true where the matrix before a token is zero (another document), or `None`.
+        start: `(B, H, P, Q)`: S_0, or `None` for zero.
         block: C.
+
+    Attributes:
+        last: `(B, H, P, Q)`: S_T.
     """
 
-    def __init__(self, keys, values, strengths, log_kept, resets=None, block: int = BLOCK):
+    def __init__(self, keys, values, strengths, log_kept, resets=None, start=None, block: int = BLOCK):
         self.length, value_size, key_size = keys.shape[2], values.shape[-1], keys.shape[-1]
         self.block = min(block, self.length)
         keys, values = self._blocks(keys), self._blocks(values)
@@ -76,12 +82,13 @@ class ScannedMatrices:
         solved = torch.linalg.solve_triangular(overlaps, wanted, upper=False, unitriangular=True)
         own, of_start = solved.split([value_size, key_size], dim=-1)
         last_keys = left[..., -1, :, None] * keys
-        matrix = keys.new_zeros(*keys.shape[:2], value_size, key_size)
+        matrix = keys.new_zeros(*keys.shape[:2], value_size, key_size) if start is None else start
         starts, written = [], []
         for index in range(keys.shape[2]):
             starts.append(matrix)
             written.append(own[:, :, index] - of_start[:, :, index] @ matrix.transpose(-1, -2))
             matrix = matrix * left_of_start[:, :, index, -1:] + written[-1].transpose(-1, -2) @ last_keys[:, :, index]
+        self.last = matrix  # what pads the last block writes nothing and keeps everything
         self.keys, self.left, self.left_of_start = keys, left, left_of_start
         self.starts, self.written = torch.stack(starts, dim=2), torch.stack(written, dim=2)
 
@@ -107,38 +114,45 @@ class ScannedMatrices:
 class SMTFastWeightScan(SMTRecurrentFastWeightCell):
     """The cell over whole rows, without control."""
 
-    def forward(self, tokens, first, resets=None, reads_only: bool = False) -> list[torch.Tensor]:
+    def forward(self, tokens, start, resets=None, reads_only: bool = False) -> tuple[list[torch.Tensor], torch.Tensor]:
         """All memories of rows.
 
         Args:
             tokens: `(B, T, D)`, embedded.
-            first: `(D,)`, the last token of an empty prefix.
-            resets: `(B, T)` bool, true at the first token of another document; `None`: one document per row.
+            start: `(B, K, D)`, the memory to go on from.
+            resets: `(B, T)` bool, true at the first token of another document, which is read from the empty memory with
+                the last token of `start`; `None`: one document per row.
             reads_only: return the last of the four alone, and compute no other matrices than those between blocks.
 
         Returns:
-            Last tokens `(B, T, D)`, traces `(B, T, R)`, matrices `(B, T, H, P, Q)`, what was read `(B, T, D)`.
+            Last tokens `(B, T, D)`, traces `(B, T, R)`, matrices `(B, T, H, P, Q)`, what was read `(B, T, D)`; and the
+            last memory, `(B, K, D)`.
         """
-        tokens = self.normed(tokens)
-        before = torch.cat([first.to(tokens.dtype).expand(len(tokens), 1, -1), tokens[:, :-1]], dim=1)
+        heads, values, keys, num_traces = self.sizes
+        dtype = state_dtype(start.dtype)
+        parts = [self.width, heads, num_traces - heads, heads * values * keys, self.width]
+        first, pointers, means, matrix, _ = start.flatten(1).to(dtype).split(parts, dim=-1)
+        tokens, first = self.normed(tokens), first[:, None].to(tokens.dtype)
+        before = torch.cat([first, tokens[:, :-1]], dim=1)
         if resets is not None:
-            before = torch.where(resets[..., None], first.to(tokens.dtype), before)
+            before = torch.where(resets[..., None], first, before)
         pair = torch.cat([before, tokens], dim=-1)
-        kept, added = self.trace_inputs(self.trace_proj(pair).to(state_dtype(first.dtype)))
-        traces = gated_sums(kept if resets is None else kept.masked_fill(resets[..., None], 0.0), added)
-        features, angles = self.features(pair, traces)
-        keys, values, strengths, log_kept = self.write_inputs(self.matrix_proj(features), angles)
+
+        def summed(kept, added, start):
+            return gated_sums(kept if resets is None else kept.masked_fill(resets[..., None], 0.0), added, start)
+
+        means = summed(*self.mean_inputs(self.mean_proj(pair).to(dtype)), means)
+        features = self.features(pair, means)
+        pointers = summed(*self.pointer_inputs(self.pointer_proj(features).to(dtype)), pointers)
+        angles = self.angles(pointers)
+        written = self.write_inputs(self.matrix_proj(features), angles)
 
         def in_full_precision():  # the matrices are of the memory's precision, whatever autocast says
             return torch.autocast(tokens.device.type, enabled=False)
 
         with in_full_precision():
             scanned = ScannedMatrices(
-                keys.transpose(1, 2),
-                values.transpose(1, 2),
-                strengths.transpose(1, 2),
-                log_kept.transpose(1, 2),
-                resets,
+                *(part.transpose(1, 2) for part in written), resets, matrix.unflatten(-1, (heads, values, keys))
             )
 
         def answer(queries):
@@ -146,10 +160,13 @@ class SMTFastWeightScan(SMTRecurrentFastWeightCell):
                 return scanned.answers(queries.transpose(1, 2)).transpose(1, 2)
 
         read = self.read(features, angles, answer)
+        traces = torch.cat([pointers, means], dim=-1)
+        last = [tokens[:, -1], traces[:, -1], scanned.last.flatten(1), read[:, -1]]
+        last = torch.cat([part.to(dtype) for part in last], dim=-1).view(start.shape)
         if reads_only:
-            return [read]
+            return [read], last
         with in_full_precision():
-            return [tokens, traces, scanned.matrices().transpose(1, 2), read]
+            return [tokens, traces, scanned.matrices().transpose(1, 2), read], last
 
 
 @strict
@@ -209,6 +226,7 @@ class SMTFastWeightTeacher(SMTTeacher):
     smt_defaults = {"teacher_readout_weight": 1.0, "predictive_weight": 0.0, "uniformity_weight": 0.0}
     labels_all_positions = True
     can_read_only = True
+    can_go_on = True
 
     def __init__(self, config: SMTFastWeightTeacherConfig):
         super().__init__(config)
@@ -241,10 +259,13 @@ class SMTFastWeightTeacher(SMTTeacher):
         document_ids=None,
         return_logits=False,
         reads_only=False,
+        returns_last=False,
     ) -> Any:
         """As [`SMTTeacher.forward`], with the student's normalisation: of the last token and of what was read alone.
 
         `reads_only`: of every memory the last token alone, `(B, S, 1, D)`, which is all that the readout sees.
+        `initial_memory` may be `(B, K, D)`, memories to go on from. `returns_last`: return also the memory after all
+        tokens, `(B, K, D)`, of rows without padding.
         """
         if return_logits:
             return super().forward(input_ids, positions, initial_memory, return_logits=True)  # refused
@@ -252,16 +273,19 @@ class SMTFastWeightTeacher(SMTTeacher):
         positions = positions.expand(batch, -1) if positions.dim() == 1 else positions
         if attention_mask is not None:
             input_ids, positions, document_ids = without_padding(input_ids, positions, attention_mask, document_ids)
+        start = initial_memory.expand(batch, -1, -1)
         if not length:
-            return initial_memory.expand(*positions.shape, -1, -1)
+            return start[:, None].expand(*positions.shape, -1, -1)
         resets = None if document_ids is None else document_starts(document_ids)
-        parts = self.cell(self.embed_tokens(input_ids), initial_memory[0], resets, reads_only)
+        parts, last = self.cell(self.embed_tokens(input_ids), start, resets, reads_only)
         dtype = state_dtype(initial_memory.dtype)  # as the student's: a half-precision pointer stops at 256
         memories = torch.cat([part.flatten(2).to(dtype) for part in parts], dim=-1)
-        start = (initial_memory[-1:] if reads_only else initial_memory).to(dtype)
-        memories = torch.cat([start.flatten().expand(batch, 1, -1), memories], dim=1)
-        chosen = memories.gather(1, positions[..., None].expand(-1, -1, memories.shape[-1]))
-        return chosen.unflatten(-1, start.shape)
+        start = (start[:, -1:] if reads_only else start).to(dtype)
+        memories = torch.cat([start.flatten(1)[:, None], memories], dim=1)
+        chosen = memories.gather(1, positions[..., None].expand(-1, -1, memories.shape[-1])).unflatten(
+            -1, start.shape[1:]
+        )
+        return (chosen, last) if returns_last else chosen
 
 
 __all__ = ["SMTFastWeightTeacher", "SMTFastWeightTeacherConfig"]

@@ -11,6 +11,8 @@ its configuration (`vocab_size`, `num_memory_tokens` [K], `memory_size` [D]), by
   tokens of its own, so that callers ask for few positions at a time.
 - `can_read_only` (false where it is missing): whether `forward` takes `reads_only=True`. It then returns, for less
   work, only those last tokens of every memory that the readout sees.
+- `can_go_on` (false where it is missing): whether `initial_memory` may be memories `(B, K, D)` to go on from, and
+  whether `forward` takes `returns_last=True` and then returns the memory after all tokens, too.
 - `hand_over(student)`: called before the first phase that trains the updater; where the student can begin as this
   teacher, it does.
 - `teacher(input_ids, positions, initial_memory, attention_mask=None, document_ids=None, return_logits=False)` returns

@@ -128,6 +128,21 @@ def check_teacher_alone(args: Any) -> None:
     )
 
 
+def check_carried(args: Any) -> None:
+    """Of smt: rows that are read in windows, the teacher's memory carried on."""
+    if not args.carries_memory:
+        return
+    refuse(
+        args.trains_updater,
+        "`carries_memory` of the smt phase is for a teacher that is trained alone: set `trains_updater` to false.",
+    )
+    for name in ("predictive_weight", "teacher_weight", "uniformity_weight"):
+        refuse(
+            getattr(args, name),
+            f"`carries_memory` of the smt phase trains the readout of the teacher's memories: set `{name}` to 0.",
+        )
+
+
 def check_strided(args: Any) -> None:
     """Of dmt: labels that are several tokens apart."""
     if args.label_stride == 1:

@@ -15,6 +15,7 @@ from smt_hf.command_line import argument
 from smt_hf.errors import InputError
 
 from .argument_checks import (
+    check_carried,
     check_curriculum,
     check_own_memories,
     check_sparse,
@@ -326,6 +327,11 @@ class SMTTrainingArguments(loss_weights("smt"), SupervisedArguments):  # type: i
         "curriculum then goes by the teacher's loss. Ours: on probes the teacher solves the task in seconds.",
     )
     num_predictive_positions: int = argument(8, "Random positions per row whose future is decoded. Ours, not searched.")
+    carries_memory: bool = argument(  # type: ignore[assignment]
+        False,
+        "With `trains_updater` false: read the rows in windows of `transition_steps`, each from the teacher's memory "
+        "at the end of the window before, as truncated BPTT does; for a teacher that can go on from a memory. Ours.",
+    )
 
     def __post_init__(self):
         refuse(
@@ -339,6 +345,7 @@ class SMTTrainingArguments(loss_weights("smt"), SupervisedArguments):  # type: i
         )
         self._check_counts("num_predictive_positions", "supervised_chunk_steps")
         check_sparse(self)
+        check_carried(self)
         if not self.trains_updater:
             check_teacher_alone(self)
 

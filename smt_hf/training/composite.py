@@ -225,6 +225,7 @@ class SMTForPreTraining(PreTrainedModel):
         trains_teacher: bool,
         with_logits: bool = False,
         reads_only: bool = False,
+        start: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The teacher's memories at `positions` (`(S,)` or `(B, S)` numbers of tokens read), `(B, S, K, D)`.
 
@@ -232,9 +233,11 @@ class SMTForPreTraining(PreTrainedModel):
             trains_teacher: whether gradients reach the teacher.
             with_logits: also return its own next-token logits `(B, S, V)`, else `None`.
             reads_only: what the readout sees of the memories is enough, where the teacher can tell it apart.
+            start: `(B, K, D)`, memories to go on from, for a teacher that can: the second value is then the memory
+                after all tokens.
         """
         assert self.teacher is not None  # refused by freeze_for
-        m_0 = self.student.model.start_memory()
+        m_0 = self.student.model.start_memory() if start is None else start
         input_ids, mask, documents = batch.read(length=batch.length)
         with torch.set_grad_enabled(trains_teacher and torch.is_grad_enabled()):
             labels = self.teacher(
@@ -245,8 +248,9 @@ class SMTForPreTraining(PreTrainedModel):
                 documents,
                 return_logits=with_logits,
                 **({"reads_only": True} if reads_only and getattr(self.teacher, "can_read_only", False) else {}),
+                **({} if start is None else {"returns_last": True}),
             )
-        return labels if with_logits else (labels, None)
+        return labels if with_logits or start is not None else (labels, None)
 
     @torch.no_grad()
     def update_label_moments(self, moments: torch.Tensor, momentum: float = 0.9) -> None:
@@ -291,7 +295,7 @@ class SMTForPreTraining(PreTrainedModel):
                 `labels[:, t]` is the target of the memory after t tokens, `labels[:, 0]` that of `m_0`.
             document_ids: `(B, T + 1)`; the memory starts anew where it changes.
             example_ids: `(B,)`, unique numbers that every random choice for an example derives from.
-            memory: `(B, K, D)`, state to go on from (bptt with carried memory), NaN where a row starts from `m_0`;
+            memory: `(B, K, D)`, state to go on from (with `carries_memory`), NaN where a row starts from `m_0`;
                 default: all rows do.
             stored_starts: `(B, C, K, D)`, memories of an earlier student (dmt, `aggregate`), NaN where there is none.
             memory_labels: `(B, S, K, D)`, the frozen teacher's, of every `label_stride`-th position (dmt); default: the
@@ -320,7 +324,7 @@ class SMTForPreTraining(PreTrainedModel):
         if objective.phase == "bptt":
             supervision = backpropagated(self, batch, objective, memory)
         elif not objective.trains_updater:
-            supervision = teacher_alone(self, batch, objective)
+            supervision = teacher_alone(self, batch, objective, memory)
         elif objective.num_supervised_transitions:
             supervision = sparsely_supervised(self, batch, objective)
         else:

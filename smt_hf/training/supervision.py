@@ -153,9 +153,7 @@ def backpropagated(
     model: "SMTForPreTraining", batch: TransitionBatch, objective: Objective, memory: torch.Tensor | None
 ) -> Supervision:
     """BPTT over the row from `m_0` or a carried memory; truncated where its windows are shorter than the row."""
-    start = model.student.model.start_memory().expand(batch.size, -1, -1)
-    if memory is not None:
-        start = torch.where(memory.isnan(), start, memory.to(start.dtype))
+    start = _start(model, batch, memory)
     if objective.carries_memory or objective.transition_steps >= batch.length:
         memories = rollout(model.student, start[:, None], *batch.read())
     else:
@@ -172,16 +170,29 @@ def backpropagated(
     )
 
 
-def teacher_alone(model: "SMTForPreTraining", batch: TransitionBatch, objective: Objective) -> Supervision:
-    """SMT before the updater is trained: the teacher and the readout of its memories, no transitions."""
+def _start(model: "SMTForPreTraining", batch: TransitionBatch, memory: torch.Tensor | None) -> torch.Tensor:
+    """`(B, K, D)`: `m_0` where `memory` is NaN or not given, else `memory`."""
+    start = model.student.model.start_memory().expand(batch.size, -1, -1)
+    return start if memory is None else torch.where(memory.isnan(), start, memory.to(start.dtype))
+
+
+def teacher_alone(
+    model: "SMTForPreTraining", batch: TransitionBatch, objective: Objective, memory: torch.Tensor | None
+) -> Supervision:
+    """SMT before the updater is trained: the teacher and the readout of its memories, no transitions.
+
+    `memory`: the teacher's to go on from (`carries_memory`); the last one then stands in for the student's.
+    """
     positions = torch.arange(0, batch.length + 1, device=batch.inputs.device)
     trains_teacher = model.trains_teacher
-    labels, logits = model.memory_labels(
+    carries = objective.carries_memory
+    labels, other = model.memory_labels(
         batch,
         positions,
         trains_teacher,
         with_logits=trains_teacher and objective.needs("teacher_logits"),
         reads_only=not objective.weight("uniformity"),  # the other terms read the memories out
+        start=_start(model, batch, memory) if carries else None,
     )
     return Supervision(
         batch,
@@ -189,7 +200,8 @@ def teacher_alone(model: "SMTForPreTraining", batch: TransitionBatch, objective:
         transitions=batch.num_transitions,
         labels=labels,
         label_targets=batch.labels,
-        teacher_logits=logits,
+        teacher_logits=None if carries else other,
+        memory=other if carries else None,
         picked=picked_positions(batch, objective, labels),
         own=torch.ones_like(batch.lengths, dtype=torch.bool) if objective.weight("teacher_readout") else None,
     )

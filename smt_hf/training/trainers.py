@@ -3,13 +3,13 @@
 from typing import Any
 
 import torch
-from torch.utils.data import SequentialSampler
 
-from smt_hf.data.batching import CarriedWindows, IndexedExamples
+from smt_hf.data.batching import IndexedExamples
 from smt_hf.errors import InputError
 from smt_hf.student import SMTRecurrentForCausalLM
 
 from .arguments import BPTTTrainingArguments, DMTTrainingArguments, SMTTrainingArguments
+from .carrying import CarryingTrainer
 from .composite import SMTForPreTraining
 from .label_cache import LabelCache
 from .phase_trainer import PhaseTrainer
@@ -18,7 +18,7 @@ from .rollout import example_uniforms
 _STREAM_AGGREGATE = 8  # beside the streams of random numbers in positions.py
 
 
-class SMTTrainer(PhaseTrainer):
+class SMTTrainer(CarryingTrainer):
     """Trains student and teacher together by supervised memory training.
 
     Takes [`SMTTrainingArguments`]; see [`PhaseTrainer`] for the others.
@@ -27,8 +27,17 @@ class SMTTrainer(PhaseTrainer):
     arguments_class = SMTTrainingArguments
     _tag_names = ["smt"]
 
+    @property
+    def carries_memory(self) -> bool:
+        return self.args.carries_memory
+
     def _check(self, model, args) -> None:
         super()._check(model, args)
+        if args.carries_memory and not getattr(model.teacher, "can_go_on", False):
+            raise InputError(
+                f"the teacher ({model.config.teacher.model_type}) cannot go on from a memory: set `carries_memory` of "
+                "the smt phase to false, or take a teacher that can (smt_fast_weight_teacher)."
+            )
         if model.teacher is not None and not model.teacher.has_next_token_head and args.teacher_weight:
             raise InputError(
                 f"the teacher ({model.teacher.config.model_type}) has no next-token head: set `teacher_weight` of the "
@@ -168,7 +177,7 @@ class DMTTrainer(PhaseTrainer):
         self._met.kept = tensors
 
 
-class BPTTTrainer(PhaseTrainer):
+class BPTTTrainer(CarryingTrainer):
     """Trains the student by backpropagation through time: truncated with a carried memory, or full.
 
     Takes an [`SMTForPreTraining`] or a bare [`SMTRecurrentForCausalLM`] (to fine-tune a published checkpoint; the
@@ -179,55 +188,10 @@ class BPTTTrainer(PhaseTrainer):
     _tag_names = ["bptt"]
 
     def __init__(self, model, *args, **kwargs):
-        self._memories: torch.Tensor | None = None
         if isinstance(model, SMTRecurrentForCausalLM):
             model = SMTForPreTraining.from_student(model)
         super().__init__(model, *args, **kwargs)
 
     @property
-    def is_truncated(self) -> bool:
-        return self.args.transition_steps < self.args.context_length
-
-    def _numbered(self, rows, column: str = "example_ids"):
-        if not self.is_truncated or not self.args.carries_memory or column != "example_ids":
-            return super()._numbered(rows, column)
-        args = self.args
-        streams = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        num_steps = args.max_steps
-        if num_steps < 1:
-            windows = len(rows) * (len(rows[0]["input_ids"]) - 1) // args.transition_steps
-            num_steps = max(windows // streams, 1)  # of one epoch
-        return CarriedWindows(rows, streams, args.transition_steps, num_steps, self._data_seed)
-
-    def _get_train_sampler(self, train_dataset=None):
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        return SequentialSampler(rows) if isinstance(rows, CarriedWindows) else super()._get_train_sampler(rows)
-
-    def _before_forward(self, inputs: dict) -> dict:
-        streams, is_fresh = inputs.get("stream_ids"), inputs.get("is_fresh")
-        super()._before_forward(inputs)
-        if streams is None:
-            return {}
-        if self._memories is not None and is_fresh is not None:
-            memory = self._memories[streams]
-            inputs["memory"] = memory.masked_fill(is_fresh[:, None, None], float("nan"))
-        return {"streams": streams}
-
-    def _after_forward(self, inputs: dict, outputs, carried: dict) -> None:
-        if not carried:
-            return
-        if self._memories is None:
-            shape = (self.train_dataset.num_streams, *outputs.memory.shape[1:])
-            self._memories = torch.full(shape, float("nan"), dtype=outputs.memory.dtype, device=outputs.memory.device)
-        self._memories[carried["streams"]] = outputs.memory
-
-    def _carried_tensors(self) -> dict[str, torch.Tensor]:
-        if self._memories is None:
-            return {}
-        # Every stream lives on one rank; the others hold NaN for it.
-        owned = self.accelerator.reduce((~self._memories.isnan()).to(self._memories.dtype), reduction="sum")
-        memories = self.accelerator.reduce(self._memories.nan_to_num(0.0), reduction="sum")
-        return {"memories": memories.masked_fill(owned == 0, float("nan")).cpu()}
-
-    def _restore_carried(self, tensors: dict[str, torch.Tensor]) -> None:
-        self._memories = tensors["memories"].to(self.args.device)
+    def carries_memory(self) -> bool:
+        return self.args.carries_memory and self.args.transition_steps < self.args.context_length

@@ -30,6 +30,7 @@ KINDS = (
     "smt_ragged",
     "bptt_full_ragged",
     "smt_teacher_fast",
+    "smt_carried",
     "smt_fast",
     "dmt_fast",
     "bptt_fast",

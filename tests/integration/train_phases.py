@@ -8,9 +8,7 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
-from smt_hf import SMTForPreTraining
-from smt_hf.training import SMTPreTrainingConfig
-from tests.conftest import student_config, wake
+from tests.conftest import make_fast_weight_composite
 from tests.unit.training.test_trainers import PLAIN_STEPS, make_trainer, some_rows
 
 
@@ -60,15 +58,6 @@ def ragged_rows() -> list[dict]:
     return [{"input_ids": row["input_ids"][: 13 - 5 * place % 7]} for place, row in enumerate(some_rows())]
 
 
-def fast_weight_composite() -> SMTForPreTraining:
-    """Student and teacher of the fast-weight kind."""
-    torch.manual_seed(0)
-    student = student_config(updater_type="fast_weight")
-    return wake(
-        SMTForPreTraining(SMTPreTrainingConfig(student=student, teacher={"model_type": "smt_fast_weight_teacher"}))
-    )
-
-
 def main(folder: str, batch: str, backend: str, accumulation: str, *kinds: str) -> None:
     report: dict[str, dict] = {}
     for kind in kinds:
@@ -79,7 +68,7 @@ def main(folder: str, batch: str, backend: str, accumulation: str, *kinds: str) 
         trainer = make_trainer(
             kind.removesuffix("_adamw").removesuffix("_bf16").removesuffix("_ragged").removesuffix("_fast"),
             f"{folder}/{kind}",
-            model=fast_weight_composite() if kind.endswith("_fast") else None,
+            model=make_fast_weight_composite() if kind.endswith("_fast") else None,
             rows=ragged_rows() if kind.endswith("_ragged") else None,
             per_device_train_batch_size=int(batch),
             gradient_accumulation_steps=int(accumulation),

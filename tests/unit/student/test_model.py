@@ -63,12 +63,12 @@ def naive_fast_weight_row(updater, memory, embeds, eps):
     matrices = numbers[width + num_traces : -width].view(heads, values, keys)
     token = naive_rms(embeds, eps)
     control = list((updater.control_proj.weight @ read).split(updater.controlled))
-    gates, inputs = (cell.trace_proj.weight @ torch.cat([last, token]) + control.pop(0)).chunk(2)
-    kept = torch.sigmoid(gates + cell.trace_bias)
-    traces = torch.stack(
-        [kept[i] * traces[i] + (inputs[i] + 1 if i < heads else (1 - kept[i]) * inputs[i]) for i in range(num_traces)]
-    )
-    features = torch.cat([last, token, torch.zeros(heads), naive_rms(traces[heads:], eps)])
+    gates, inputs = (cell.mean_proj.weight @ torch.cat([last, token]) + control.pop(0)).chunk(2)
+    kept = torch.sigmoid(gates + cell.mean_bias)
+    means = torch.stack([kept[i] * traces[heads + i] + (1 - kept[i]) * inputs[i] for i in range(num_traces - heads)])
+    features = torch.cat([last, token, naive_rms(means, eps)])
+    gates, moves = (cell.pointer_proj.weight @ features + control.pop(0)).chunk(2)
+    traces = torch.cat([torch.sigmoid(gates + 6) * traces[:heads] + moves + 1, means])
 
     def turned(vectors):  # (heads, keys): pair j of head h by the angle of its pointer
         rows = []

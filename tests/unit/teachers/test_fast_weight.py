@@ -1,5 +1,7 @@
 """The linear recurrence of the fast-weight updater by a scan, against the recurrence itself, a token at a time."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -100,6 +102,24 @@ def test_the_student_begins_as_this_teacher(extra, fields):
     torch.testing.assert_close(model.teacher.embed_tokens.weight.grad / scale, theirs / scale, atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.parametrize("reads_only", [False, True])
+def test_a_row_in_windows_is_the_row(reads_only):
+    """Going on from the last memory of the window before makes the same memories, wherever in a block it ends."""
+    model = make_composite(num_memory_tokens=6, num_matrix_heads=2)
+    cuts = [0, 1, BLOCK + 4, BLOCK + 5, 2 * BLOCK + 9]
+    input_ids = torch.randint(VOCAB, (3, cuts[-1]))
+    start = model.student.model.start_memory()
+    whole = model.teacher(input_ids, torch.arange(cuts[-1] + 1), start, reads_only=reads_only)
+    memory = start
+    for begin, end in itertools.pairwise(cuts):
+        positions = torch.arange(end - begin + 1)
+        words = {"reads_only": reads_only, "returns_last": True}
+        part, memory = model.teacher(input_ids[:, begin:end], positions, memory, **words)
+        torch.testing.assert_close(part, whole[:, begin : end + 1], atol=1e-4, rtol=1e-4)
+        assert memory.shape == (3, *start.shape)
+        torch.testing.assert_close(part[:, -1, -1], memory[:, -1])
+
+
 def test_reads_only_is_the_last_token():
     model = make_composite()
     input_ids, start = torch.randint(VOCAB, (2, 40)), model.student.model.start_memory()
@@ -188,8 +208,8 @@ def test_own_parameters_are_initialised():
     models = [SMTRecurrentForCausalLM(config), make_composite().student, make_composite().teacher]
     for model in models:
         (cell,) = [module for module in model.modules() if isinstance(module, SMTRecurrentFastWeightCell)]
-        assert cell.trace_bias[: cell.sizes.heads].tolist() == [6.0] * cell.sizes.heads
-        assert cell.trace_bias[-1] == 5.0
+        assert (cell.mean_bias[0], cell.mean_bias[-1]) == (-2.0, 5.0)
+        assert not cell.pointer_proj.weight.any()
 
 
 def test_next_token_logits_are_refused():
@@ -206,7 +226,7 @@ def test_gradients_reach_back_over_the_whole_row(at):
     model = make_composite()
     embeds = model.teacher.embed_tokens(torch.randint(VOCAB, (1, 3 * BLOCK))).detach().requires_grad_()
     start = model.student.model.start_memory()
-    *_, matrices, _ = model.teacher.cell(embeds, start[0])
+    (*_, matrices, _), _ = model.teacher.cell(embeds, start[None])
     matrices[0, -1].square().sum().backward()
     assert embeds.grad[0, at].abs().max() > 0
 

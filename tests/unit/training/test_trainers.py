@@ -18,7 +18,7 @@ from smt_hf import (
 from smt_hf.data import EpochSampler, Levels
 from smt_hf.training.phases import arm_name, lay_out
 from smt_hf.training.sharding import load_student_optimizer
-from tests.conftest import VOCAB, make_composite, make_student
+from tests.conftest import VOCAB, make_composite, make_fast_weight_composite, make_student
 
 KINDS = {
     "smt": (SMTTrainer, SMTTrainingArguments, {"transition_steps": 4, "future_length": 4, "context_length": 12}),
@@ -59,6 +59,18 @@ KINDS = {
         SMTTrainer,
         SMTTrainingArguments,
         {"future_length": 4, "context_length": 12, "trains_updater": False, "teacher_readout_weight": 0.5},
+    ),
+    "smt_carried": (
+        SMTTrainer,
+        SMTTrainingArguments,
+        {
+            "transition_steps": 4,
+            "context_length": 12,
+            "trains_updater": False,
+            "carries_memory": True,
+            "teacher_readout_weight": 1.0,
+            **dict.fromkeys(("teacher_weight", "predictive_weight", "uniformity_weight"), 0.0),
+        },
     ),
     "smt_chunks": (
         SMTTrainer,
@@ -131,7 +143,8 @@ def make_trainer(kind, tmp_path, model=None, rows=None, before=None, **settings)
     )
     if before is not None:
         before(arguments)
-    model = make_composite() if model is None else model
+    if model is None:
+        model = make_fast_weight_composite() if kind == "smt_carried" else make_composite()
     rows = some_rows() if rows is None else rows
     return trainer_class(model=model, args=arguments, train_dataset=rows, eval_dataset=some_rows(10, seed=1))
 
@@ -157,6 +170,8 @@ def test_terms_in_the_log(kind, tmp_path):
     terms = {"smt": {"readout", "dynamics", "predictive", "uniformity", "teacher"}, "dmt": {"readout", "dynamics"}}
     expected = terms.get(kind.split("_")[0], {"readout"})
     expected = expected - {"teacher"} if kind in ("smt_sparse", "smt_chunks") else expected
+    if kind == "smt_carried":
+        expected = {"teacher_readout"}
     if kind == "smt_teacher":
         expected = expected - {"readout", "dynamics"} | {"teacher_readout"}
     if kind == "smt_ours":
@@ -553,9 +568,10 @@ def test_phases_share_what_they_continue(tmp_path):
     assert (alone[0].schedule_offset, alone[0].schedule_steps) == (0, 0)
 
 
-def test_bptt_hands_the_memory_on(tmp_path):
+@pytest.mark.parametrize("kind", ["bptt", "smt_carried"])
+def test_a_window_hands_the_memory_on(kind, tmp_path):
     """The next window of a stream starts where the last one ended; a new row starts from m_0."""
-    trainer = make_trainer("bptt", tmp_path, max_steps=7)
+    trainer = make_trainer(kind, tmp_path, max_steps=7)
     seen, ends = [], []
     before, after = trainer._before_forward, trainer._after_forward
 
