@@ -91,9 +91,9 @@ class BabilongTask:
             around = (len(before), len(before) + len(context))
             labels = tuple(label for label in self.labels if label.lower() not in story.question.lower())
             facts: dict[str, Any] = {"context": list(around), "question": story.question, "story": list(story.facts)}
-            fillers = (start + len(sentences) + 10 * number for number in range(len(spans)))  # sentences they begin with
             facts["replacements"] = [
-                self.haystack.filler(filler, end - begin) for filler, (begin, end) in zip(fillers, spans)
+                self.haystack.filler(start + len(sentences) + 10 * number, end - begin)
+                for number, (begin, end) in enumerate(spans)
             ]
             prompt = before + context + after
             needles = needles_at(spans, around)

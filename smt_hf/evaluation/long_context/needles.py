@@ -81,10 +81,10 @@ class NeedleTask(RulerTask):
         template = self._template(asked)
         if self.haystack is not None:
             hide = self._in_essay(rng, needles, self.haystack)
+        elif self.lines == "noise":
+            hide = self._in_noise(rng, needles)
         else:
-            hide = (
-                self._in_noise(rng, needles) if self.lines == "noise" else self._in_needles(rng, needles, keys, values)
-            )
+            hide = self._in_needles(rng, needles, keys, values)
 
         def build(units: int) -> Sample:
             hidden = hide(units)
@@ -158,7 +158,7 @@ class NeedleTask(RulerTask):
         return _CHANCE[self.value_kind]
 
     def shortcut(self, sample: Sample) -> str | None:
-        """The asked values of which the last characters of the prompt's haystack tell; empty if none."""
+        """The asked values whose needles lie in the last characters of the haystack; empty if none does."""
         end = sample.facts["context"][1]
         near = [needle.start >= end - WINDOW for needle in sample.needles]
         return " ".join(value for value, is_near in zip(sample.facts["values"], near) if is_near)

@@ -144,14 +144,16 @@ def read_documents(path: str, task: str, split: str) -> Documents:
     for place, row in _rows(Path(path), task, "train" if split == "train" else "validation"):
         try:
             is_meeting = task == "qmsum" and "meeting_transcripts" in row
-            for name, text, answer in (
-                _queries(place, row) if is_meeting else [(row["id"], row["input"], row["output"])]
-            ):
+            queries = _queries(place, row) if is_meeting else [(row["id"], row["input"], row["output"])]
+            for name, text, answer in queries:
                 inputs.setdefault(name, text)
-                outputs.setdefault(name, []).append(answer)
-        except (KeyError, TypeError) as error:
+                outputs.setdefault(name, []).append(answer.strip())
+        except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{place} is no row of SCROLLS, which has `id`, `input` and `output`.") from error
     examples = tuple(_document(task, inputs[name], tuple(outputs[name])) for name in inputs)
+    for name, example in zip(inputs, examples):
+        if not example.text:
+            raise InputError(f"{path}: the example {name!r} of `{task}` has no document after its question.")
     if not examples:
         raise InputError(f"{path} has no example of `{task}`.")
     return Documents(sha256(repr(examples).encode()).hexdigest()[:16], examples)
