@@ -20,7 +20,7 @@ MAY_IMPORT = {
     },
     "data": {"errors", "student.configuration_smt_recurrent"},
     "training": {"errors", "command_line", "upload", "student", "teachers", "data", "evaluation.free_run"},
-    "evaluation": {"errors", "student", "teachers"},
+    "evaluation": {"errors", "command_line", "student", "teachers", "data"},
     "publishing": {"errors", "command_line", "upload", "evaluation"},
     "experiments": {
         "errors",
