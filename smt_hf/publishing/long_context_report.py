@@ -19,7 +19,8 @@ _HOW_TO_READ = """How to read the tables:
 - *Tokens right* and *nats per token* are of the true answer, each token after the true ones before it. *More nats
   without needle*: by how much the loss of the same answers is higher; above 0, the needle was of use. *Label ranking*:
   how often the most likely label is right, and its chance.
-- In SCROLLS the needle is the whole text. Without it there is the text of another sample, a shuffled context.
+- In SCROLLS the needle is the whole text. Without it there is the text of another sample, a shuffled context. Its
+  *official* number for summaries is the geometric mean of three means, which is not the mean over samples beside it.
 - Lengths hold the prompt and the tokens to write. A byte is about a quarter of a usual token."""
 
 
@@ -63,7 +64,8 @@ def _table_of(suite: str, task: str, unit: str, scores: list[Score]) -> str:
     rows = []
     for score in scores:
         shows = score.shows_memory()
-        row = [f"{score.length:,}", score.name, _counts(score), score.written("value"), _plain(score.mean("chance"))]
+        row = [f"{score.length:,}", score.name, _counts(score), score.written("value"), _plain(score.mean("official"))]
+        row.append(_plain(score.mean("chance")))
         row += [_plain(score.mean("controls", control, "value")) for control in CONTROLS]
         row.append("" if shows is None else "yes" if shows else "no")
         row += [score.written("graded", graded, "value") for graded in ("tokens_right", "nats_per_token")]
@@ -71,7 +73,7 @@ def _table_of(suite: str, task: str, unit: str, scores: list[Score]) -> str:
         ranking = score.written("graded", "ranking", "value")
         row.append(f"{ranking}, chance {_plain(score.mean('graded', 'ranking', 'chance'))}" if ranking else "")
         rows.append(row)
-    head = [f"length ({unit})", "model", "samples", metric, "chance", *CONTROLS.values(), "memory"]
+    head = [f"length ({unit})", "model", "samples", metric, "official", "chance", *CONTROLS.values(), "memory"]
     head += ["tokens right", "nats per token", "more nats without needle", "label ranking"]
     parts = [f"## {suite}: {task}", markdown_table(*_without_empty(head, rows))]
     return "\n\n".join(parts)

@@ -109,6 +109,8 @@ def test_several_trainings_of_a_name_are_one_model(tmp_path):
 def test_columns_without_anything_are_left_out(tmp_path):
     (row,) = table_after(render([make_line(controls={})], tmp_path)[0], "## ruler: niah_single_1")
     assert list(row) == ["length (bytes)", "model", "samples", "string_match_all", "chance", "memory"]
+    (row,) = table_after(render([make_line(official=0.125)], tmp_path)[0], "## ruler: niah_single_1")
+    assert row["official"] == "0.125"
     line = make_line()
     del line["chance"]
     (row,) = table_after(render([line], tmp_path)[0], "## ruler: niah_single_1")
