@@ -199,3 +199,14 @@ def test_the_command_knows_our_tasks(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["harness", "run", "--include_path=mine"])
     __main__.main()
     assert asked[-1] == ["harness", "run", "--include_path=mine"]
+
+
+def test_bad_input_ends_the_command_with_one_line(monkeypatch, capsys):
+    def refused():
+        raise InputError("too\nshort")
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", refused)
+    monkeypatch.setattr(sys, "argv", ["harness"])
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    assert ended.value.code == 2 and capsys.readouterr().err == "error: too short\n"
