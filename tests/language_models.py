@@ -35,8 +35,9 @@ def make_gpt2():
     return _made(GPT2LMHeadModel, GPT2Config(**_TOKENS, n_embd=16, n_layer=2, n_head=2, n_positions=512))
 
 
-def make_mamba():
-    return _made(MambaForCausalLM, MambaConfig(**_TOKENS, hidden_size=16, num_hidden_layers=2, state_size=4))
+def make_mamba(scale=3):
+    config = MambaConfig(**_TOKENS, hidden_size=16, num_hidden_layers=2, state_size=4)
+    return _made(MambaForCausalLM, config, scale)
 
 
 def make_mamba2():
@@ -52,12 +53,12 @@ def make_ours(**fields):
     return make_student(vocab_size=258, **fields)
 
 
-def _made(model_class, config):
+def _made(model_class, config, scale=3):
     torch.manual_seed(0)
     model = model_class(config).eval()
     with torch.no_grad():  # at their own size the states of random models matter to no logit
         for parameter in model.parameters():
-            parameter.mul_(3)
+            parameter.mul_(scale)
     return model
 
 

@@ -133,7 +133,8 @@ def test_a_needle_that_is_the_whole_text_has_no_depth():
 
 
 def test_labels_are_ranked(model):
-    task = HandTask(labels=("123", "456789", "0"), known={0: "456789", 1: "0", 2: "123"})
+    labels = ("123", "456", "78")
+    task = HandTask(labels=labels, known={index: labels[index % 3] for index in range(NUM)})
     samples = samples_of(task)
     samples[3] = replace(samples[3], labels=())
     found = examiner_of(model, task).examine(samples, controls=False)["graded"]["ranking"]
@@ -143,8 +144,10 @@ def test_labels_are_ranked(model):
             nats = {label: plain_losses(model, sample.prompt, " " + label)[0][1:].sum() for label in sample.labels}
             hits.append(min(nats, key=nats.__getitem__) in sample.answers)
     assert found["value"] == pytest.approx(fmean(hits), abs=1e-6) and found["n"] == NUM - 1
+    outcomes = examiner_of(model, task).ask([list(sample.prompt.encode()) for sample in samples], samples)
+    assert [outcome.ranked for outcome in outcomes] == [*hits[:3], None, *hits[3:]] and len(set(hits)) == 2
     assert found["chance"] == pytest.approx(1 / 3, abs=1e-6)
-    assert choices_of(samples[0]) == [" 123", " 456789", " 0"]
+    assert choices_of(samples[0]) == [" 123", " 456", " 78"]
 
 
 def test_writing_stops_where_the_task_says():

@@ -82,4 +82,8 @@ def test_bytes_are_counted_where_tokens_are_longer():
 
     longer = type(loaded)("tiny", model, Longer())
     found = measure_streams(longer, Reader(model, find_manner(model), 16), [stream])
-    assert found["value"] == pytest.approx(plain_bits(model, stream).sum() / len("ello hello"), abs=1e-4)
+    bits = plain_bits(model, stream)
+    assert found["value"] == pytest.approx(bits.sum() / len("ello hello"), abs=1e-4)
+    parts = [entry["value"] for entry in found["by_position"]]  # "ell", "o", " h", "ell" and "o"
+    expected = [bits[0] / 3, bits[1], bits[2:4].sum() / 2, bits[4:].sum() / 4]
+    assert parts == pytest.approx(expected, abs=1e-4)
