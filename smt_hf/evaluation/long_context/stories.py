@@ -3,7 +3,7 @@
 A world has four people, six rooms and three objects. In task 1 people move; in tasks 2 and 3 they also take objects
 along and leave them. The rules and words are those of facebookarchive/bAbI-tasks (Weston et al. 2015,
 https://arxiv.org/abs/1502.05698) and of the published files, which have more verbs and begin with everybody anywhere.
-The room that the facts mention last is the answer to 51, 35 and 14 % of the made-up questions of the three tasks, and to
+The room that the facts mention last is the answer to 51, 35 and 14 % of the made-up questions of tasks 1 to 3, and to
 53, 40 and 14 % of the published test questions.
 """
 

@@ -11,7 +11,9 @@ from smt_hf.errors import InputError
 from smt_hf.evaluation.long_context import LongContextSettings, TooShort, tasks_of
 from smt_hf.evaluation.long_context.frequencies import zipf
 from smt_hf.evaluation.long_context.haystack import NOISE
+from smt_hf.evaluation.long_context.needles import DEPTHS
 from smt_hf.evaluation.long_context.ruler import WINDOW
+from smt_hf.evaluation.long_context.vocabulary import belongs
 
 pytest.importorskip("wonderwords")
 pytest.importorskip("nltk")
@@ -272,24 +274,33 @@ def test_the_shortcuts_of_frequencies_and_variables(settings, count_bytes):
 
 
 @pytest.mark.parametrize("name", GENERATED)
-def test_keys_and_values_of_training_are_in_no_test(name, book, count_bytes):
-    def told(split):
-        task = task_of(name, LongContextSettings(haystack=[str(book)], split=split))
-        samples = [task.sample(2500, index, 0, count_bytes) for index in range(6)]
-        text = " ".join(sample.prompt for sample in samples)
-        if name.startswith("niah"):
-            return {part for _, *parts in NEEDLE.findall(text) for part in parts}
-        patterns = {"vt": "VAR ([A-Z]+) =|= ([0-9]+)", "cwe": r"\d+\. (.+?)(?= \d+\. |\n)", "fwe": r"\b([a-z]{6})\b"}
-        prompts = {"vt": text, "cwe": text, "fwe": " ".join(sample.context for sample in samples)}
-        return {
-            part
-            for match in re.findall(patterns[name], prompts[name])
-            for part in ([match] if isinstance(match, str) else match)
-            if part
-        }
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_keys_and_values_are_those_of_the_split(name, split, book, count_bytes):
+    task = task_of(name, LongContextSettings(haystack=[str(book)], split=split))
+    samples = [task.sample(2500, index, 0, count_bytes) for index in range(5)]
+    text = " ".join(sample.prompt for sample in samples)
+    patterns = {
+        "vt": r"VAR ([A-Z]+) = |VAR [A-Z]+ = (\d+)\n",
+        "cwe": r"\d+\. (.+?)(?= \d+\. |\n)",
+        "fwe": r"(?:\. | )([a-z]{6})(?= \.\.\.)",
+    }
+    pattern = patterns.get(name, NEEDLE.pattern)
+    found = {part for match in re.finditer(pattern, text) for part in match.groups() if part}
+    found -= {"numbers", "uuids"}
+    assert len(found) >= 10
+    for part in found:
+        if name.startswith("niah") and not re.fullmatch(r"\d{7}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", part):
+            cuts = [match.start() for match in re.finditer("-", part)]
+            assert any(belongs(part[:cut], split) and belongs(part[cut + 1 :], split) for cut in cuts)
+        else:
+            assert belongs(part, split)
 
-    train, test = told("train"), told("test")
-    assert len(train) > 5 and len(test) > 5 and not train & test
+
+def test_needles_in_an_essay_have_one_of_40_depths(settings, count_bytes):
+    task = task_of("niah_single_2", settings)
+    depths = [task.sample(6000, index, 0, count_bytes).needles[0].depth for index in range(40)]
+    assert min(depths) < 0.15 and max(depths) > 0.85 and 0.3 < sum(depths) / 40 < 0.7
+    assert DEPTHS[:4] == (0, 3, 5, 8) and DEPTHS[-1] == 100 and len(set(DEPTHS)) == 40
 
 
 def test_essays_need_a_haystack():
