@@ -101,7 +101,7 @@ class Examiner:
             **self._official(outcomes, samples),
             "chance": round(fmean(self.task.chance(sample) for sample in samples), 6),
             "by_depth": _by_depth(outcomes, samples),
-            "by_distance": self._by_distance(outcomes, samples),
+            "by_distance": _by_distance(outcomes, samples, prompts),
             "controls": self._controls(samples, prompts, outcomes) if controls else {},
             "examples": [
                 {"written": outcome.written[:_EXAMPLE_LENGTH], "answers": list(sample.answers)}
@@ -205,15 +205,6 @@ class Examiner:
             longest = max(len(self.language_model.continuation(sample.prompt, text)[0]) for text in texts)
             self.language_model.check_length(len(prompt) + max(longest, self.task.num_generated))
 
-    def _by_distance(self, outcomes: Sequence[Outcome], samples: Sequence[Sample]) -> list[dict[str, Any]]:
-        """Scores by the tokens between a needle and the end of the prompt, up to each power of two."""
-        bins: dict[int, list[Outcome]] = {}
-        for outcome, sample in zip(outcomes, samples):
-            for needle in sample.needles if _has_place(sample) else ():
-                distance = max(self.language_model.count(sample.prompt[needle.end :]), 1)
-                bins.setdefault(1 << (distance - 1).bit_length(), []).append(outcome)
-        return [{"distance": distance, **_means(bins[distance])} for distance in sorted(bins)]
-
 
 def _has_place(sample: Sample) -> bool:
     """Whether the needles are pieces of the haystack, not all of it."""
@@ -230,6 +221,23 @@ def _by_depth(outcomes: Sequence[Outcome], samples: Sequence[Sample]) -> list[di
     if not any(bins):
         return []
     return [{"depth": round((place + 0.5) / _NUM_DEPTHS, 3), **_means(some)} for place, some in enumerate(bins)]
+
+
+def _by_distance(
+    outcomes: Sequence[Outcome], samples: Sequence[Sample], prompts: Sequence[list[int]]
+) -> list[dict[str, Any]]:
+    """Scores by the tokens between a needle and the end of the prompt, up to each power of two.
+
+    A sample may have hundreds of needles. Their distances are therefore counted in characters, a token taken for as many
+    as one of the prompt has on average.
+    """
+    bins: dict[int, list[Outcome]] = {}
+    for outcome, sample, prompt in zip(outcomes, samples, prompts):
+        for needle in sample.needles if _has_place(sample) else ():
+            num_characters = len(sample.prompt) - needle.end
+            distance = max(round(num_characters * len(prompt) / len(sample.prompt)), 1)
+            bins.setdefault(1 << (distance - 1).bit_length(), []).append(outcome)
+    return [{"distance": distance, **_means(bins[distance])} for distance in sorted(bins)]
 
 
 def _means(outcomes: Sequence[Outcome]) -> dict[str, Any]:
