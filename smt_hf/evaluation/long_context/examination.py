@@ -228,8 +228,8 @@ def _by_distance(
 ) -> list[dict[str, Any]]:
     """Scores by the tokens between a needle and the end of the prompt, up to each power of two.
 
-    A sample may have hundreds of needles. Their distances are therefore counted in characters, a token taken for as many
-    as one of the prompt has on average.
+    A sample may have hundreds of needles. So distances are counted in characters, and a token taken for as many of them
+    as it has on average in the prompt.
     """
     bins: dict[int, list[Outcome]] = {}
     for outcome, sample, prompt in zip(outcomes, samples, prompts):
