@@ -34,6 +34,7 @@ from .scores import (
     metric_score,
     score_of,
 )
+from .tables import markdown_table
 
 _SAME_TIME = 1.1  # seconds of the longer over those of the shorter training
 _NUM_TEXTS = 2  # samples shown per arm
@@ -126,11 +127,6 @@ def _without_stages(lines: list[dict]) -> list[dict]:
     return [line for line in lines if is_whole_run(line) or cell(line) not in whole]
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    rows = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
-
-
 def _code(text: str) -> str:
     """A fenced block. The fence is longer than any in the text; what cannot be printed is escaped."""
     letters = text.replace("\t", "    ")
@@ -178,7 +174,7 @@ def _task_table(task: str, lines: list[dict], verdicts: dict[str, Verdict | None
         rows.append([*row, sides, verdict.word if verdict else "not compared"])
     header = ["difficulty", *(f"`{arm}`" for arm in arms), *(["chance"] if chances else [])]
     title = f"### `{task}`: {UNITS[metric].label} ({UNITS[metric].better} is better)"
-    return f"{title}\n\n{_table([*header, 'ours - bptt', 'verdict'], rows)}"
+    return f"{title}\n\n{markdown_table([*header, 'ours - bptt', 'verdict'], rows)}"
 
 
 def _speeds(lines: list[dict]) -> str:
@@ -199,7 +195,7 @@ def _speeds(lines: list[dict]) -> str:
         f"Seconds of training until an evaluation of the student's own rollout first has an accuracy of {REACHED}: the "
         "mean over the runs that have reached it, and how many have."
     )
-    return f"### Seconds to {REACHED}\n\n{legend}\n\n{_table(['cell', *names], rows)}"
+    return f"### Seconds to {REACHED}\n\n{legend}\n\n{markdown_table(['cell', *names], rows)}"
 
 
 def _seconds_until_reached(line: dict) -> float | None:
@@ -266,7 +262,7 @@ def _costs(lines: list[dict]) -> str:
             if any(costs):
                 rows.append([f"`{task}`", f"`{arm}`", *costs, str(len(own))])
     legend = "Means over difficulties and seeds. Sequential steps are transitions that are computed one after another."
-    return _section("Costs", [legend, _table(["task", "arm", *keys.values(), "lines"], rows)] if rows else [])
+    return _section("Costs", [legend, markdown_table(["task", "arm", *keys.values(), "lines"], rows)] if rows else [])
 
 
 def _sweeps(lines: list[dict]) -> str:
@@ -287,7 +283,7 @@ def _sweep_table(cell: list[dict]) -> str:
         row = [variant, f"`{arm}`", str(score), _mean(some, "wall_clock_s"), str(score.num_seeds)]
         runs.append((badness(score, metric), natural_order(variant), arm_order(some[0]), row))
     header = ["variant", "arm", UNITS[metric].label, "seconds", "seeds"]
-    return _table(header, [run[-1] for run in sorted(runs)])
+    return markdown_table(header, [run[-1] for run in sorted(runs)])
 
 
 def _text_samples(lines: list[dict]) -> str:

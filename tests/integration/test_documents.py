@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 import pytest
 
 from smt_hf.experiments.grid_file import parse_grid
+from smt_hf.experiments.long_context import parse_evaluate
 from smt_hf.experiments.run_arguments import parse_run
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +51,10 @@ def test_commands_are_accepted(monkeypatch):
         elif "recipes/experiment.py" in words:
             parse_grid(words[words.index("recipes/experiment.py") + 1 :])
             parsed += 1
-    assert parsed >= 12
+        elif "recipes/evaluate.py" in words:
+            parse_evaluate(words[words.index("recipes/evaluate.py") + 1 :])
+            parsed += 1
+    assert parsed >= 15
     published = re.search(r"`(--teacher_model_type smt_windowed_teacher [^`]*)`", DOCUMENTS[2].read_text())
     assert published
     parse_run(shlex.split(published.group(1)))

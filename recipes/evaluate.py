@@ -1,0 +1,24 @@
+"""Long-context scores: `python recipes/evaluate.py --checkpoint DIR_OR_REPO --suite ruler --output FILE` (`--help`)."""
+
+import sys
+from pathlib import Path
+
+from smt_hf.experiments.long_context import evaluate, parse_evaluate
+from smt_hf.publishing.evidence import read_lines
+from smt_hf.publishing.long_context_report import render_long_context
+from smt_hf.recipe import run_to_end
+
+
+def main() -> None:
+    arguments, settings = parse_evaluate(sys.argv[1:])
+    output = Path(str(arguments.output))
+    if arguments.report:
+        for path in render_long_context(read_lines(output), output.stem, output.parent):
+            print(path)
+        return
+    for _ in evaluate(arguments, settings):
+        pass
+
+
+if __name__ == "__main__":
+    run_to_end(main)
