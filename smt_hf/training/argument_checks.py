@@ -130,16 +130,16 @@ def check_teacher_alone(args: Any) -> None:
 
 def check_carried(args: Any) -> None:
     """Of smt: rows that are read in windows, the teacher's memory carried on."""
-    if not args.carries_memory:
+    if not args.carries_teacher_memory:
         return
     refuse(
         args.trains_updater,
-        "`carries_memory` of the smt phase is for a teacher that is trained alone: set `trains_updater` to false.",
+        "`carries_teacher_memory` is for a teacher that is trained alone: set `trains_updater` to false.",
     )
     for name in ("predictive_weight", "teacher_weight", "uniformity_weight"):
         refuse(
             getattr(args, name),
-            f"`carries_memory` of the smt phase trains the readout of the teacher's memories: set `{name}` to 0.",
+            f"`carries_teacher_memory` trains the readout of the teacher's memories: set `{name}` to 0.",
         )
 
 

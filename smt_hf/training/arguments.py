@@ -54,6 +54,7 @@ class PhaseArguments(DriftArguments):
     trains_updater = True
     num_supervised_transitions = 0
     carries_memory = False
+    carries_teacher_memory = False
     dynamics_starts_below = None
     dynamics_full_below = None
     label_cache_dir = None
@@ -202,7 +203,7 @@ class PhaseArguments(DriftArguments):
             self.max_steps = UNBOUNDED
         # Other rows are padded to a multiple, which costs little.
         refuse(
-            self.carries_memory and self.context_length % self.transition_steps,
+            (self.carries_memory or self.carries_teacher_memory) and self.context_length % self.transition_steps,
             f"`transition_steps` ({self.transition_steps}) of the {self.phase} phase must divide its `context_length` "
             f"({self.context_length}).",
         )
@@ -327,7 +328,7 @@ class SMTTrainingArguments(loss_weights("smt"), SupervisedArguments):  # type: i
         "curriculum then goes by the teacher's loss. Ours: on probes the teacher solves the task in seconds.",
     )
     num_predictive_positions: int = argument(8, "Random positions per row whose future is decoded. Ours, not searched.")
-    carries_memory: bool = argument(  # type: ignore[assignment]
+    carries_teacher_memory: bool = argument(  # type: ignore[assignment]
         False,
         "With `trains_updater` false: read the rows in windows of `transition_steps`, each from the teacher's memory "
         "at the end of the window before, as truncated BPTT does; for a teacher that can go on from a memory. Ours.",

@@ -184,6 +184,7 @@ class Objective:
     num_supervised_transitions: int = 0
     supervised_chunk_steps: int = 1
     carries_memory: bool = True
+    carries_teacher_memory: bool = False
     trains_updater: bool = True
     num_predictive_positions: int = 0
     future_length: int = 1

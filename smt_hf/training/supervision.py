@@ -181,11 +181,11 @@ def teacher_alone(
 ) -> Supervision:
     """SMT before the updater is trained: the teacher and the readout of its memories, no transitions.
 
-    `memory`: the teacher's to go on from (`carries_memory`); the last one then stands in for the student's.
+    `memory`: the teacher's to go on from (`carries_teacher_memory`); the last one then stands in for the student's.
     """
     positions = torch.arange(0, batch.length + 1, device=batch.inputs.device)
     trains_teacher = model.trains_teacher
-    carries = objective.carries_memory
+    carries = objective.carries_teacher_memory
     labels, other = model.memory_labels(
         batch,
         positions,

@@ -29,14 +29,14 @@ class SMTTrainer(CarryingTrainer):
 
     @property
     def carries_memory(self) -> bool:
-        return self.args.carries_memory
+        return self.args.carries_teacher_memory
 
     def _check(self, model, args) -> None:
         super()._check(model, args)
-        if args.carries_memory and not getattr(model.teacher, "can_go_on", False):
+        if args.carries_teacher_memory and not getattr(model.teacher, "can_go_on", False):
             raise InputError(
-                f"the teacher ({model.config.teacher.model_type}) cannot go on from a memory: set `carries_memory` of "
-                "the smt phase to false, or take a teacher that can (smt_fast_weight_teacher)."
+                f"the teacher ({model.config.teacher.model_type}) cannot go on from a memory: leave "
+                "`carries_teacher_memory` out, or take a teacher that can (smt_fast_weight_teacher)."
             )
         if model.teacher is not None and not model.teacher.has_next_token_head and args.teacher_weight:
             raise InputError(

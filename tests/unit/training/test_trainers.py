@@ -16,6 +16,7 @@ from smt_hf import (
     SMTTrainingArguments,
 )
 from smt_hf.data import EpochSampler, Levels
+from smt_hf.errors import InputError
 from smt_hf.training.phases import arm_name, lay_out
 from smt_hf.training.sharding import load_student_optimizer
 from tests.conftest import VOCAB, make_composite, make_fast_weight_composite, make_student
@@ -67,7 +68,7 @@ KINDS = {
             "transition_steps": 4,
             "context_length": 12,
             "trains_updater": False,
-            "carries_memory": True,
+            "carries_teacher_memory": True,
             "teacher_readout_weight": 1.0,
             **dict.fromkeys(("teacher_weight", "predictive_weight", "uniformity_weight"), 0.0),
         },
@@ -592,6 +593,26 @@ def test_a_window_hands_the_memory_on(kind, tmp_path):
         fresh, memory = seen[step]
         assert 0 < fresh.sum() < len(fresh)
         assert torch.equal(memory[~fresh], ends[step - 1][~fresh]) and memory[fresh].isnan().all()
+
+
+def test_memories_that_cannot_be_carried(tmp_path):
+    words = {
+        "trains_updater": False,
+        "carries_teacher_memory": True,
+        "context_length": 12,
+        "teacher_readout_weight": 1.0,
+    }
+    zero = dict.fromkeys(("teacher_weight", "predictive_weight", "uniformity_weight"), 0.0)
+    for changed, message in (
+        ({"trains_updater": True}, "for a teacher that is trained alone"),
+        ({"predictive_weight": 1.0}, "set `predictive_weight` to 0"),
+        ({"transition_steps": 5}, "must divide its `context_length`"),
+    ):
+        with pytest.raises(InputError, match=message):
+            SMTTrainingArguments(output_dir=str(tmp_path), **{**words, **zero, "transition_steps": 4, **changed})
+    arguments = SMTTrainingArguments(output_dir=str(tmp_path), use_cpu=True, transition_steps=4, **words, **zero)
+    with pytest.raises(InputError, match="cannot go on from a memory"):
+        SMTTrainer(model=make_composite(), args=arguments, train_dataset=some_rows())
 
 
 def test_a_global_batch_is_cut_for_the_processes(tmp_path):
