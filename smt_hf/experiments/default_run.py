@@ -31,7 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "dynamics_weight": 0.0,
         "normalized_dynamics_weight": 0.03,
     },
-    "bptt": {"learning_rate": 0.004, "per_device_train_batch_size": 32, "transition_steps": 16},
+    "bptt": {"learning_rate": 0.008, "per_device_train_batch_size": 128, "transition_steps": 16},
 }
 MATRIX_OPTIMIZER = "muon"
 # Arguments of smt that say how its transitions are trained: a phase of the teacher alone has no use for them.

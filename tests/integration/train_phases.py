@@ -65,6 +65,8 @@ def main(folder: str, batch: str, backend: str, accumulation: str, *kinds: str) 
         settings = {"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0, **PLAIN_STEPS.get(kind, {})}
         if "muon" in kind:
             del settings["optim"]
+        if kind.endswith("_fast") and kind.startswith("smt"):
+            settings["teacher_weight"] = 0.0  # that teacher predicts no tokens itself
         trainer = make_trainer(
             kind.removesuffix("_adamw").removesuffix("_bf16").removesuffix("_ragged").removesuffix("_fast"),
             f"{folder}/{kind}",
