@@ -234,8 +234,8 @@ class SMTRecurrentFastWeightStep(SMTRecurrentFastWeightCell):
             return (matrix * queries[..., None, :]).sum(-1)
 
         read = self.read(features, angles, answer, read_control, layer_outputs)
-        parts = [token.to(memory.dtype), pointers, means, matrix.flatten(1), read.to(memory.dtype)]
-        return torch.cat(parts, dim=-1).view(memory.shape)
+        new = [token.to(memory.dtype), pointers, means, matrix.flatten(1), read.to(memory.dtype)]
+        return torch.cat(new, dim=-1).view(memory.shape)
 
 
 @register_updater

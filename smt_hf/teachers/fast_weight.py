@@ -145,14 +145,19 @@ class SMTFastWeightScan(SMTRecurrentFastWeightCell):
         features = self.features(pair, means)
         pointers = summed(*self.pointer_inputs(self.pointer_proj(features).to(dtype)), pointers)
         angles = self.angles(pointers)
-        written = self.write_inputs(self.matrix_proj(features), angles)
+        written_at, written, strengths, log_kept = self.write_inputs(self.matrix_proj(features), angles)
 
         def in_full_precision():  # the matrices are of the memory's precision, whatever autocast says
             return torch.autocast(tokens.device.type, enabled=False)
 
         with in_full_precision():
             scanned = ScannedMatrices(
-                *(part.transpose(1, 2) for part in written), resets, matrix.unflatten(-1, (heads, values, keys))
+                written_at.transpose(1, 2),
+                written.transpose(1, 2),
+                strengths.transpose(1, 2),
+                log_kept.transpose(1, 2),
+                resets,
+                matrix.unflatten(-1, (heads, values, keys)),
             )
 
         def answer(queries):
@@ -161,8 +166,8 @@ class SMTFastWeightScan(SMTRecurrentFastWeightCell):
 
         read = self.read(features, angles, answer)
         traces = torch.cat([pointers, means], dim=-1)
-        last = [tokens[:, -1], traces[:, -1], scanned.last.flatten(1), read[:, -1]]
-        last = torch.cat([part.to(dtype) for part in last], dim=-1).view(start.shape)
+        ends = [tokens[:, -1], traces[:, -1], scanned.last.flatten(1), read[:, -1]]
+        last = torch.cat([part.to(dtype) for part in ends], dim=-1).view(start.shape)
         if reads_only:
             return [read], last
         with in_full_precision():
