@@ -60,6 +60,25 @@ def save_figure(figure: Figure, path: Path) -> None:
     Image.open(drawn).convert("RGB").quantize(_NUM_COLOURS, method, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
+def save_figures(figures: dict[str, tuple[str, Figure | None]], name: str, folder: Path) -> dict[Path, str]:
+    """Write `<folder>/<name>_<title>.png` for every figure that there is, and remove the files of the others.
+
+    Args:
+        figures: title -> caption, and the figure, or `None` where there was nothing to draw.
+
+    Returns:
+        File -> caption, in the order given.
+    """
+    captions = {}
+    for title, (caption, figure) in figures.items():
+        path = folder / f"{name}_{title}.png"
+        path.unlink(missing_ok=True)
+        if figure is not None:
+            save_figure(figure, path)
+            captions[path] = caption
+    return captions
+
+
 def plot_curves(histories: list[tuple[str, list[dict]]], path: Path) -> None:
     """Draw losses (left) and drift of the student's own rollout (right) over the optimiser steps of all phases.
 

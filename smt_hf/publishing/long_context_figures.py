@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from .figures import looks_of, save_figure
+from .figures import looks_of, save_figures
 from .long_context_scores import Score, by_task, means_by
 
 _CHANCE: dict[str, Any] = {"color": "0.5", "ls": ":", "lw": 1.2, "label": "chance"}
@@ -41,14 +41,7 @@ def draw_long_context(scores: list[Score], name: str, folder: Path) -> dict[Path
         "depth": ("Score by the depth of the needle and the length", _depths(tasks)),
         "position": ("Bits per byte by position, and of the end by the context before it", _positions(scores, looks)),
     }
-    captions = {}
-    for title, (caption, figure) in figures.items():
-        path = folder / f"{name}_{title}.png"
-        path.unlink(missing_ok=True)
-        if figure is not None:
-            save_figure(figure, path)
-            captions[path] = caption
-    return captions
+    return save_figures(figures, name, folder)
 
 
 def _grid(number: int, width: float = 4.1, height: float = 3.0) -> tuple[Figure, list]:

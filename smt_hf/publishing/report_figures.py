@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from .arms import YARDSTICKS, display_name, is_whole_run, kind_of
 from .evidence import cells_with, hardest_cells, split_by
-from .figures import looks_of, save_figure, set_log
+from .figures import looks_of, save_figures, set_log
 from .scores import UNITS, Score, chances_of, metric_of, metric_score, score_of
 
 _CHANCE: dict[str, Any] = {"color": "0.5", "ls": ":", "lw": 1.2, "label": "chance"}
@@ -32,17 +32,11 @@ def draw_figures(lines: list[dict], name: str, folder: Path) -> dict[Path, str]:
     Returns:
         File -> caption, in the order of the report.
     """
-    lines, captions = _named(lines), {}
+    lines = _named(lines)
     looks = looks_of([line["name"] for line in lines])
     figures = {title: (figure.caption, _drawn(figure, lines, looks)) for title, figure in _FIGURES.items()}
     figures["samples"] = ("Sampled images (the first of the lowest seed)", _samples(lines, looks))
-    for title, (caption, figure) in figures.items():
-        path = folder / f"{name}_{title}.png"
-        path.unlink(missing_ok=True)
-        if figure is not None:
-            save_figure(figure, path)
-            captions[path] = caption
-    return captions
+    return save_figures(figures, name, folder)
 
 
 def _named(lines: list[dict]) -> list[dict]:

@@ -280,7 +280,8 @@ class SMTFastWeightTeacher(SMTTeacher):
             input_ids, positions, document_ids = without_padding(input_ids, positions, attention_mask, document_ids)
         start = initial_memory.expand(batch, -1, -1)
         if not length:
-            return start[:, None].expand(*positions.shape, -1, -1)
+            chosen = start[:, None].expand(*positions.shape, -1, -1)
+            return (chosen, start) if returns_last else chosen
         resets = None if document_ids is None else document_starts(document_ids)
         parts, last = self.cell(self.embed_tokens(input_ids), start, resets, reads_only)
         dtype = state_dtype(initial_memory.dtype)  # as the student's: a half-precision pointer stops at 256

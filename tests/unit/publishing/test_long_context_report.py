@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from smt_hf.errors import InputError
-from smt_hf.publishing import long_context_figures
+from smt_hf.publishing import figures as drawing
 from smt_hf.publishing.long_context_report import render_long_context
 from smt_hf.publishing.long_context_scores import scores_of
 
@@ -155,7 +155,7 @@ def drawn(monkeypatch):
         figures[path.stem.removeprefix("long_")] = figure
         path.write_bytes(b"kept")
 
-    monkeypatch.setattr(long_context_figures, "save_figure", keep)
+    monkeypatch.setattr(drawing, "save_figure", keep)
     return figures
 
 

@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from smt_hf.publishing import report_figures
+from smt_hf.publishing import figures as drawing
 from smt_hf.publishing.figures import looks_of, save_figure
 from smt_hf.publishing.report import render_report
 from tests.unit.publishing.conftest import make_bits, make_line, render
@@ -18,7 +18,7 @@ def drawn(monkeypatch):
         figures[path.stem.removeprefix("grid_")] = figure
         path.write_bytes(b"kept")
 
-    monkeypatch.setattr(report_figures, "save_figure", keep)
+    monkeypatch.setattr(drawing, "save_figure", keep)
     return figures
 
 
