@@ -15,7 +15,7 @@ def main() -> None:
         for path in render_report(read_lines(parsed.output), parsed.output.stem, parsed.output.parent):
             print(path)
         return
-    for _ in run_grid(parsed.runs, parsed.output, parsed.jobs):
+    for _ in run_grid(parsed.runs, parsed.output, parsed.jobs, parsed.students):
         pass
 
 

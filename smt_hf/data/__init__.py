@@ -4,10 +4,10 @@ from .batching import CarriedWindows, EpochSampler, IndexedExamples, Levels, col
 from .packing import StreamedRows, byte_tokenizer, heldout_streams, number_tokenizer, pack, tokenize
 from .pixels import load_pixels
 from .sources import load_corpus, stream_corpus
-from .tasks import TASKS, load_task, task_facts
+from .tasks import TASKS, labelled_rows, load_task, task_facts
 
 __all__ = [
     "TASKS", "CarriedWindows", "EpochSampler", "IndexedExamples", "Levels", "StreamedRows", "byte_tokenizer", "collate",
-    "heldout_streams", "load_corpus", "load_pixels", "load_task", "number_tokenizer", "pack", "stream_corpus",
-    "task_facts", "tokenize",
+    "heldout_streams", "labelled_rows", "load_corpus", "load_pixels", "load_task", "number_tokenizer", "pack",
+    "stream_corpus", "task_facts", "tokenize",
 ]  # fmt: skip

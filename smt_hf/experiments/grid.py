@@ -12,6 +12,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import tempfile
 import threading
 import time
@@ -33,6 +34,7 @@ from smt_hf.errors import InputError
 from smt_hf.evaluation import evaluate_rows, score_student
 from smt_hf.publishing.arms import NAMING
 from smt_hf.publishing.evidence import append_lines, read_lines
+from smt_hf.publishing.export import export_student
 from smt_hf.publishing.provenance import run_facts
 from smt_hf.publishing.scores import metric_of
 from smt_hf.training.arguments import PhaseArguments
@@ -41,7 +43,7 @@ from smt_hf.training.phases import ARGUMENTS, PhaseResult, lay_out, run_phases
 
 from .composition import changed_settings, cost_of, model_config, resolve
 from .run_folder import locked
-from .subjects import HELDOUT_SEED, PixelSubject, Subject, TaskSubject, TextSubject
+from .subjects import HELDOUT_SEED, DocumentSubject, PixelSubject, Subject, TaskSubject, TextSubject
 
 # What the data of figures is computed from: rows, tokens of a stream of text, rows of several times the length.
 _FIGURE_ROWS, _STREAM_TOKENS, _LONGER_ROWS = 64, 256 + 1, 256
@@ -66,21 +68,32 @@ class Run:
     variant: str | None = None  # what this run of the group changes
     num_threads: int = 1  # of the process
     num_heldout: int = 4096  # labels of a task, or images, that are scored
+    documents: tuple[str, ...] = ()  # what the rows are made of, where they are documents
     sources: dict = field(default_factory=dict)  # files that the subject is read from
 
     def key(self) -> tuple:
         """What tells the run from others in a file of lines."""
         return (self.task, self.difficulty, self.arm, self.seed, self.group, self.variant)
 
+    def folder(self) -> str:
+        """Name of the folder of its student."""
+        named = [str(part) for part in self.key() if part is not None]
+        return re.sub(r"[^\w.+-]+", "_", "_".join(named))
+
     def digest(self) -> str:
         """A hash of the settings; the same key with another digest is another experiment."""
         names = ("phases", "student", "teacher", "curriculum", "num_threads", "num_heldout")
-        settings = [getattr(self, name) for name in names] + ([self.sources] if self.sources else [])
+        settings = [getattr(self, name) for name in names]
+        settings += [given for given in (self.sources, self.documents) if given]
         return f"{zlib.crc32(json.dumps(settings, sort_keys=True, default=str).encode()):08x}"
 
 
-def train_run(run: Run) -> list[dict]:
-    """Train and score; the lines of all arms that the run trains, in order."""
+def train_run(run: Run, students: Path | None = None) -> list[dict]:
+    """Train and score; the lines of all arms that the run trains, in order.
+
+    Args:
+        students: folder in which the student is kept, in a folder of its own.
+    """
     fixed = {"output_dir": "unused", "seed": run.seed, **_QUIET}  # every run gets a folder of its own
     arguments = [ARGUMENTS[name](**{**fixed, **settings}) for name, settings in run.phases]
     torch.set_num_threads(run.num_threads)
@@ -127,6 +140,8 @@ def train_run(run: Run) -> list[dict]:
         last["curve"] = _columns(curve)
         if last[subject.metric] is not None:  # a diverged student has no figures
             last |= data_of_figures(model, subject)
+    if students is not None:
+        export_student(model.student, subject.tokenizer, students / run.folder())
     last |= {"is_last": True, "total_seconds": round(time.perf_counter() - started, 1)}
     return lines
 
@@ -168,10 +183,11 @@ def data_of_figures(model: SMTForPreTraining, subject: Subject) -> dict[str, Any
         shown["samples"] = [subject.tokenizer.decode(torch.cat(subject.continuation(model.student, 96, 160)))]
     elif isinstance(subject, PixelSubject):
         shown["samples"] = subject.samples(model.student)
-    elif isinstance(subject, TaskSubject):
+    elif isinstance(subject, TaskSubject | DocumentSubject):
         longer = {factor: subject.longer(factor) for factor in (1, 2, 4)}
+        num_rows = _LONGER_ROWS if isinstance(subject, TaskSubject) else _FIGURE_ROWS
         shown["length_generalization"] = {
-            str(factor): round(score_student(model.student, *subject.heldout_rows(level, _LONGER_ROWS)).accuracy, 4)
+            str(factor): round(score_student(model.student, *subject.heldout_rows(level, num_rows)).accuracy, 4)
             for factor, level in longer.items()
             if level is not None
         }
@@ -188,7 +204,11 @@ def subject_of(run: Run, arguments: list[PhaseArguments]) -> Subject:
     assert run.difficulty is not None
     # Runs of a group are there to choose settings by.
     heldout_seed = HELDOUT_SEED + (2 if run.group else 1)
-    return TaskSubject(run.task, run.difficulty, run.curriculum, run.seed, run.num_heldout, heldout_seed)
+    asked = (run.difficulty, run.curriculum)
+    rest = (run.seed, run.num_heldout, heldout_seed)
+    if run.documents:
+        return DocumentSubject(run.documents, *asked, run.sources.get("haystack"), *rest, name=run.task)
+    return TaskSubject(run.task, *asked, *rest)
 
 
 def is_done(run: Run, lines: list[dict]) -> bool:
@@ -208,8 +228,11 @@ def is_done(run: Run, lines: list[dict]) -> bool:
     return bool(ended)
 
 
-def run_grid(runs: list[Run], output: Path, jobs: int = 1) -> Iterator[list[dict]]:
+def run_grid(runs: list[Run], output: Path, jobs: int = 1, students: Path | None = None) -> Iterator[list[dict]]:
     """Train what is not yet in `output`, `jobs` at a time; append the lines of each run as it ends, and yield them.
+
+    Args:
+        students: folder in which the trained students are kept, each in a folder of its own.
 
     Raises:
         InputError: another process writes to `output`; it holds something else, or lines of other settings.
@@ -218,14 +241,14 @@ def run_grid(runs: list[Run], output: Path, jobs: int = 1) -> Iterator[list[dict
         done = read_lines(output) if output.exists() else []
         waiting = [run for run in runs if not is_done(run, done)]
         with tqdm(total=len(runs), initial=len(runs) - len(waiting), desc=output.stem, dynamic_ncols=True) as bar:
-            for lines in _trained(waiting, jobs):
+            for lines in _trained(waiting, jobs, students):
                 append_lines(lines, output)
                 bar.update()
                 tqdm.write("; ".join(_short(line) for line in lines))
                 yield lines
 
 
-def _trained(runs: list[Run], jobs: int) -> Iterator[list[dict]]:
+def _trained(runs: list[Run], jobs: int, students: Path | None) -> Iterator[list[dict]]:
     """The lines of each run, in the order in which the runs end.
 
     Workers are processes of their own, with no more threads than a run has. Several workers have cores of their own
@@ -241,7 +264,7 @@ def _trained(runs: list[Run], jobs: int) -> Iterator[list[dict]]:
     for slot in range(jobs):
         slots.put(slot)
     with concurrent.futures.ProcessPoolExecutor(jobs, context, _settle, (slots, jobs, num_threads)) as pool:
-        futures = {pool.submit(_train_quietly, run): run for run in runs}
+        futures = {pool.submit(_train_quietly, run, students): run for run in runs}
         for future in concurrent.futures.as_completed(futures):
             try:
                 yield future.result()
@@ -269,9 +292,9 @@ def _end_with_parent() -> None:
         os._exit(1)  # a worker of a grid that was killed would go on training beside the next one
 
 
-def _train_quietly(run: Run) -> list[dict]:
+def _train_quietly(run: Run, students: Path | None) -> list[dict]:
     with open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence):
-        return train_run(run)
+        return train_run(run, students)
 
 
 def _short(line: dict) -> str:

@@ -1,7 +1,8 @@
 """A grid of runs, from its YAML file and command line.
 
-`tasks` (each with `difficulties`, `seconds`, `curriculum`, and under `arms` what changes for the task) times `arms`
-(each with `phases`; `share` is a phase's part of the seconds) times `seeds`. `recipes/README.md` lists all keys.
+`tasks` (each with `difficulties`, `seconds`, `curriculum`, and under `arms` what changes for the task; a mixture of
+`documents` has any name) times `arms` (each with `phases`; `share` is a phase's part of the seconds) times `seeds`.
+`recipes/README.md` lists all keys.
 """
 
 import itertools
@@ -18,11 +19,13 @@ from smt_hf.training.phases import ARGUMENTS
 
 from .grid import Run
 from .run_arguments import PHASE_NAMES, STUDENT_FIELDS, read_phases, typed_teacher
+from .subjects import DOCUMENTS
 
 _GRID_KEYS = {"output", "jobs", "num_threads", "seeds", "num_heldout", "student", "teacher", "tasks", "arms"}
-_TASK_KEYS = {"difficulties", "seconds", "curriculum", "arms"}
+_TASK_KEYS = {"difficulties", "seconds", "curriculum", "arms", "documents"}
 _ARM_KEYS = {"phases", "student", "teacher", "only", "sweep", "variants", "group"}
 _ONLY_KEYS = ("task", "difficulty", "arm", "seed", "variant")
+_SOURCES = ("train_file", "mnist_dir", "haystack")  # flags that name files
 _OTHER_TASKS = ("text", "pixels")  # those that need no difficulty
 
 
@@ -39,6 +42,12 @@ class GridArguments:
     report: bool = argument(False, "Train nothing; write tables and figures of the output next to it.")
     train_file: str | None = argument(None, "Text for the task text; default: the embedded corpus.")
     mnist_dir: str | None = argument(None, "Folder of MNIST's files for the task pixels; default: the 8 x 8 digits.")
+    haystack: list[str] | None = argument(
+        None, "Files, folders or patterns of text that the needles of `documents` are hidden in."
+    )
+    students: str | None = argument(
+        None, "Folder in which the trained students are kept, each in a folder named by its cell, arm and seed."
+    )
 
 
 @dataclass
@@ -49,6 +58,7 @@ class ParsedGrid:
     output: Path  # file of JSON lines
     jobs: int  # runs side by side
     report: bool  # render what is in `output` instead of training
+    students: Path | None  # folder of the trained students
 
 
 def parse_grid(argv: list[str]) -> ParsedGrid:
@@ -69,7 +79,7 @@ def parse_grid(argv: list[str]) -> ParsedGrid:
     (grid,) = grids
     _check_grid(grid, given.config)
     only = _read_only(given.only, grid)
-    sources = {name: value for name in ("train_file", "mnist_dir") if (value := getattr(given, name)) is not None}
+    sources = {name: value for name in _SOURCES if (value := getattr(given, name)) is not None}
     runs = [
         run
         for task, settings in grid["tasks"].items()
@@ -81,7 +91,8 @@ def parse_grid(argv: list[str]) -> ParsedGrid:
     jobs = whole_number("jobs", given.jobs if given.jobs is not None else grid.get("jobs", 1))
     if jobs < 1:
         raise InputError(f"`jobs` must be at least 1, got {jobs}.")
-    return ParsedGrid(runs, Path(given.output or f"runs/{Path(given.config).stem}.jsonl"), jobs, given.report)
+    output = Path(given.output or f"runs/{Path(given.config).stem}.jsonl")
+    return ParsedGrid(runs, output, jobs, given.report, None if given.students is None else Path(given.students))
 
 
 def _check_grid(grid: dict, path: str) -> None:
@@ -99,8 +110,8 @@ def _check_grid(grid: dict, path: str) -> None:
     for arm, spec in grid["arms"].items():
         _check_arm(str(arm), spec, set(map(str, grid["tasks"])))
     for task, settings in grid["tasks"].items():
-        check_keys({task: None}, {*TASKS, *_OTHER_TASKS}, "task")
         check_keys(settings or {}, _TASK_KEYS, f"key of task {task}")
+        _check_documents(str(task), settings or {})
         for name in ("difficulties", "curriculum"):
             _check_numbers((settings or {}).get(name) or [0], f"`{name}` of task {task}")
         seconds = (settings or {}).get("seconds", 1)
@@ -113,6 +124,20 @@ def _check_grid(grid: dict, path: str) -> None:
             check_keys({arm: None}, set(grid["arms"]), f"arm in task {task}")
             phases = {number for number, _, _ in _numbered_phases(grid["arms"][arm])}
             check_keys(of_arm or {}, phases, f"phase of arm {arm}")
+
+
+def _check_documents(task: str, settings: dict) -> None:
+    """A task with `documents` has any name but that of another task; one without them has one of those."""
+    known = {*TASKS, *_OTHER_TASKS}
+    if "documents" not in settings:
+        check_keys({task: None}, known, "task")
+        return
+    names = settings["documents"]
+    if task in known or not isinstance(names, list) or not names or not set(names) <= set(DOCUMENTS):
+        raise InputError(
+            f"`documents` of task {task} must be a list of {', '.join(DOCUMENTS)}, under a name that no other task "
+            f"has; got {names!r}."
+        )
 
 
 def _check_numbers(values: Any, what: str) -> None:
@@ -160,9 +185,10 @@ def _read_only(words: list[str], grid: dict) -> dict[str, Any]:
 
 def _runs_of_task(grid: dict, task: str, settings: dict, only: dict, sources: dict) -> Iterator[Run]:
     difficulties = [only["difficulty"]] if "difficulty" in only else settings.get("difficulties") or [None]
+    documents = tuple(settings.get("documents") or ())
+    if (task in TASKS or documents) and None in difficulties:
+        raise InputError(f"task {task} needs `difficulties`.")
     if task in TASKS:
-        if None in difficulties:
-            raise InputError(f"task {task} needs `difficulties`.")
         for difficulty in difficulties:
             task_facts(task, difficulty)
     seeds = [only["seed"]] if "seed" in only else grid.get("seeds", [0])
@@ -194,6 +220,7 @@ def _runs_of_task(grid: dict, task: str, settings: dict, only: dict, sources: di
                 num_threads=int(grid.get("num_threads", 1)),
                 num_heldout=int(grid.get("num_heldout", 4096)),
                 sources=sources,
+                documents=documents,
             )
 
 

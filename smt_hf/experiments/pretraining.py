@@ -24,6 +24,7 @@ from smt_hf.publishing.hub import publish
 from smt_hf.publishing.provenance import run_facts
 from smt_hf.publishing.scores import drift_of, results_table
 from smt_hf.training.adapters import LoraSettings
+from smt_hf.training.argument_checks import words_of
 from smt_hf.training.arguments import UNBOUNDED, PhaseArguments
 from smt_hf.training.checkpoints import step_of
 from smt_hf.training.composite import SMTForPreTraining, SMTPreTrainingConfig
@@ -43,7 +44,7 @@ from .composition import (
 )
 from .run_arguments import ParsedRun, PretrainArguments
 from .run_folder import RESULTS, RUN, check_output_dir, check_writable, locked, writing
-from .subjects import PixelSubject, Subject, TaskSubject, TextSubject
+from .subjects import DocumentSubject, PixelSubject, Subject, TaskSubject, TextSubject
 
 # Settings that say what is read, where no hash of the documents does.
 _SOURCE = ("train_file", "validation_file", "dataset_name", "dataset_config_name", "text_column")
@@ -218,6 +219,9 @@ def make_subject(parsed: ParsedRun) -> Subject:
         raise InputError(f"`curriculum` must be numbers joined by commas, got {run.curriculum!r}.") from error
     if run.difficulty is None:
         raise InputError(f"`task` {run.task} needs a `difficulty`.")
+    if run.task == "documents":
+        documents = words_of(run.documents or [])
+        return DocumentSubject(documents, run.difficulty, levels, run.haystack, run.seed, run.num_heldout)
     return TaskSubject(run.task, run.difficulty, levels, run.seed, run.num_heldout)
 
 

@@ -20,6 +20,7 @@ from smt_hf.training.phases import ARGUMENTS
 
 from . import default_run
 from .run_folder import RunArguments
+from .subjects import DOCUMENTS
 
 # Set by the pipeline, or arguments of the whole run.
 HIDDEN = {"schedule_offset", "schedule_steps", "output_dir", "resume_from_checkpoint", "seed"}
@@ -30,12 +31,20 @@ class PretrainArguments(RunArguments):
     """Arguments of the whole run. Phases, student and teacher have their own."""
 
     phases: str = argument("smt,bptt", "Any sequence of smt, dmt and bptt, joined by commas.")
-    task: str = argument("text", f"What is learned: text, pixels, or a synthetic task ({', '.join(TASKS)}).")
-    difficulty: int | None = argument(None, "Difficulty of a synthetic task: length, depth, pairs, or modulus.")
-    curriculum: str | None = argument(
-        None, "Easier difficulties of a synthetic task to begin with, joined by commas; see `curriculum_threshold`."
+    task: str = argument("text", f"What is learned: text, pixels, documents, or a synthetic task ({', '.join(TASKS)}).")
+    difficulty: int | None = argument(
+        None, "Difficulty of a synthetic task: length, depth, pairs, or modulus. Of documents: transitions of a row."
     )
-    num_heldout: int = argument(4096, "Number of labels of a synthetic task, or of images, that are scored.")
+    curriculum: str | None = argument(
+        None, "Easier difficulties to begin with, joined by commas; see `curriculum_threshold`."
+    )
+    documents: list[str] | None = argument(
+        None, f"Of the task documents, joined by commas: tasks of long contexts, and text ({', '.join(DOCUMENTS)})."
+    )
+    haystack: list[str] | None = argument(
+        None, "Files, folders or patterns of text that the needles of documents are hidden in, novels for example."
+    )
+    num_heldout: int = argument(4096, "Number of labels of a task, or of images, that are scored.")
     mnist_dir: str | None = argument(None, "Folder of MNIST's idx files for the task pixels; default: 8 x 8 digits.")
     train_file: list[str] | None = argument(
         None, "Files, folders or patterns of text, json, jsonl, csv or parquet; default: Python's standard library."
@@ -315,7 +324,8 @@ def _notes(run: PretrainArguments, running: set[str], given: list[str]) -> list[
         (("lora_r", "lora_alpha", "lora_parts"), not run.use_peft, "it needs `use_peft`"),
         (("shuffle_buffer_size",), not run.streaming, "it needs `streaming`"),
         (("document_start_fraction",), run.streaming, "every row of a stream begins with a document"),
-        (("num_heldout",), run.task == "text", "it applies to synthetic tasks and images only"),
+        (("num_heldout",), run.task == "text", "it applies to other tasks than text"),
+        (("documents", "haystack"), run.task != "documents", "it applies to the task documents only"),
         (("mnist_dir",), run.task != "pixels", "it applies to the task pixels only"),
     ):
         idle |= {name: why for name in names if is_idle and name in given}

@@ -5,6 +5,7 @@ Add a task here: write a class with the methods of `Task` in `sample.py`, in a m
 """
 
 from .cache import SampleCache, tokenizer_fingerprint
+from .rows import sample_row
 from .sample import Count, Needle, Sample, Task
 from .scrolls import official
 from .settings import LongContextSettings
@@ -21,6 +22,7 @@ __all__ = [
     "Task",
     "TooShort",
     "official",
+    "sample_row",
     "tasks_of",
     "tokenizer_fingerprint",
 ]

@@ -12,6 +12,7 @@ from smt_hf.errors import InputError
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
+_PIECE = 200_000  # characters
 # What Project Gutenberg puts around its books.
 _GUTENBERG = re.compile(r"\*\*\* ?START OF TH[^\n]*\n(.*)\*\*\* ?END OF TH", re.DOTALL)
 
@@ -82,7 +83,24 @@ def _haystack(files: tuple[str, ...]) -> Haystack:
         for place, row in rows_of(path, table_format, "text"):
             text = text_in(place, row, "text")
             book = _GUTENBERG.search(text)
-            sentences += splitter.tokenize(" ".join((book[1] if book else text).split()))
+            sentences += _sentences(" ".join((book[1] if book else text).split()), splitter.tokenize)
     if not sentences:
         raise InputError(f"there is no text in {', '.join(files)}, which `--haystack` names.")
     return Haystack(hashlib.sha256("\n".join(sentences).encode()).hexdigest()[:16], tuple(sentences))
+
+
+def _sentences(text: str, cut: Callable[[str], list[str]], size: int = _PIECE) -> list[str]:
+    """What `cut` makes of the text, piece by piece: NLTK gives up on a text that takes it longer than some seconds.
+
+    The last sentence of a piece may go on in the next piece, so it is cut again with it.
+    """
+    sentences: list[str] = []
+    begin = 0  # of what is not cut yet
+    end = size
+    while end < len(text):
+        found = cut(text[begin:end])
+        if len(found) > 1:
+            sentences += found[:-1]
+            begin = text.rindex(found[-1], begin, end)
+        end += size
+    return sentences + cut(text[begin:])

@@ -10,9 +10,10 @@ from .sample import Count, Sample
 
 
 class TooShort(InputError):
-    """A length that cannot hold a sample."""
+    """A length that cannot hold a sample; `smallest` is the least that can."""
 
     def __init__(self, sample: Sample, smallest: int):
+        self.smallest = smallest
         super().__init__(
             f"`{sample.task}` does not fit in a length of {sample.length}: the smallest that holds its sample "
             f"{sample.index} is {smallest} (prompt and tokens to generate)."

@@ -1,21 +1,21 @@
 """Synthetic tasks, with easier levels of them as a curriculum."""
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
+from datasets import Dataset
 
-from smt_hf.data import TASKS, Levels, load_task, number_tokenizer, task_facts
+from smt_hf.data import TASKS, load_task, number_tokenizer, task_facts
 from smt_hf.errors import InputError
-from smt_hf.training.arguments import PhaseArguments
 
-from .subject import HELDOUT_SEED, Subject, row_length
+from .levelled import LevelledSubject
+from .subject import HELDOUT_SEED
 
 _ROWS, _EVAL_ROWS = 30_000, 128
 
 
-class TaskSubject(Subject):
+class TaskSubject(LevelledSubject):
     """A synthetic task, with easier levels of it as a curriculum for phases that have a `curriculum_threshold`.
 
     Args:
@@ -68,48 +68,13 @@ class TaskSubject(Subject):
         is_possible = family.allowed is None and (family.largest is None or difficulty <= family.largest)
         return difficulty if is_possible else None
 
-    def required(self, arguments: PhaseArguments) -> dict[str, Any]:
-        required = row_length(arguments, self.num_transitions)
-        levels = self.level_names
-        if arguments.levels:
-            levels = [level for level in arguments.levels if level <= self.difficulty]
-            if not levels:
-                raise InputError(
-                    f"`curriculum_levels` of the {arguments.phase} phase are all above the run's `difficulty` "
-                    f"({self.difficulty}): {arguments.levels}."
-                )
-            if len(levels) > 1 and arguments.curriculum_threshold is None:
-                raise InputError(
-                    f"`curriculum_levels` of the {arguments.phase} phase need a `curriculum_threshold`, which says "
-                    "when the next one begins."
-                )
-            for level in levels:
-                task_facts(self.name, level)
-            required["curriculum_levels"] = list(map(str, levels))
-        if len(levels) == 1:
-            required["curriculum_threshold"] = None
-        return required
-
-    def required_of(self, phases: Sequence[PhaseArguments]) -> list[dict[str, Any]]:
-        """As `required`. Where one phase has levels of its own, all phases name theirs, since their order then tells
-        where each phase begins."""
-        required = super().required_of(phases)
-        if any(arguments.levels for arguments in phases):
-            for arguments, values in zip(phases, required):
-                if values.get("curriculum_threshold", arguments.curriculum_threshold) is not None:
-                    values.setdefault("curriculum_levels", list(map(str, self.level_names)))
-        return required
-
-    def rows(self, arguments: PhaseArguments):
-        names = arguments.levels or self.level_names
-        if arguments.curriculum_threshold is None:
-            return self._level(names[-1])
-        return Levels([self._level(name) for name in names])
-
-    def _level(self, difficulty: int):
+    def level(self, difficulty: int) -> Dataset:
         if difficulty not in self.levels:
             self.levels[difficulty] = load_task(self.name, difficulty, _ROWS, self.seed)
         return self.levels[difficulty]
+
+    def check_level(self, difficulty: int) -> None:
+        task_facts(self.name, difficulty)
 
     def facts(self) -> dict:
         return {

@@ -34,6 +34,9 @@ GRID = {
         ({"tasks": {}}, [], "needs `tasks`"),
         ({"num_threads": 0}, [], "`num_threads` of .* must be at least 1"),
         ({"arms": {"a": {"phases": [{"smt": {"max_step": 3}}]}}}, [], "did you mean 'max_steps'"),
+        ({"tasks": {"needles": {"difficulties": [512], "documents": ["niah"]}}}, [], "must be a list of niah_single_1"),
+        ({"tasks": {"text": {"documents": ["qa1"]}}}, [], "under a name that no other task has"),
+        ({"tasks": {"needles": {"documents": ["niah_single_1"]}}}, [], "task needles needs `difficulties`"),
         ({"arms": {"a": {"phases": []}}}, [], "arm a needs `phases`"),
     ],
 )
@@ -42,6 +45,20 @@ def test_a_grid_is_checked_before_the_first_run(tmp_path, change, words, message
     path.write_text(yaml.safe_dump({**GRID, **change}))
     with pytest.raises(InputError, match=message):
         parse_grid(["--config", str(path), *words])
+
+
+def test_documents_have_a_name_of_their_own(tmp_path):
+    path = tmp_path / "grid.yaml"
+    task = {"needles": {"difficulties": [1024], "curriculum": [512], "documents": ["niah_single_1", "text"]}}
+    path.write_text(yaml.safe_dump({**GRID, "tasks": task}))
+    words = ["--haystack", "a.txt", "b.txt", "--students", "kept", "--only", "arm=bptt"]
+    parsed = parse_grid(["--config", str(path), *words])
+    (run,) = parsed.runs
+    assert (run.task, run.documents, run.curriculum) == ("needles", ("niah_single_1", "text"), (512,))
+    assert run.sources == {"haystack": ["a.txt", "b.txt"]} and parsed.students == Path("kept")
+    assert run.folder() == "needles_1024_bptt_0"
+    (other,) = parse_grid(["--config", str(path), "--only", "arm=bptt"]).runs
+    assert other.digest() != run.digest()
 
 
 def test_where_lines_of_a_grid_go(tmp_path, monkeypatch):

@@ -1,0 +1,100 @@
+"""Documents with questions as rows to train on."""
+
+import re
+
+import numpy as np
+import pytest
+
+from smt_hf import BPTTTrainingArguments
+from smt_hf.data import Levels
+from smt_hf.errors import InputError
+from smt_hf.experiments.subjects import DocumentSubject, documents
+from tests.unit.evaluation.long_context.conftest import make_book
+
+
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch):
+    monkeypatch.setattr(documents, "_ROWS", 24)
+    monkeypatch.setattr(documents, "_EVAL_ROWS", 6)
+
+
+@pytest.fixture
+def book(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text(make_book())
+    return [str(path)]
+
+
+def texts(subject, rows):
+    return [subject.tokenizer.decode(row) for row in rows["input_ids"][:]]
+
+
+def keys(subject, rows):
+    """The parts of all keys."""
+    found = [re.findall(r"for ([a-z'-]+)-([a-z]+) is: ", text) for text in texts(subject, rows)]
+    return {word for of_row in found for key in of_row for word in key}
+
+
+def test_rows_of_tasks_and_text(book):
+    subject = DocumentSubject(["niah_single_2", "qa1", "text"], 512, [128, 1024], book, num_heldout=40)
+    assert subject.level_names == [128, 512] and subject.name == "niah_single_2+qa1+text"
+    assert len(subject.levels[512]) == len(subject.levels[128]) == 24
+    for length, rows in subject.levels.items():
+        ids, labels = (np.stack(rows[name][:]) for name in ("input_ids", "labels"))
+        assert ids.shape == labels.shape == (24, length + 1)
+        assert (labels[labels != -100] == ids[labels != -100]).all()
+        num_text = sum((row[-32:] != -100).all() and (row[:-32] == -100).all() for row in labels)
+        assert num_text == 8  # a third
+        decoded = texts(subject, rows)
+        assert sum("Where is" in text for text in decoded) == (16 if length == 128 else 8)  # needles do not fit in 128
+        assert sum("magic number" in text for text in decoded) == (0 if length == 128 else 8)
+        for text, row in zip(decoded, labels):
+            if "magic number" in text:
+                answer = subject.tokenizer.decode(row[row != -100])
+                assert re.fullmatch(r" \d{7}<\|endoftext\|>", answer) and f"is:{answer[:8]}." in text
+    heldout = subject.tokenizer.decode(subject.heldout[0].ravel())
+    assert "magic number" in heldout and "Where is" in heldout  # and no text
+    assert (subject.heldout[1] != -100).sum() >= 40
+    assert 0 < subject.chance < 0.7
+
+
+def test_what_is_trained_on_is_not_tested(book):
+    subject = DocumentSubject(["niah_single_2"], 512, (), book, num_heldout=300)
+    trained = keys(subject, subject.levels[512])
+    heldout = keys(subject, {"input_ids": subject.heldout[0]}) | keys(subject, subject.eval_rows)
+    assert len(trained) > 20 and len(heldout) > 20 and not trained & heldout
+    other = DocumentSubject(["niah_single_2"], 512, (), book, seed=1, num_heldout=300)
+    assert not set(texts(subject, subject.levels[512])) & set(texts(other, other.levels[512]))
+    np.testing.assert_array_equal(subject.heldout[0], other.heldout[0])  # the same for all seeds
+    assert subject.facts()["hash"] != other.facts()["hash"]
+
+
+def test_levels_of_phases(book):
+    subject = DocumentSubject(["qa1"], 256, [128], book, num_heldout=10)
+    gated = BPTTTrainingArguments(output_dir="x", use_cpu=True, curriculum_threshold=0.5, transition_steps=16)
+    assert isinstance(subject.rows(gated), Levels)
+    assert subject.required(gated) == {"context_length": 256, "transition_steps": 16, "carries_memory": False}
+    own = BPTTTrainingArguments(output_dir="x", use_cpu=True, curriculum_threshold=0.5, curriculum_levels="192")
+    assert subject.required(own)["curriculum_levels"] == ["192"]
+    own.curriculum_threshold = None
+    assert len(subject.rows(own)[0]["input_ids"]) == 193
+    assert subject.longer(4) == 1024 and subject.heldout_rows(1024, 2)[0].shape == (2, 1025)
+
+
+@pytest.mark.parametrize(
+    ("names", "difficulty", "settings", "message"),
+    [
+        (["niah_single"], 512, {}, "must be out of niah_single_1"),
+        (["qa_squad"], 512, {}, "must be out of"),
+        ([], 512, {}, "got none"),
+        (["niah_single_1", "text"], 512, {}, "`haystack`"),
+        (["text"], 512, {"haystack": ["x"]}, "`task` to text"),
+        (["qa1"], 512, {}, "--haystack"),
+        (["vt"], 512, {}, "no task of vt fits in rows of 512"),
+        (["niah_single_1"], 512, {"seed": 1_000_000}, "held-out"),
+        (["niah_single_1"], 512, {"num_heldout": 0}, "num_heldout"),
+    ],
+)
+def test_what_cannot_be_made(names, difficulty, settings, message):
+    with pytest.raises(InputError, match=message):
+        DocumentSubject(names, difficulty, **settings)
