@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from measurements import (
+    AttentionArguments,
     GenerationArguments,
     MemoryWallArguments,
     measure_generation,
@@ -34,6 +35,7 @@ from transformers import LlamaForCausalLM
 
 from smt_hf.command_line import parse
 from smt_hf.errors import InputError
+from smt_hf.evaluation.long_context.loading import load_language_model
 from smt_hf.student.modeling_smt_recurrent import CACHE_NAME
 from tests.conftest import make_student
 
@@ -311,3 +313,20 @@ def test_needles_are_as_far_back_as_the_row_is_long():
     ids, labels = needles(64, 0)(48)
     assert (ids[:, 0] == 0).all() and (ids[:, -2] == 0).all() and ((ids == 0).sum(1) == 2).all()
     assert (labels[:, -1] == ids[:, 1]).all() and (labels[:, :-1] == -100).all() and (ids[:, -1] == ids[:, 1]).all()
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_a_transformer_trained_on_documents(window, run, tmp_path):
+    """It is exported with what it scored, read by evaluate.py, and not replaced unasked."""
+    folder = tmp_path / "transformer"
+    words = ["--documents", "niah_single_1", "--difficulty", "384", "--seconds", "1", "--folder", folder]
+    words += ["--batch_size", "2"] + ([] if window is None else ["--window", window])
+    (line,) = run("train_transformer.py", *words, "--vocab_size", "258")
+    assert line.keys() >= FACTS and 0 <= line["accuracy"] <= 1 and line["steps"] >= 1 and line["seconds"] >= 1
+    language_model = load_language_model(str(folder))
+    assert type(language_model.model).__name__ == ("LlamaForCausalLM" if window is None else "MistralForCausalLM")
+    assert getattr(language_model.model.config, "sliding_window", None) == window
+    assert language_model.length_unit == "bytes" and language_model.ends == {256}
+    assert count_parameters(language_model.model) == line["parameters"]
+    with pytest.raises(InputError, match="exists"):
+        parse(AttentionArguments, [str(word) for word in words], "")

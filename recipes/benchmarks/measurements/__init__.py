@@ -5,6 +5,7 @@ lines, each with the name of the benchmark, the arm and `facts()`; and a script 
 calls, prints and writes.
 """
 
+from .attention import AttentionArguments, train_transformer
 from .generation import GenerationArguments, measure_generation
 from .long_context import LongContextArguments, measure_long_context
 from .memory_wall import MemoryWallArguments, measure_memory_wall
@@ -12,6 +13,7 @@ from .results import print_table, write_lines
 from .train_step import TrainStepArguments, measure_train_step
 
 __all__ = [
+    "AttentionArguments",
     "GenerationArguments",
     "LongContextArguments",
     "MemoryWallArguments",
@@ -21,5 +23,6 @@ __all__ = [
     "measure_memory_wall",
     "measure_train_step",
     "print_table",
+    "train_transformer",
     "write_lines",
 ]
