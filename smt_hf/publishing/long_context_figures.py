@@ -24,7 +24,7 @@ _Looks = dict[str, dict[str, Any]]  # name -> colour, marker and dashes
 
 
 def draw_long_context(scores: list[Score], name: str, folder: Path) -> dict[Path, str]:
-    """Write `<folder>/<name>_{score,depth,position}.png` where there is something to draw; remove the others.
+    """Write `<folder>/<name>_{score,depth,distance,position}.png` where there is something to draw; remove the others.
 
     Args:
         scores: as `scores_of` returns them.
@@ -39,6 +39,7 @@ def draw_long_context(scores: list[Score], name: str, folder: Path) -> dict[Path
     figures = {
         "score": ("Scores over length, with chance and controls (error bars: 95 %)", _scores(tasks, looks)),
         "depth": ("Score by the depth of the needle and the length", _depths(tasks)),
+        "distance": ("Score by the distance between a needle and the end of the prompt", _distances(tasks, looks)),
         "position": ("Bits per byte by position, and of the end by the context before it", _positions(scores, looks)),
     }
     return save_figures(figures, name, folder)
@@ -133,6 +134,39 @@ def _depths(scores: list[Score]) -> Figure | None:
         axis.set(xlabel=f"length ({unit})", ylabel="depth of the needle")
     figure.colorbar(image, ax=axes, label="score", shrink=0.8)
     return figure
+
+
+def _distances(scores: list[Score], looks: _Looks) -> Figure | None:
+    """Samples of all lengths together: a needle at one distance lies at different depths of them."""
+    tasks = {
+        key: {name: points for name in looks if (points := _by_distance([one for one in own if one.name == name]))}
+        for key, own in by_task(scores).items()
+    }
+    tasks = {key: curves for key, curves in tasks.items() if curves}
+    if not tasks:
+        return None
+    figure, axes = _grid(len(tasks))
+    for axis, ((_, task, unit), curves) in zip(axes, tasks.items()):
+        for name, points in curves.items():
+            axis.plot(*zip(*points), ms=4, lw=1.4, label=name, **looks[name])
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axis.set(title=task, ylim=(-0.03, 1.03), xlabel=f"distance, at most ({unit})", ylabel="score")
+    _add_legend(figure, axes)
+    return figure
+
+
+def _by_distance(scores: list[Score]) -> list[tuple[float, float]]:
+    """Distance and mean score over the samples of all lines."""
+    found: dict[float, list[tuple[int, float]]] = {}
+    for score in scores:
+        for entry in (entry for line in score.lines for entry in line.get("by_distance") or []):
+            if entry["n"]:
+                found.setdefault(entry["distance"], []).append((entry["n"], entry["value"]))
+    return [
+        (distance, sum(n * value for n, value in parts) / sum(n for n, _ in parts))
+        for distance, parts in sorted(found.items())
+    ]
 
 
 def _positions(scores: list[Score], looks: _Looks) -> Figure | None:

@@ -25,7 +25,8 @@ _HOW_TO_READ = """How to read the tables:
 
 
 def render_long_context(lines: list[dict], name: str, folder: Path) -> list[Path]:
-    """Write `<folder>/<name>.md`, and `<folder>/<name>_{score,depth,position}.png` for what the lines hold.
+    """Write `<folder>/<name>.md`, and `<folder>/<name>_{score,depth,distance,position}.png` for what the lines
+    hold.
 
     The order of the lines changes nothing. Figures of an earlier report of this name that have no data now are removed.
 

@@ -134,9 +134,10 @@ def test_text_is_told_by_position_and_context(tmp_path):
 
 def test_the_order_of_lines_changes_nothing_and_old_figures_go(tmp_path):
     depths = [{"depth": 0.05, "value": 0.25, "n": 3}, {"depth": 0.15, "value": None, "n": 0}]
-    lines = [make_line(name, at, by_depth=depths) for name in ("ours", "bptt") for at in (1024, 4096)] + [make_text()]
+    series = {"by_depth": depths, "by_distance": [{"distance": 256, "value": 0.25, "n": 3}]}
+    lines = [make_line(name, at, **series) for name in ("ours", "bptt") for at in (1024, 4096)] + [make_text()]
     first = render(lines, tmp_path / "a")
-    assert first[1] == {"score", "depth", "position"}
+    assert first[1] == {"score", "depth", "distance", "position"}
     for seed in range(3):
         random.Random(seed).shuffle(lines)
         assert render(lines, tmp_path / "b") == first
@@ -199,6 +200,21 @@ def test_the_heat_map_has_length_across_and_depth_down(tmp_path, drawn):
     assert [label.get_text() for label in axis.get_xticklabels()] == ["1,024", "4,096"]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["5%", "15%", "25%"]
     assert axis.get_title() == "niah_single_1, ours"
+
+
+def test_distances_of_all_lengths_are_pooled_by_their_samples(tmp_path, drawn):
+    near, far = {"distance": 512, "n": 3, "value": 1.0}, {"distance": 4096, "n": 1, "value": 0.0}
+    empty = {"distance": 64, "n": 0, "value": None}
+    lines = [
+        make_line(length=1024, by_distance=[empty, near]),
+        make_line(length=8192, by_distance=[{**near, "n": 1, "value": 0.0}, far]),
+        make_line("bptt", length=1024),
+    ]
+    render_long_context(lines, "long", tmp_path)
+    (axis,) = drawn["distance"].axes
+    (line,) = axis.lines
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([512, 4096], [0.75, 0.0])
+    assert line.get_label() == "ours" and axis.get_title() == "niah_single_1"
 
 
 def test_lines_that_do_not_belong_together_are_refused(tmp_path):
