@@ -318,6 +318,7 @@ def test_needles_are_as_far_back_as_the_row_is_long():
 @pytest.mark.parametrize("window", [None, 64])
 def test_a_transformer_trained_on_documents(window, run, tmp_path):
     """It is exported with what it scored, read by evaluate.py, and not replaced unasked."""
+    pytest.importorskip("wonderwords")
     folder = tmp_path / "transformer"
     words = ["--documents", "niah_single_1", "--difficulty", "384", "--seconds", "1", "--folder", folder]
     words += ["--batch_size", "2"] + ([] if window is None else ["--window", window])

@@ -181,3 +181,40 @@ def test_the_retrieval_recipe(tmp_path):
     with torch.inference_mode():
         answers = model(torch.from_numpy(ids[:, :-1])).logits[:, -1].argmax(-1).numpy()
     assert np.mean(answers == labels[:, -1]) == pytest.approx(student["accuracy"])
+
+
+def test_students_of_documents_are_kept_and_examined(tmp_path):
+    """Training on documents, the students' folders, and their scores on other samples than they were trained on."""
+    pytest.importorskip("wonderwords")
+    pytest.importorskip("nltk")
+    (tmp_path / "book.txt").write_text("A sentence of some words is here. " * 400)
+    task = {"documents": ["niah_single_1", "qa1", "text"], "difficulties": [512], "curriculum": [256]}
+    bptt = {
+        "bptt": {"max_steps": 2, "transition_steps": 64, "per_device_train_batch_size": 2, "curriculum_threshold": 9.0}
+    }
+    grid = {**GRID, "tasks": {"mixture": task}, "arms": {"bptt": {"phases": [bptt]}}}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
+    words = ["--config", "grid.yaml", "--haystack", "book.txt", "--students", "students"]
+    recipe("experiment.py", *words, cwd=tmp_path)
+    (line,) = [json.loads(line) for line in (tmp_path / "runs" / "grid.jsonl").read_text().splitlines()]
+    assert (line["task"], line["difficulty"], line["arm"]) == ("mixture", 512, "bptt_truncated")
+    assert 0 < line["chance"] < 1 and set(line["length_generalization"]) == {"1", "2", "4"}
+    folder = tmp_path / "students" / "mixture_512_bptt_0"
+    assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() == line["num_parameters"]
+    words = [
+        "--suite",
+        "ruler",
+        "--tasks",
+        "niah_single_1",
+        "--lengths",
+        "700",
+        "--num_samples",
+        "2",
+        "--num_threads",
+        "1",
+    ]
+    recipe("evaluate.py", "--checkpoint", folder, *words, "--output", "long.jsonl", cwd=tmp_path)
+    (score,) = [json.loads(line) for line in (tmp_path / "long.jsonl").read_text().splitlines()]
+    assert score["n"] == 2 and score["length_unit"] == "bytes"
+    recipe("experiment.py", "--config", "grid.yaml", "--haystack", "book.txt", cwd=tmp_path)  # nothing is left to train
+    assert len((tmp_path / "runs" / "grid.jsonl").read_text().splitlines()) == 1

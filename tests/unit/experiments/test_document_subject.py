@@ -11,6 +11,9 @@ from smt_hf.errors import InputError
 from smt_hf.experiments.subjects import DocumentSubject, documents
 from tests.unit.evaluation.long_context.conftest import make_book
 
+pytest.importorskip("wonderwords")
+pytest.importorskip("nltk")
+
 
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch):

@@ -6,6 +6,9 @@ from smt_hf.data import byte_tokenizer
 from smt_hf.evaluation.long_context import LongContextSettings, sample_row, tasks_of
 from smt_hf.evaluation.long_context.haystack import NOISE, _sentences
 
+pytest.importorskip("wonderwords")
+nltk = pytest.importorskip("nltk")
+
 
 @pytest.fixture(params=["bytes", "bpe"])
 def tokenizer(request, bpe_tokenizer):
@@ -58,6 +61,6 @@ def test_rows_differ_by_index_seed_and_split(book):
 
 @pytest.mark.parametrize("size", [1, 50, 777, 10**6])
 def test_sentences_are_the_same_piece_by_piece(book, size):
-    cut = pytest.importorskip("nltk").PunktSentenceTokenizer().tokenize
+    cut = nltk.PunktSentenceTokenizer().tokenize
     text = " ".join(book.read_text().split())[: 20_000 if size > 1 else 300] + ' "Yes?" he said. No end'
     assert _sentences(text, cut, size) == cut(text)
