@@ -1,7 +1,7 @@
 """A Transformer of a student's size on documents with questions, for `recipes/evaluate.py` to compare.
 
 `python recipes/benchmarks/train_transformer.py --documents niah_single_1 --haystack books --folder runs/llama`; with
-`--window 256` attention reaches back as many tokens.
+`--window 256` attention reaches back as many tokens in each layer.
 """
 
 import sys

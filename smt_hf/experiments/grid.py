@@ -42,8 +42,16 @@ from smt_hf.training.composite import SMTForPreTraining
 from smt_hf.training.phases import ARGUMENTS, PhaseResult, lay_out, run_phases
 
 from .composition import changed_settings, cost_of, model_config, resolve
-from .run_folder import locked
-from .subjects import HELDOUT_SEED, DocumentSubject, PixelSubject, Subject, TaskSubject, TextSubject
+from .run_folder import check_writable, locked
+from .subjects import (
+    HELDOUT_SEED,
+    DocumentSubject,
+    PixelSubject,
+    Subject,
+    TaskSubject,
+    TextSubject,
+    check_rows,
+)
 
 # What the data of figures is computed from: rows, tokens of a stream of text, rows of several times the length.
 _FIGURE_ROWS, _STREAM_TOKENS, _LONGER_ROWS = 64, 256 + 1, 256
@@ -232,7 +240,8 @@ def run_grid(runs: list[Run], output: Path, jobs: int = 1, students: Path | None
     """Train what is not yet in `output`, `jobs` at a time; append the lines of each run as it ends, and yield them.
 
     Args:
-        students: folder in which the trained students are kept, each in a folder of its own.
+        students: folder in which the trained students are kept, each in a folder of its own. A folder that is there
+            before its run has ended is not replaced.
 
     Raises:
         InputError: another process writes to `output`; it holds something else, or lines of other settings.
@@ -240,12 +249,40 @@ def run_grid(runs: list[Run], output: Path, jobs: int = 1, students: Path | None
     with locked(output.parent, f".{output.name}.lock"):
         done = read_lines(output) if output.exists() else []
         waiting = [run for run in runs if not is_done(run, done)]
+        _check_students(runs, waiting, students)
+        for documents, levels, haystack in {_rows_of(run) for run in waiting if run.documents}:
+            check_rows(documents, levels, haystack)
         with tqdm(total=len(runs), initial=len(runs) - len(waiting), desc=output.stem, dynamic_ncols=True) as bar:
             for lines in _trained(waiting, jobs, students):
                 append_lines(lines, output)
                 bar.update()
                 tqdm.write("; ".join(_short(line) for line in lines))
                 yield lines
+
+
+def _check_students(runs: list[Run], waiting: list[Run], students: Path | None) -> None:
+    """Refuse what would replace a student, and say which students are missing."""
+    if students is None:
+        return
+    check_writable("students", students)
+    names = [run.folder() for run in runs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(f"two runs would keep their student in {students / twice[0]}: give them other names.")
+    there = [run.folder() for run in waiting if (students / run.folder()).exists()]
+    if there:
+        raise InputError(
+            f"{students / there[0]} is there, and its run is not among the lines of `--output`: remove the folder, or "
+            "name another one by `--students`."
+        )
+    ended = [run.folder() for run in runs if run not in waiting and not (students / run.folder()).exists()]
+    if ended:
+        tqdm.write(f"warning: of {len(ended)} runs there are lines but no students, {ended[0]} for example.")
+
+
+def _rows_of(run: Run) -> tuple:
+    levels = [level for level in run.curriculum if level < (run.difficulty or 0)]
+    return run.documents, (*levels, run.difficulty), tuple(run.sources.get("haystack") or ())
 
 
 def _trained(runs: list[Run], jobs: int, students: Path | None) -> Iterator[list[dict]]:

@@ -25,7 +25,7 @@ _GRID_KEYS = {"output", "jobs", "num_threads", "seeds", "num_heldout", "student"
 _TASK_KEYS = {"difficulties", "seconds", "curriculum", "arms", "documents"}
 _ARM_KEYS = {"phases", "student", "teacher", "only", "sweep", "variants", "group"}
 _ONLY_KEYS = ("task", "difficulty", "arm", "seed", "variant")
-_SOURCES = ("train_file", "mnist_dir", "haystack")  # flags that name files
+_SOURCES = ("train_file", "mnist_dir")  # flags that name files, besides `haystack` of documents
 _OTHER_TASKS = ("text", "pixels")  # those that need no difficulty
 
 
@@ -80,11 +80,14 @@ def parse_grid(argv: list[str]) -> ParsedGrid:
     _check_grid(grid, given.config)
     only = _read_only(given.only, grid)
     sources = {name: value for name in _SOURCES if (value := getattr(given, name)) is not None}
+    of_documents = sources | ({} if given.haystack is None else {"haystack": given.haystack})
     runs = [
         run
         for task, settings in grid["tasks"].items()
         if only.get("task", task) == task
-        for run in _runs_of_task(grid, str(task), settings or {}, only, sources)
+        for run in _runs_of_task(
+            grid, str(task), settings or {}, only, of_documents if "documents" in (settings or {}) else sources
+        )
     ]
     if not runs:
         raise InputError(f"nothing of {given.config} is left by `--only` {' '.join(given.only)}.")
@@ -133,7 +136,7 @@ def _check_documents(task: str, settings: dict) -> None:
         check_keys({task: None}, known, "task")
         return
     names = settings["documents"]
-    if task in known or not isinstance(names, list) or not names or not set(names) <= set(DOCUMENTS):
+    if task in known or not isinstance(names, list) or not names or any(name not in DOCUMENTS for name in names):
         raise InputError(
             f"`documents` of task {task} must be a list of {', '.join(DOCUMENTS)}, under a name that no other task "
             f"has; got {names!r}."

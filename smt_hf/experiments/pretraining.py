@@ -1,4 +1,4 @@
-"""Pretraining from end to end, on text, a task or pixels: what `recipes/pretrain.py` runs."""
+"""Pretraining from end to end, on text, a task, documents or pixels: what `recipes/pretrain.py` runs."""
 
 import contextlib
 import json
@@ -203,7 +203,9 @@ def make_subject(parsed: ParsedRun) -> Subject:
     run = parsed.run
     if run.task == "text":
         if run.difficulty is not None or run.curriculum is not None:
-            raise InputError("`difficulty` and `curriculum` belong to synthetic tasks: set `task`, or leave them out.")
+            raise InputError(
+                "`difficulty` and `curriculum` belong to other tasks than text: set `task`, or leave them out."
+            )
         names = ("tokenizer_name", "document_start_fraction", "streaming", *_SOURCE)
         settings = {name: getattr(run, name) for name in names} | {"buffer_size": run.shuffle_buffer_size}
         return TextSubject([*parsed.phases, *([parsed.rival] if parsed.rival else [])], run.seed, **settings)

@@ -53,6 +53,7 @@ def student_card(student, results: dict) -> ModelCard:
         unit=UNITS[metric],
         ages=sorted({age for entry in results.get("drift", []) for age in entry.get("by_age", {})}, key=int),
         is_text=results["task"]["name"] == "text",
+        is_documents="documents" in results["data"],
         is_instructions=results["task"]["name"] == "instructions",
         config=student.config,
         num_parameters=sum(parameter.numel() for parameter in student.parameters()),

@@ -1,6 +1,7 @@
 """Grids and tasks as a user runs them: lines, resumption, report, the retrieval recipe."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -188,7 +189,7 @@ def test_students_of_documents_are_kept_and_examined(tmp_path):
     pytest.importorskip("wonderwords")
     pytest.importorskip("nltk")
     (tmp_path / "book.txt").write_text("A sentence of some words is here. " * 400)
-    task = {"documents": ["niah_single_1", "qa1", "text"], "difficulties": [512], "curriculum": [256]}
+    task = {"documents": ["niah_single_1", "qa1"], "difficulties": [512], "curriculum": [256]}
     bptt = {
         "bptt": {"max_steps": 2, "transition_steps": 64, "per_device_train_batch_size": 2, "curriculum_threshold": 9.0}
     }
@@ -216,5 +217,11 @@ def test_students_of_documents_are_kept_and_examined(tmp_path):
     recipe("evaluate.py", "--checkpoint", folder, *words, "--output", "long.jsonl", cwd=tmp_path)
     (score,) = [json.loads(line) for line in (tmp_path / "long.jsonl").read_text().splitlines()]
     assert score["n"] == 2 and score["length_unit"] == "bytes"
-    recipe("experiment.py", "--config", "grid.yaml", "--haystack", "book.txt", cwd=tmp_path)  # nothing is left to train
+    words = [sys.executable, ROOT / "recipes" / "experiment.py", "--config", "grid.yaml", "--haystack", "book.txt"]
+    words += ["--students", "students", "--output"]
+    again = subprocess.run([*words, "runs/other.jsonl"], cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 2 and "mixture_512_bptt_0 is there" in again.stderr  # it would be replaced
+    shutil.rmtree(folder)
+    again = subprocess.run([*words, "runs/grid.jsonl"], cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 0 and "no students" in again.stdout + again.stderr  # nothing is left to train
     assert len((tmp_path / "runs" / "grid.jsonl").read_text().splitlines()) == 1

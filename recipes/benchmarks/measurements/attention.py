@@ -28,6 +28,7 @@ from smt_hf.data import collate
 from smt_hf.errors import InputError
 from smt_hf.experiments.subjects import DOCUMENTS, DocumentSubject
 from smt_hf.publishing.export import export_model
+from smt_hf.training.argument_checks import words_of
 
 from .arguments import BenchmarkArguments
 from .peers import count_parameters, llama_config_like, load_student
@@ -45,7 +46,7 @@ class AttentionArguments(BenchmarkArguments):
     haystack: list[str] | None = argument(None, "Files of text that needles are hidden in.")
     difficulty: int = argument(1024, "Transitions of the longest rows.")
     curriculum: list[int] = argument([], "Transitions of shorter rows, which are mixed in.")
-    window: int | None = argument(None, "Tokens that attention reaches back; default: all.")
+    window: int | None = argument(None, "Tokens that attention reaches back in each layer; default: all.")
     max_positions: int = argument(65536, "Most tokens that the model takes.")
     seconds: float = argument(600.0, "Seconds of training steps.")
     learning_rate: float = argument(1e-3, "Peak rate of AdamW.")
@@ -88,7 +89,7 @@ def train_transformer(arguments: AttentionArguments) -> dict[str, Any]:
     """Train and write the model; the line of results says what it was, and its accuracy on held-out rows."""
     torch.set_num_threads(arguments.num_threads)
     rest = (arguments.difficulty, arguments.curriculum, arguments.haystack, arguments.seed)
-    subject = DocumentSubject(arguments.documents, *rest)
+    subject = DocumentSubject(words_of(arguments.documents), *rest)
     model = _like_the_student(arguments, subject)
     clock = _Clock(arguments.seconds)
     optimizer = torch.optim.AdamW(model.parameters(), arguments.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
@@ -137,7 +138,9 @@ def train_transformer(arguments: AttentionArguments) -> dict[str, Any]:
 
 def _like_the_student(arguments: AttentionArguments, subject: DocumentSubject):
     if arguments.model is None:
-        arguments.vocab_size = subject.vocab_size
+        arguments.vocab_size = arguments.vocab_size or subject.vocab_size
+        if arguments.vocab_size != subject.vocab_size:
+            raise InputError(f"the rows have a vocabulary of {subject.vocab_size}: leave `vocab_size` out.")
     config = llama_config_like(load_student(arguments), arguments.max_positions)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(subject.tokenizer, name))

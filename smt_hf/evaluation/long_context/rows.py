@@ -64,4 +64,6 @@ _is_byte_tokenizer = functools.lru_cache(maxsize=1)(is_byte_tokenizer)  # asked 
 
 
 def _tokens(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    # A text that spells a special token is text.
+    plain = {"add_special_tokens": False, "return_attention_mask": False, "split_special_tokens": True}
+    return tokenizer(text, verbose=False, **plain)["input_ids"]

@@ -5,7 +5,7 @@ Each is there as rows to train on, and as scores of what was learned.
 Add a subject here: a class with the methods of [`Subject`] in a module of its own.
 """
 
-from .documents import DOCUMENTS, DocumentSubject
+from .documents import DOCUMENTS, DocumentSubject, check_rows
 from .levelled import LevelledSubject
 from .pixels import PixelSubject
 from .subject import HELDOUT_SEED, Subject, refuse_curriculum
@@ -21,5 +21,6 @@ __all__ = [
     "Subject",
     "TaskSubject",
     "TextSubject",
+    "check_rows",
     "refuse_curriculum",
 ]

@@ -6,15 +6,20 @@ Training rows are made of the half `train` of words, names and stories, held-out
 
 import hashlib
 import math
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from smt_hf.data import byte_tokenizer, labelled_rows, load_corpus, pack, tokenize
+from smt_hf.data import byte_tokenizer, labelled_rows
+from smt_hf.data.packing import token_ids
 from smt_hf.errors import InputError
 from smt_hf.evaluation.long_context import SUITES, LongContextSettings, Task, sample_row, tasks_of
+from smt_hf.evaluation.long_context.haystack import read_haystack
+from smt_hf.training.arguments import PhaseArguments
 
 from .levelled import LevelledSubject
 from .subject import HELDOUT_SEED
@@ -24,6 +29,7 @@ _SUITE_OF = {task: suite for suite in ("ruler", "babilong") for task in SUITES[s
 # What rows may be made of: tasks that have any number of samples, and plain text.
 DOCUMENTS = tuple(name for name in (*_SUITE_OF, TEXT) if not name.startswith("qa_"))
 _ROWS, _EVAL_ROWS = 8192, 128
+_PROBED_ROWS = 8  # of each task and level, before any row is made for training
 # Labels of a row of text, at its end. Labels everywhere would outweigh those of answers a hundred times.
 _TEXT_LABELS = 32
 
@@ -32,8 +38,9 @@ class DocumentSubject(LevelledSubject):
     """Rows of documents of several tasks in turn; shorter rows are a curriculum.
 
     A row has `difficulty` + 1 tokens: the prompt of a sample, its answer and the end-of-text token, which are labelled,
-    and that token again up to the end (see `sample_row` for prompts that do not fit). A task without a row that fits is
-    left out of a level. Plain text is labelled in its last tokens.
+    and that token again up to the end (see `sample_row` for prompts that do not fit). A task whose rows do not fit in a
+    level of the curriculum is left out of that level. Plain text is labelled in its last tokens, and is the same text
+    as the haystack. All rows of training and tests have the same haystack; their other parts differ.
 
     Args:
         documents: names out of `DOCUMENTS`.
@@ -41,13 +48,13 @@ class DocumentSubject(LevelledSubject):
         curriculum: shorter rows to begin with.
         haystack: files of text that needles are hidden in, and that `text` is made of.
         seed: of the training rows.
-        num_heldout: labels to score at least.
+        num_heldout: labels to score, about.
         heldout_seed: of the rows to score. Settings are chosen on other rows than those of the final scores.
         name: what results call the mixture; default: its documents.
 
     Raises:
-        InputError: no such documents, no haystack where one is needed, a level at which nothing fits, or a seed that is
-            one of held-out rows.
+        InputError: no such documents, no haystack where one is needed, a task that does not fit at `difficulty`, a
+            level at which none fits, or a seed that is one of held-out rows.
     """
 
     metric = "accuracy"
@@ -63,33 +70,27 @@ class DocumentSubject(LevelledSubject):
         heldout_seed: int = HELDOUT_SEED + 1,
         name: str | None = None,
     ):
-        unknown = [word for word in documents if word not in DOCUMENTS]
-        if unknown or not documents:
-            raise InputError(f"`documents` must be out of {', '.join(DOCUMENTS)}, got {', '.join(unknown) or 'none'}.")
-        if TEXT in documents and (not haystack or len(documents) == 1):
-            raise InputError(
-                "`text` among the `documents` goes with tasks and with a `haystack`, the files that it is made of. To "
-                "train on text alone, set `task` to text."
-            )
         if seed >= HELDOUT_SEED:
             raise InputError(f"seeds from {HELDOUT_SEED:,} on are those of held-out rows: take a smaller one.")
         if num_heldout < 1:
             raise InputError(f"`num_heldout` must be at least 1, got {num_heldout}.")
         self.documents, self.haystack = tuple(dict.fromkeys(documents)), haystack
+        self.tasks = {split: tasks_in(self.documents, haystack, split) for split in ("train", "test")}
         self.name, self.difficulty, self.num_transitions = name or "+".join(self.documents), difficulty, difficulty
         self.tokenizer = byte_tokenizer()
         self.vocab_size = len(self.tokenizer)
         self.seed, self.heldout_seed = seed, heldout_seed
         self.level_names = [*sorted(level for level in set(curriculum) if level < difficulty), difficulty]
-        self.tasks = {split: self._tasks_of(split) for split in ("train", "test")}
+        check_rows(self.documents, self.level_names, haystack, seed)
         self.levels = {level: self._training_rows(level) for level in self.level_names}
         self.eval_rows = self._sampled(difficulty, _EVAL_ROWS, "test", HELDOUT_SEED)
         labels_per_row = float((np.stack(self.eval_rows["labels"][:]) != -100).sum(axis=1).mean())
         self.heldout = self.heldout_rows(difficulty, math.ceil(num_heldout / labels_per_row))
-        self.chance = _blind_accuracy(self.levels[difficulty], self.heldout[1])
+        trained = np.stack(self.levels[difficulty]["labels"][:])
+        self.chance = _blind_accuracy(trained[: len(trained) - self._num_text], self.heldout[1])
 
     def heldout_rows(self, difficulty: int, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """`input_ids` and `labels` `(num_rows, T + 1)` of the tasks, made of what no training row is made of."""
+        """`input_ids` and `labels` `(num_rows, T + 1)` of the tasks, of words and stories that no training row has."""
         rows = self._sampled(difficulty, num_rows, "test", self.heldout_seed)
         return np.stack(rows["input_ids"][:]).astype(np.int64), np.stack(rows["labels"][:]).astype(np.int64)
 
@@ -103,52 +104,70 @@ class DocumentSubject(LevelledSubject):
         return self.levels[difficulty]
 
     def check_level(self, difficulty: int) -> None:
-        self.level(difficulty)
+        check_rows(self.documents, [difficulty, self.difficulty], self.haystack, self.seed)
 
-    def _tasks_of(self, split: str) -> list[Task]:
-        # Stories of any length fit, so that a short row may have as many facts as a long test.
-        settings = LongContextSettings(split, list(self.haystack) if self.haystack else None, babilong_fact_share=1.0)
-        return [tasks_of(_SUITE_OF[name], [name], settings)[0] for name in self.documents if name != TEXT]
+    def required(self, arguments: PhaseArguments) -> dict[str, Any]:
+        required = super().required(arguments)
+        threshold = required.get("curriculum_threshold", arguments.curriculum_threshold)
+        if TEXT in self.documents and threshold is not None:
+            raise InputError(
+                f"`curriculum_threshold` of the {arguments.phase} phase goes by the loss of all labels, and that of "
+                "`text` among the `documents` never falls so low: leave one of the two out."
+            )
+        return required
+
+    @property
+    def _num_text(self) -> int:
+        """Rows of text, behind those of tasks."""
+        return round(_ROWS / len(self.documents)) if TEXT in self.documents else 0
 
     def _training_rows(self, difficulty: int) -> Dataset:
-        num_text = round(_ROWS / len(self.documents)) if TEXT in self.documents else 0
-        rows = self._sampled(difficulty, _ROWS - num_text, "train", self.seed)
-        if not num_text:
+        rows = self._sampled(difficulty, _ROWS - self._num_text, "train", self.seed)
+        if not self._num_text:
             return rows
         ids, labels = (np.stack(rows[name][:]) for name in ("input_ids", "labels"))
-        text = self._text_rows(difficulty, num_text)
+        text = self._text_rows(difficulty)
         asked = np.full_like(text, -100)
         asked[:, -_TEXT_LABELS:] = text[:, -_TEXT_LABELS:]
         return labelled_rows(np.concatenate([ids, text]), np.concatenate([labels, asked]))
 
-    def _text_rows(self, difficulty: int, num_rows: int) -> np.ndarray:
-        packed = pack(tokenize(load_corpus(train_file=self.haystack).train, self.tokenizer), difficulty)
-        order = np.random.default_rng((self.seed, difficulty)).permutation(len(packed))
-        return np.stack(packed[np.resize(order, num_rows)]["input_ids"])
+    def _text_rows(self, difficulty: int) -> np.ndarray:
+        """Passages from random places."""
+        (tokens,) = token_ids([" ".join(read_haystack(self.haystack or ()).sentences)], self.tokenizer)["input_ids"]
+        if len(tokens) <= difficulty:
+            raise InputError(f"the haystack is shorter than a row of {difficulty} transitions: give more text.")
+        starts = np.random.default_rng((self.seed, difficulty)).integers(len(tokens) - difficulty, size=self._num_text)
+        return np.asarray(tokens)[starts[:, None] + np.arange(difficulty + 1)]
 
     def _sampled(self, difficulty: int, num_rows: int, split: str, seed: int) -> Dataset:
         """Rows of the tasks in turn."""
-        tasks = [task for task in self.tasks[split] if self._row(task, difficulty, 0, seed) is not None]
-        if not tasks:
-            raise InputError(f"no task of {', '.join(self.documents)} fits in rows of {difficulty} transitions.")
+        tasks = self.tasks[split]
+        if difficulty < self.difficulty:
+            fitting = [_fits(task, difficulty, self.tokenizer, self.seed) for task in self.tasks["train"]]
+            tasks = [task for task, is_fitting in zip(tasks, fitting) if is_fitting]
         ids = np.full((num_rows, difficulty + 1), self.tokenizer.eos_token_id, dtype=np.int32)
         labels = np.full_like(ids, -100)
         numbers = range(num_rows)
         for number in tqdm(numbers, f"{split} rows of {difficulty}", leave=False, delay=2, dynamic_ncols=True):
             turn, place = divmod(number, len(tasks))
-            tokens, num_read = self._row(tasks[place], difficulty, turn, seed) or ([], 0)
+            row = sample_row(tasks[place], self.tokenizer, difficulty + 1, turn, seed)
+            if row is None:
+                raise InputError(
+                    f"few samples of `{tasks[place].name}` fit in rows of {difficulty} transitions, and none was found "
+                    f"for row {turn}: take longer rows."
+                )
+            tokens, num_read = row
             ids[number, : len(tokens)] = tokens
             labels[number, num_read : len(tokens)] = tokens[num_read:]
         return labelled_rows(ids, labels)
 
-    def _row(self, task: Task, difficulty: int, index: int, seed: int) -> tuple[list[int], int] | None:
-        return sample_row(task, self.tokenizer, difficulty + 1, index, seed)
-
     def facts(self) -> dict:
-        content = hashlib.sha256(repr((self.tasks["train"], self.documents, self.seed)).encode()).hexdigest()[:16]
+        parts = [self.tasks["train"], self.documents, self.seed]
+        parts += [read_haystack(self.haystack or ()).digest] if TEXT in self.documents else []
         return {
             "name": self.name,
-            "hash": f"{self.name}-{self.difficulty}-{content}",
+            "documents": list(self.documents),
+            "hash": f"{self.name}-{self.difficulty}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}",
             "training_tokens": len(self.levels[self.difficulty]) * self.num_transitions,
             **super().facts(),
         }
@@ -157,21 +176,73 @@ class DocumentSubject(LevelledSubject):
         levels = ", ".join(map(str, self.level_names))
         return (
             f"documents of {', '.join(self.documents)}: rows of {levels} transitions; {self.chance:.1%} of the labels "
-            f"are right without reading, {len(self.heldout[0]):,} held-out rows"
+            f"are right if only the answer before them is read; {len(self.heldout[0]):,} held-out rows"
         )
 
 
-def _blind_accuracy(rows: Dataset, labels: np.ndarray) -> float:
-    """Share of the labels `(N, T + 1)` that are what training rows have most often at that place of an answer."""
-    known = _by_place(np.stack(rows["labels"][:]))
-    commonest = {place: np.bincount(tokens).argmax() for place, tokens in known.items()}
-    asked = _by_place(labels)
-    num_right = sum(int((tokens == commonest.get(place, -1)).sum()) for place, tokens in asked.items())
-    return num_right / sum(map(len, asked.values()))
+def tasks_in(documents: Sequence[str], haystack: Sequence[str] | None, split: str) -> list[Task]:
+    """The tasks among the documents.
+
+    Raises:
+        InputError: no such documents, or no haystack where one is needed.
+    """
+    unknown = [str(word) for word in documents if word not in DOCUMENTS]
+    if unknown or not documents:
+        raise InputError(f"`documents` must be out of {', '.join(DOCUMENTS)}, got {', '.join(unknown) or 'none'}.")
+    if TEXT in documents and (not haystack or len(documents) == 1):
+        raise InputError(
+            "`text` among the `documents` goes with tasks and with a `haystack`, the files that it is made of. To "
+            "train on text alone, set `task` to text."
+        )
+    # Stories of any length fit, so that a short row may have as many facts as a long test.
+    settings = LongContextSettings(split, list(haystack) if haystack else None, babilong_fact_share=1.0)
+    return [tasks_of(_SUITE_OF[name], [name], settings)[0] for name in documents if name != TEXT]
 
 
-def _by_place(labels: np.ndarray) -> dict[int, np.ndarray]:
-    """Place in the answer -> its tokens in all rows that have as many."""
-    answers = [row[row != -100] for row in labels]
-    longest = max(map(len, answers))
-    return {place: np.array([row[place] for row in answers if len(row) > place]) for place in range(longest)}
+def check_rows(
+    documents: Sequence[str], levels: Sequence[int], haystack: Sequence[str] | None = None, seed: int = 0
+) -> None:
+    """Try some rows of every task at every level.
+
+    Args:
+        levels: transitions of a row; the last is that of the subject, where all tasks must fit.
+
+    Raises:
+        InputError: a task does not fit at the last level, or none fits at another.
+    """
+    tokenizer, tasks = byte_tokenizer(), tasks_in(documents, haystack, "train")
+    for level in levels:
+        missing = [task.name for task in tasks if not _fits(task, level, tokenizer, seed)]
+        if (missing and level == levels[-1]) or len(missing) == len(tasks):
+            raise InputError(
+                f"{', '.join(missing)} of the `documents` {'does' if len(missing) == 1 else 'do'} not fit in rows of "
+                f"{level} transitions: take longer rows."
+            )
+
+
+def _fits(task: Task, level: int, tokenizer, seed: int) -> bool:
+    rows = (sample_row(task, tokenizer, level + 1, index, seed) for index in range(_PROBED_ROWS))
+    return all(row is not None for row in rows)
+
+
+def _blind_accuracy(trained: np.ndarray, labels: np.ndarray) -> float:
+    """Share of the labels `(N, T + 1)` that are guessed from the labels before them in the answer.
+
+    The guess is what follows most often in the labels `trained`, or, where these labels were never seen together, what
+    is most often at that place.
+    """
+    following: dict[tuple, Counter] = defaultdict(Counter)
+    at: dict[int, Counter] = defaultdict(Counter)
+    for row in trained:
+        answer = tuple(row[row != -100].tolist())
+        for place, token in enumerate(answer):
+            following[answer[:place]][token] += 1
+            at[place][token] += 1
+    num_right = num_labels = 0
+    for row in labels:
+        answer = tuple(row[row != -100].tolist())
+        for place, token in enumerate(answer):
+            known = following.get(answer[:place]) or at.get(place) or Counter([-1])
+            num_right += known.most_common(1)[0][0] == token
+        num_labels += len(answer)
+    return num_right / num_labels

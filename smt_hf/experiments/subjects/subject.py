@@ -96,6 +96,6 @@ def refuse_curriculum(arguments: PhaseArguments) -> None:
     """
     if arguments.curriculum_levels is not None:
         raise InputError(
-            f"`curriculum_levels` of the {arguments.phase} phase need a synthetic task; the length of other rows is "
-            "set by `context_length`."
+            f"`curriculum_levels` of the {arguments.phase} phase need a synthetic task or documents; the length of "
+            "other rows is set by `context_length`."
         )

@@ -1,5 +1,6 @@
 """Grids are checked as a whole before their first run."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,10 @@ def test_documents_have_a_name_of_their_own(tmp_path):
     assert run.sources == {"haystack": ["a.txt", "b.txt"]} and parsed.students == Path("kept")
     assert run.folder() == "needles_1024_bptt_0"
     (other,) = parse_grid(["--config", str(path), "--only", "arm=bptt"]).runs
-    assert other.digest() != run.digest()
+    changed = dataclasses.replace(run, documents=("niah_single_1",))
+    assert len({run.digest(), other.digest(), changed.digest()}) == 3
+    path.write_text(yaml.safe_dump(GRID))  # a grid without documents has no haystack
+    assert all(not run.sources for run in parse_grid(["--config", str(path), "--haystack", "a.txt"]).runs)
 
 
 def test_where_lines_of_a_grid_go(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Samples as rows to train on."""
 
+import copy
+
 import pytest
 
 from smt_hf.data import byte_tokenizer
@@ -14,8 +16,9 @@ nltk = pytest.importorskip("nltk")
 def tokenizer(request, bpe_tokenizer):
     if request.param == "bytes":
         return byte_tokenizer()
-    bpe_tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
-    return bpe_tokenizer
+    tokenizer = copy.deepcopy(bpe_tokenizer)
+    tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+    return tokenizer
 
 
 @pytest.mark.parametrize("name", ["niah_single_1", "niah_single_2", "niah_multivalue", "qa1"])
@@ -33,7 +36,8 @@ def test_a_row_is_a_prompt_and_its_answer(name, book, tokenizer):
         if suite == "ruler":  # the same needles at every length; stories are chosen by the length
             assert answer == sample.completion
             assert all(value in prompt for value in sample.answers)
-        assert task.score(sample, sample.completion) == 1
+        else:
+            assert f"to the {answer.strip()}" in prompt and prompt.splitlines()[-1].startswith("Where is")
 
 
 def test_a_short_row_is_the_end_of_a_prompt_and_has_its_needle():
@@ -59,7 +63,14 @@ def test_rows_differ_by_index_seed_and_split(book):
     assert len(rows) == 6
 
 
-@pytest.mark.parametrize("size", [1, 50, 777, 10**6])
+def test_a_haystack_that_spells_a_special_token_is_text(tmp_path, tokenizer):
+    (tmp_path / "book.txt").write_text("It ends with <|endoftext|> and goes on after that. " * 100)
+    (task,) = tasks_of("ruler", ["niah_single_2"], LongContextSettings("train", [str(tmp_path / "book.txt")]))
+    ids, _ = sample_row(task, tokenizer, 700, 0, seed=0)
+    assert ids.index(tokenizer.eos_token_id) == len(ids) - 1 and 640 < len(ids) <= 700
+
+
+@pytest.mark.parametrize("size", [1, 50, 777])
 def test_sentences_are_the_same_piece_by_piece(book, size):
     cut = nltk.PunktSentenceTokenizer().tokenize
     text = " ".join(book.read_text().split())[: 20_000 if size > 1 else 300] + ' "Yes?" he said. No end'
