@@ -225,3 +225,15 @@ def test_students_of_documents_are_kept_and_examined(tmp_path):
     again = subprocess.run([*words, "runs/grid.jsonl"], cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 0 and "no students" in again.stdout + again.stderr  # nothing is left to train
     assert len((tmp_path / "runs" / "grid.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_run_on_documents_has_a_card_that_says_so(tmp_path):
+    pytest.importorskip("wonderwords")
+    words = ["--task", "documents", "--documents", "niah_single_1", "--difficulty", "384", "--phases", "bptt"]
+    words += ["--max_steps", "2", "--per_device_train_batch_size", "2", "--hidden_size", "16", "--num_heldout", "20"]
+    recipe("pretrain.py", *words, "--output_dir", "run", cwd=tmp_path)
+    card = (tmp_path / "run" / "student" / "README.md").read_text()
+    assert "It answers questions about a document" in card and "Its tokens are numbers" not in card
+    assert "What reads the answer alone" in card and '"The beginning of a text"' in card
+    results = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    assert results["data"]["documents"] == ["niah_single_1"] and 0.2 < results["task"]["chance"] < 0.5
