@@ -111,9 +111,7 @@ def verdict(ours: list[float], theirs: list[float]) -> str:
 def test_the_numbers_of_the_tasks():
     """Each cell of the README is a mean over three seeds of the lines; none is said to differ, and none does."""
     scores, readme = scores_of("probes_long"), (ROOT / "README.md").read_text()
-    rows = re.findall(
-        r"^\| `(\w+)`: .*?(\d[\d /]+)\D*\| ([\d. /]+) % \| ([\d. /]+) % \|", readme, flags=re.MULTILINE
-    )
+    rows = re.findall(r"^\| `(\w+)`: .*?(\d[\d /]+)\D*\| ([\d. /]+) % \| ([\d. /]+) % \|", readme, flags=re.MULTILINE)
     assert len(rows) == 5
     for task, difficulties, *sides in rows:
         for number, difficulty in enumerate(map(int, difficulties.split("/"))):

@@ -40,7 +40,20 @@ def test_size():
     assert sum(path.stat().st_size for path in EVIDENCE.iterdir()) < 3_000_000
 
 
-@pytest.mark.parametrize("table", ["probes", "text", "pixels", "ablations", "ours_sweep", "search_pixels"])
+@pytest.mark.parametrize(
+    "table",
+    [
+        "probes",
+        "probes_long",
+        "text",
+        "text_fast_weight",
+        "levers",
+        "pixels",
+        "ablations",
+        "ours_sweep",
+        "search_pixels",
+    ],
+)
 def test_lines_are_those_of_the_grid(table):
     """A grid that goes on takes its committed lines as done, which it refuses to do with lines of other settings."""
     lines = read_lines(EVIDENCE / f"{table}.jsonl")
