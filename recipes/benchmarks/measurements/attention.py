@@ -130,9 +130,9 @@ def train_transformer(arguments: AttentionArguments) -> dict[str, Any]:
         "seed": arguments.seed,
         **facts(arguments.num_threads),
     }
-    folder = Path(arguments.folder or "")
-    export_model(model, subject.tokenizer, folder)
-    (folder / "training.json").write_text(json.dumps(line, indent=2) + "\n")
+    target = Path(arguments.folder or "")
+    export_model(model, subject.tokenizer, target)
+    (target / "training.json").write_text(json.dumps(line, indent=2) + "\n")
     return line
 
 
