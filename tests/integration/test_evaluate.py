@@ -89,7 +89,7 @@ def test_lines_hold_what_a_report_needs(any_checkpoint, tmp_path):
     first_chunk = "a first chunk of 16 tokens, then" if line["model_type"] == "mamba" else "chunks of 16 tokens;"
     assert line["reading"].startswith(first_chunk)
     path, *figures = render_long_context(lines, "out", tmp_path)
-    assert "hand" in path.read_text() and len(figures) == 2
+    assert "hand" in path.read_text() and len(figures) == 3  # score, depth, distance
 
 
 def test_what_is_done_is_not_done_again(checkpoint, tmp_path):
