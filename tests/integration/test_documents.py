@@ -133,7 +133,7 @@ def test_the_counts_of_the_other_updaters():
     counts = {word: verdicts.count(word) for word in ("ahead", "level", "behind")}
     assert counts == {"ahead": 3, "level": 10, "behind": 2}
     text = " ".join((ROOT / "README.md").read_text().split())
-    assert "SMT is ahead in 3, level in 10 and behind in 2 of 15 cells" in text
+    assert "With the `mlp` updater SMT is ahead in 3, level in 10 and behind in 2 of 15 cells" in text
 
 
 def test_the_numbers_of_text():
