@@ -67,7 +67,7 @@ def test_what_is_right_without_the_document():
     # Space, letter, the letter after it, end-of-text.
     trained = np.array([[-100, 32, 97, 98, 256], [-100, 32, 97, 98, 256], [-100, 32, 99, 100, 256]])
     heldout = np.array([[32, 99, 100, 256, -100], [32, 120, 98, 256, -100]])
-    # Both first letters are guessed as 97. After 99 comes 100; after 120, which was never seen, what is commonest there.
+    # Both first letters are guessed as 97. After 99 comes 100; after 120, never seen, what is commonest at that place.
     assert documents._blind_accuracy(trained, heldout) == (3 + 3) / 8
 
 
