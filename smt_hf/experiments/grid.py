@@ -54,7 +54,7 @@ from .subjects import (
 )
 
 # What the data of figures is computed from: rows, tokens of a stream of text, rows of several times the length.
-_FIGURE_ROWS, _STREAM_TOKENS, _LONGER_ROWS = 64, 256 + 1, 256
+_FIGURE_ROWS, _STREAM_TOKENS, _LONGER_ROWS, _DOCUMENT_ROWS = 64, 256 + 1, 256, 16
 _CURVE_POINTS = 24
 _QUIET: dict[str, Any] = {"disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no", "report_to": "none"}
 
@@ -185,7 +185,8 @@ def data_of_figures(model: SMTForPreTraining, subject: Subject) -> dict[str, Any
     """What the figures of a line are drawn from: all evaluations of `smt_hf.evaluation`, samples, longer rows."""
     # The streams of text are long; a row of a task is asked at its end.
     most = _STREAM_TOKENS if isinstance(subject, TextSubject) else None
-    rows, labels = (part[:_FIGURE_ROWS, :most] for part in subject.heldout)
+    num_rows = _DOCUMENT_ROWS if isinstance(subject, DocumentSubject) else _FIGURE_ROWS  # documents are long
+    rows, labels = (part[:num_rows, :most] for part in subject.heldout)
     shown = evaluate_rows(model, rows, labels)
     if isinstance(subject, TextSubject):
         shown["samples"] = [subject.tokenizer.decode(torch.cat(subject.continuation(model.student, 96, 160)))]
@@ -193,7 +194,7 @@ def data_of_figures(model: SMTForPreTraining, subject: Subject) -> dict[str, Any
         shown["samples"] = subject.samples(model.student)
     elif isinstance(subject, TaskSubject | DocumentSubject):
         longer = {factor: subject.longer(factor) for factor in (1, 2, 4)}
-        num_rows = _LONGER_ROWS if isinstance(subject, TaskSubject) else _FIGURE_ROWS
+        num_rows = _LONGER_ROWS if isinstance(subject, TaskSubject) else _DOCUMENT_ROWS
         shown["length_generalization"] = {
             str(factor): round(score_student(model.student, *subject.heldout_rows(level, num_rows)).accuracy, 4)
             for factor, level in longer.items()

@@ -77,6 +77,10 @@ class EvaluateArguments:
     files: list[str] | None = argument(None, "Held-out files, folders or patterns of text, for the suite `text`.")
     text_column: str = argument("text", "Column of those files that holds the text, where they are tables.")
     controls: bool = argument(True, "Also examine each sample without its needles, and its last tokens alone.")
+    control_samples: int | None = argument(
+        None,
+        "Samples that the controls are examined on, the first ones; default: all. A control costs a whole reading.",
+    )
     window: int = argument(512, "Tokens of a prompt that the control `last_window` reads.")
     seed: int = argument(0, "Seed of the samples.")
     batch_size: int = argument(8, "Prompts side by side. It changes memory use and speed, not the result.")
@@ -92,7 +96,7 @@ class EvaluateArguments:
     def __post_init__(self):
         if not self.output:
             raise InputError("name the file of the results: `--output runs/long_context.jsonl`.")
-        for name in ("num_samples", "window", "batch_size", "chunk_size", "num_threads"):
+        for name in ("num_samples", "control_samples", "window", "batch_size", "chunk_size", "num_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"`{name}` must be 1 or more, got {value}.")
@@ -178,7 +182,13 @@ class TaskCell:
     @property
     def num_prompts(self) -> int:
         """Prompts to read, as far as is known before."""
-        return self.num_samples * (3 if self.arguments.controls else 1)
+        return self.num_samples + 2 * self.num_controlled
+
+    @property
+    def num_controlled(self) -> int:
+        """Samples that the controls are examined on."""
+        asked = self.arguments.control_samples
+        return min(self.num_samples, self.num_samples if asked is None else asked) if self.arguments.controls else 0
 
     @property
     def num_samples(self) -> int:
@@ -203,7 +213,7 @@ class TaskCell:
     def examine(self, advance: Callable[[int], object]) -> dict[str, Any]:
         """All scores, by the names of a line; `advance` is told the number of prompts that were read."""
         self.examiner.advance = advance
-        return self.examiner.examine(self.samples(self.num_samples), self.arguments.controls)
+        return self.examiner.examine(self.samples(self.num_samples), self.num_controlled)
 
 
 @dataclass(frozen=True)
@@ -328,6 +338,7 @@ def _shared(arguments: EvaluateArguments, loaded: LanguageModel, reader: Reader)
     settings: dict[str, Any] = {"dtype": arguments.dtype}
     if arguments.suite != TEXT:
         settings |= {"controls": arguments.controls} | ({"window": arguments.window} if arguments.controls else {})
+        settings |= {"control_samples": arguments.control_samples} if arguments.control_samples else {}
     return {
         **{"suite": arguments.suite, "name": arguments.shown_name, "checkpoint": arguments.checkpoint},
         **{"weights": loaded.weights_digest(), "model_type": loaded.model.config.model_type},

@@ -149,8 +149,10 @@ class SMTRecurrentFastWeightCell(nn.Module):
     def pointer_inputs(self, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What each pointer keeps and how far it moves: `(..., 2 H)` -> `(..., H)` twice."""
         gates, moves = projected.chunk(2, dim=-1)
-        # A pointer moves by one token at birth, so that a key is turned by its distance.
-        return torch.sigmoid(gates + KEPT_AT_BIRTH), moves + 1.0
+        # At birth the pointers of every other head move by one token, so that a key is turned by its distance. The
+        # others rest, and their heads look up by content alone.
+        at_birth = (torch.arange(self.sizes.heads, device=moves.device) % 2 == 0).to(moves.dtype)
+        return torch.sigmoid(gates + KEPT_AT_BIRTH), moves + at_birth
 
     def features(self, tokens: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
         """What pointers, matrix and queries are projected from, `(..., 2 D + R - H)`; `tokens`: the last two."""

@@ -82,12 +82,12 @@ class Examiner:
         self.language_model, self.reader, self.task = language_model, reader, task
         self.batch_size, self.window, self.advance = batch_size, window, advance
 
-    def examine(self, samples: Sequence[Sample], controls: bool = True) -> dict[str, Any]:
+    def examine(self, samples: Sequence[Sample], num_controlled: int | None = None) -> dict[str, Any]:
         """All scores of the samples, by the names of a line of results.
 
         Args:
             samples: of one length.
-            controls: whether the controls are examined, too.
+            num_controlled: samples that the controls are examined on, the first ones; `None`: all.
 
         Raises:
             InputError: a prompt is longer than the model's positions.
@@ -102,7 +102,7 @@ class Examiner:
             "chance": round(fmean(self.task.chance(sample) for sample in samples), 6),
             "by_depth": _by_depth(outcomes, samples),
             "by_distance": _by_distance(outcomes, samples, prompts),
-            "controls": self._controls(samples, prompts, outcomes) if controls else {},
+            "controls": self._controls(samples[:num_controlled], prompts[:num_controlled], outcomes),
             "examples": [
                 {"written": outcome.written[:_EXAMPLE_LENGTH], "answers": list(sample.answers)}
                 for outcome, sample in parts
@@ -182,6 +182,8 @@ class Examiner:
         self, samples: Sequence[Sample], prompts: Sequence[list[int]], outcomes: Sequence[Outcome]
     ) -> dict[str, Any]:
         found: dict[str, Any] = {}
+        if not samples:
+            return found
         places = [place for place, sample in enumerate(samples) if sample.needles]
         if places:
             own = [samples[place] for place in places]

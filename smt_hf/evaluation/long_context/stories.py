@@ -15,8 +15,8 @@ from pathlib import Path
 from smt_hf.errors import InputError
 
 ROOMS = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
-_PEOPLE = ("John", "Mary", "Sandra", "Daniel")
-_OBJECTS = ("apple", "football", "milk")
+PEOPLE = ("John", "Mary", "Sandra", "Daniel")
+OBJECTS = ("apple", "football", "milk")
 _GOES = ("went to", "went back to", "journeyed to", "travelled to", "moved to")
 _TAKES = ("took", "got", "grabbed", "picked up")
 _LEAVES = ("dropped", "discarded", "left", "put down")
@@ -70,8 +70,11 @@ def read_stories(path: Path) -> list[Story]:
 
 
 @dataclass
-class _World:
-    """Where everybody and everything is, and what the facts so far tell of it."""
+class World:
+    """Where everybody and everything is, and what the facts so far tell of it.
+
+    `move` and `handle` make the next fact.
+    """
 
     rng: random.Random
     facts: list[str] = field(default_factory=list)
@@ -82,23 +85,23 @@ class _World:
     dropped: dict[str, tuple[str, int] | None] = field(default_factory=dict)  # objects -> room, fact about the room
     # Objects -> their rooms as far as the facts tell, each with the numbers of those facts.
     history: dict[str, list[tuple[str, tuple[int, ...]]]] = field(
-        default_factory=lambda: {name: [] for name in _OBJECTS}
+        default_factory=lambda: {name: [] for name in OBJECTS}
     )
 
     def __post_init__(self):
-        self.room_of |= {person: self.rng.choice(ROOMS) for person in _PEOPLE}
-        self.place_of |= {thing: self.rng.choice(ROOMS) for thing in _OBJECTS}
+        self.room_of |= {person: self.rng.choice(ROOMS) for person in PEOPLE}
+        self.place_of |= {thing: self.rng.choice(ROOMS) for thing in OBJECTS}
 
     def move(self) -> None:
-        person, room = self.rng.choice([(p, r) for p in _PEOPLE for r in ROOMS if r != self.room_of[p]])
+        person, room = self.rng.choice([(p, r) for p in PEOPLE for r in ROOMS if r != self.room_of[p]])
         self.room_of[person] = room
         self.told[person] = len(self.facts)
         self.facts.append(f"{person} {self.rng.choice(_GOES)} the {room}.")
 
     def handle(self) -> bool:
         """Somebody takes or leaves an object, if anybody can."""
-        takes = [(p, o) for p in _PEOPLE for o in _OBJECTS if self.place_of[o] == self.room_of[p]]
-        leaves = [(p, o) for p in _PEOPLE for o in _OBJECTS if self.place_of[o] == p]
+        takes = [(p, o) for p in PEOPLE for o in OBJECTS if self.place_of[o] == self.room_of[p]]
+        leaves = [(p, o) for p in PEOPLE for o in OBJECTS if self.place_of[o] == p]
         if not takes + leaves:
             return False
         person, thing = self.rng.choice(takes + leaves)
@@ -123,6 +126,10 @@ class _World:
             known = self.dropped[thing]
         return None if known is None else (known[0], tuple(sorted({number, known[1]})))
 
+    def known_things(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """The objects whose room the facts tell, each with `whereabouts`."""
+        return {thing: found for thing in OBJECTS if (found := self.whereabouts(thing)) is not None}
+
     def remember(self) -> None:
         """Add to the history of each object."""
         for thing, history in self.history.items():
@@ -141,11 +148,11 @@ def made_up(task: str, rng: random.Random) -> list[Story]:
 
 
 def _people_stories(rng: random.Random) -> list[Story]:
-    world, stories = _World(rng), []
+    world, stories = World(rng), []
     for _ in range(NUM_QUESTIONS):
         world.move()
         world.move()
-        person = rng.choice([name for name in _PEOPLE if world.told.get(name, -RECENT) >= len(world.facts) - RECENT])
+        person = rng.choice([name for name in PEOPLE if world.told.get(name, -RECENT) >= len(world.facts) - RECENT])
         support = (world.told[person],)
         stories.append(Story(tuple(world.facts), f"Where is {person}?", world.room_of[person], support))
     return stories
@@ -153,7 +160,7 @@ def _people_stories(rng: random.Random) -> list[Story]:
 
 def _object_stories(task: str, rng: random.Random) -> list[Story]:
     """After three facts or more, each fact is followed by a question with probability 1/2, if one can be answered."""
-    world, since = _World(rng), 0
+    world, since = World(rng), 0
     stories: list[Story] = []
     while len(stories) < NUM_QUESTIONS:
         if rng.random() < MOVES or not world.handle():
@@ -167,10 +174,10 @@ def _object_stories(task: str, rng: random.Random) -> list[Story]:
     return stories
 
 
-def _question(task: str, world: _World, rng: random.Random) -> Story | None:
+def _question(task: str, world: World, rng: random.Random) -> Story | None:
     facts = tuple(world.facts)
     if task == "qa2":
-        known = {thing: found for thing in _OBJECTS if (found := world.whereabouts(thing)) is not None}
+        known = world.known_things()
         if not known:
             return None
         thing = rng.choice(sorted(known))

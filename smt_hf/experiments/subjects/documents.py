@@ -1,4 +1,5 @@
 """Documents of the long-context suites: a haystack with needles, a question, and its answer, which alone is labelled.
+Exercises and plain text may be mixed in.
 
 Training rows are made of the half `train` of words, names and stories, held-out rows of the half `test`, from which
 `recipes/evaluate.py` draws. Nothing divides the haystack: train and test on different books.
@@ -8,6 +9,7 @@ import hashlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -18,35 +20,39 @@ from smt_hf.data import byte_tokenizer, labelled_rows
 from smt_hf.data.packing import token_ids
 from smt_hf.errors import InputError
 from smt_hf.evaluation.long_context import SUITES, LongContextSettings, Task, sample_row, tasks_of
-from smt_hf.evaluation.long_context.haystack import read_haystack
+from smt_hf.evaluation.long_context.haystack import noise_filler, read_haystack
 from smt_hf.training.arguments import PhaseArguments
 
+from .exercises import EXERCISES, exercise_rows
 from .levelled import LevelledSubject
 from .subject import HELDOUT_SEED
 
 TEXT = "text"
 _SUITE_OF = {task: suite for suite in ("ruler", "babilong") for task in SUITES[suite]}
-# What rows may be made of: tasks that have any number of samples, and plain text.
-DOCUMENTS = tuple(name for name in (*_SUITE_OF, TEXT) if not name.startswith("qa_"))
-_ROWS, _EVAL_ROWS = 8192, 128
+# What rows may be made of: tasks that have any number of samples, exercises, and plain text.
+DOCUMENTS = tuple(name for name in (*_SUITE_OF, *EXERCISES, TEXT) if not name.startswith("qa_"))
+_ROWS, _EVAL_ROWS = 8192, 32  # held-out rows are read token by token, at every evaluation
+_BLIND_ROWS = 4096  # whose answers are counted to guess without reading
 _PROBED_ROWS = 8  # of each task and level, before any row is made for training
 # Labels of a row of text, at its end. Labels everywhere would outweigh those of answers a hundred times.
 _TEXT_LABELS = 32
+_NOISE_SHARE = 0.3  # of what fills the rows of exercises; the rest is the haystack, if there is one
 
 
 class DocumentSubject(LevelledSubject):
-    """Rows of documents of several tasks in turn; shorter rows are a curriculum.
+    """Rows of documents, as many of each kind; shorter rows are a curriculum.
 
     A row has `difficulty` + 1 tokens: the prompt of a sample, its answer and the end-of-text token, which are labelled,
     and that token again up to the end (see `sample_row` for prompts that do not fit). A task whose rows do not fit in a
-    level of the curriculum is left out of that level. Plain text is labelled in its last tokens, and is the same text
-    as the haystack. All rows of training and tests have the same haystack; their other parts differ.
+    level of the curriculum is left out of that level. Exercises and plain text are for training alone. Text is
+    labelled in its last tokens, and is the same text as the haystack. All rows of training and tests have the same
+    haystack; their other parts differ.
 
     Args:
         documents: names out of `DOCUMENTS`.
         difficulty: transitions of a row at the last level.
         curriculum: shorter rows to begin with.
-        haystack: files of text that needles are hidden in, and that `text` is made of.
+        haystack: files of text that needles are hidden in, and that `text` is made of. Exercises use it if it is there.
         seed: of the training rows.
         num_heldout: labels to score, about.
         heldout_seed: of the rows to score. Settings are chosen on other rows than those of the final scores.
@@ -54,7 +60,7 @@ class DocumentSubject(LevelledSubject):
 
     Raises:
         InputError: no such documents, no haystack where one is needed, a task that does not fit at `difficulty`, a
-            level at which none fits, or a seed that is one of held-out rows.
+            level at which nothing fits, or a seed that is one of held-out rows.
     """
 
     metric = "accuracy"
@@ -86,8 +92,8 @@ class DocumentSubject(LevelledSubject):
         self.eval_rows = self._sampled(difficulty, _EVAL_ROWS, "test", HELDOUT_SEED)
         labels_per_row = float((np.stack(self.eval_rows["labels"][:]) != -100).sum(axis=1).mean())
         self.heldout = self.heldout_rows(difficulty, math.ceil(num_heldout / labels_per_row))
-        trained = np.stack(self.levels[difficulty]["labels"][:])
-        self.chance = _blind_accuracy(trained[: len(trained) - self._num_text], self.heldout[1])
+        trained = self._sampled(difficulty, _BLIND_ROWS, "train", seed)["labels"][:]
+        self.chance = _blind_accuracy(np.stack(trained), self.heldout[1])
 
     def heldout_rows(self, difficulty: int, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
         """`input_ids` and `labels` `(num_rows, T + 1)` of the tasks, of words and stories that no training row has."""
@@ -116,35 +122,49 @@ class DocumentSubject(LevelledSubject):
             )
         return required
 
-    @property
-    def _num_text(self) -> int:
-        """Rows of text, behind those of tasks."""
-        return round(_ROWS / len(self.documents)) if TEXT in self.documents else 0
-
     def _training_rows(self, difficulty: int) -> Dataset:
-        rows = self._sampled(difficulty, _ROWS - self._num_text, "train", self.seed)
-        if not self._num_text:
-            return rows
-        ids, labels = (np.stack(rows[name][:]) for name in ("input_ids", "labels"))
-        text = self._text_rows(difficulty)
-        asked = np.full_like(text, -100)
-        asked[:, -_TEXT_LABELS:] = text[:, -_TEXT_LABELS:]
-        return labelled_rows(np.concatenate([ids, text]), np.concatenate([labels, asked]))
+        num_tasks = len(self._fitting("train", difficulty))
+        exercises = [name for name in self.documents if name in EXERCISES]
+        num_kinds = num_tasks + len(exercises) + (TEXT in self.documents)
+        num_rows = round(_ROWS / num_kinds)  # of each kind
+        parts = []
+        if num_tasks:
+            rows = self._sampled(difficulty, num_rows * num_tasks, "train", self.seed)
+            parts.append((np.stack(rows["input_ids"][:]), np.stack(rows["labels"][:])))
+        for name in exercises:
+            parts.append(exercise_rows(name, difficulty + 1, num_rows, self.seed, self._fill))
+        if TEXT in self.documents:
+            ids = self._text_rows(difficulty, num_rows)
+            asked = np.full_like(ids, -100)
+            asked[:, -_TEXT_LABELS:] = ids[:, -_TEXT_LABELS:]
+            parts.append((ids, asked))
+        return labelled_rows(*(np.concatenate(part) for part in zip(*parts)))
 
-    def _text_rows(self, difficulty: int) -> np.ndarray:
+    def _fill(self, rng: Random, num_characters: int) -> str:
+        """Text between the statements of an exercise."""
+        if not self.haystack or rng.random() < _NOISE_SHARE:
+            return noise_filler(num_characters)
+        haystack = read_haystack(self.haystack)
+        return haystack.filler(rng.randrange(len(haystack.sentences)), num_characters)
+
+    def _fitting(self, split: str, difficulty: int) -> list[Task]:
+        """The tasks that a level has."""
+        if difficulty >= self.difficulty:
+            return self.tasks[split]
+        fitting = [_fits(task, difficulty, self.tokenizer, self.seed) for task in self.tasks["train"]]
+        return [task for task, is_fitting in zip(self.tasks[split], fitting) if is_fitting]
+
+    def _text_rows(self, difficulty: int, num_rows: int) -> np.ndarray:
         """Passages from random places."""
         (tokens,) = token_ids([" ".join(read_haystack(self.haystack or ()).sentences)], self.tokenizer)["input_ids"]
         if len(tokens) <= difficulty:
             raise InputError(f"the haystack is shorter than a row of {difficulty} transitions: give more text.")
-        starts = np.random.default_rng((self.seed, difficulty)).integers(len(tokens) - difficulty, size=self._num_text)
+        starts = np.random.default_rng((self.seed, difficulty)).integers(len(tokens) - difficulty, size=num_rows)
         return np.asarray(tokens)[starts[:, None] + np.arange(difficulty + 1)]
 
     def _sampled(self, difficulty: int, num_rows: int, split: str, seed: int) -> Dataset:
         """Rows of the tasks in turn."""
-        tasks = self.tasks[split]
-        if difficulty < self.difficulty:
-            fitting = [_fits(task, difficulty, self.tokenizer, self.seed) for task in self.tasks["train"]]
-            tasks = [task for task, is_fitting in zip(tasks, fitting) if is_fitting]
+        tasks = self._fitting(split, difficulty)
         ids = np.full((num_rows, difficulty + 1), self.tokenizer.eos_token_id, dtype=np.int32)
         labels = np.full_like(ids, -100)
         numbers = range(num_rows)
@@ -189,14 +209,16 @@ def tasks_in(documents: Sequence[str], haystack: Sequence[str] | None, split: st
     unknown = [str(word) for word in documents if word not in DOCUMENTS]
     if unknown or not documents:
         raise InputError(f"`documents` must be out of {', '.join(DOCUMENTS)}, got {', '.join(unknown) or 'none'}.")
-    if TEXT in documents and (not haystack or len(documents) == 1):
+    if not any(name in _SUITE_OF for name in documents):
         raise InputError(
-            "`text` among the `documents` goes with tasks and with a `haystack`, the files that it is made of. To "
-            "train on text alone, set `task` to text."
+            f"`documents` need a task that is tested, besides {', '.join(documents)}. To train on text alone, set "
+            "`task` to text."
         )
+    if TEXT in documents and not haystack:
+        raise InputError("`text` among the `documents` needs a `haystack`, the files that it is made of.")
     # Stories of any length fit, so that a short row may have as many facts as a long test.
     settings = LongContextSettings(split, list(haystack) if haystack else None, babilong_fact_share=1.0)
-    return [tasks_of(_SUITE_OF[name], [name], settings)[0] for name in documents if name != TEXT]
+    return [tasks_of(_SUITE_OF[name], [name], settings)[0] for name in documents if name in _SUITE_OF]
 
 
 def check_rows(
@@ -208,12 +230,13 @@ def check_rows(
         levels: transitions of a row; the last is that of the subject, where all tasks must fit.
 
     Raises:
-        InputError: a task does not fit at the last level, or none fits at another.
+        InputError: a task does not fit at the last level, or nothing fits at another.
     """
+    always_fit = any(name in EXERCISES for name in documents)
     tokenizer, tasks = byte_tokenizer(), tasks_in(documents, haystack, "train")
     for level in levels:
         missing = [task.name for task in tasks if not _fits(task, level, tokenizer, seed)]
-        if (missing and level == levels[-1]) or len(missing) == len(tasks):
+        if (missing and level == levels[-1]) or (len(missing) == len(tasks) and not always_fit):
             raise InputError(
                 f"{', '.join(missing)} of the `documents` {'does' if len(missing) == 1 else 'do'} not fit in rows of "
                 f"{level} transitions: take longer rows."

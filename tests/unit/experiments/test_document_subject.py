@@ -8,6 +8,7 @@ import pytest
 from smt_hf import BPTTTrainingArguments
 from smt_hf.data import Levels
 from smt_hf.errors import InputError
+from smt_hf.evaluation.long_context.haystack import noise_filler
 from smt_hf.experiments.subjects import DocumentSubject, documents
 from tests.unit.evaluation.long_context.conftest import make_book
 
@@ -19,6 +20,7 @@ pytest.importorskip("nltk")
 def few_rows(monkeypatch):
     monkeypatch.setattr(documents, "_ROWS", 24)
     monkeypatch.setattr(documents, "_EVAL_ROWS", 6)
+    monkeypatch.setattr(documents, "_BLIND_ROWS", 48)
 
 
 @pytest.fixture
@@ -47,9 +49,9 @@ def test_rows_of_tasks_and_text(book):
         assert ids.shape == labels.shape == (24, length + 1)
         assert (labels[labels != -100] == ids[labels != -100]).all()
         num_text = sum((row[-32:] != -100).all() and (row[:-32] == -100).all() for row in labels)
-        assert num_text == 8  # a third
+        assert num_text == (12 if length == 128 else 8)  # as many as of each task
         decoded = texts(subject, rows)
-        assert sum("Where is" in text for text in decoded) == (16 if length == 128 else 8)  # needles do not fit in 128
+        assert sum("Where is" in text for text in decoded) == (12 if length == 128 else 8)  # needles do not fit in 128
         assert sum("magic number" in text for text in decoded) == (0 if length == 128 else 8)
         for text, row in zip(decoded, labels):
             if "magic number" in text:
@@ -78,6 +80,22 @@ def test_text_has_no_part_in_chance_and_no_curriculum(book):
     with pytest.raises(InputError, match="`text` among the `documents` never falls so low"):
         subject.required(BPTTTrainingArguments(output_dir="x", use_cpu=True, curriculum_threshold=0.5))
     assert subject.facts()["hash"] != DocumentSubject(["qa1", "text"], 256, [128], book, seed=1).facts()["hash"]
+
+
+def test_exercises_fill_the_levels_in_which_no_task_fits(book):
+    names = ["niah_single_1", "recall", "rooms", "text"]
+    subject = DocumentSubject(names, 512, [128], book, num_heldout=40)
+    short, long = texts(subject, subject.levels[128]), texts(subject, subject.levels[512])
+    assert len(short) == len(long) == 24
+    assert not any("magic number" in text for text in short) and sum("magic number" in text for text in long) == 6
+    assert 1 <= sum("Where is" in text for text in long) <= 6 and any("Where is" in text for text in short)
+    heldout = subject.tokenizer.decode(subject.heldout[0].ravel())
+    assert "magic number" in heldout and "Where is" not in heldout  # exercises are not scored
+    words = set(make_book().split()) - set(noise_filler(200).split())
+    assert "The grass is green" in "".join(short) and any(word in "".join(short) for word in words)
+    alone = DocumentSubject(["niah_single_1"], 512, (), book, num_heldout=40)
+    assert abs(alone.chance - subject.chance) < 0.05
+    documents.check_rows(names, [128, 512], book)
 
 
 def test_the_haystack_of_text_is_in_the_hash(book, tmp_path):
@@ -121,6 +139,7 @@ def test_levels_of_phases(book):
         ([], 512, {}, "got none"),
         (["niah_single_1", "text"], 512, {}, "`haystack`"),
         (["text"], 512, {"haystack": ["x"]}, "`task` to text"),
+        (["recall", "rooms"], 512, {}, "need a task that is tested, besides recall, rooms"),
         (["qa1"], 512, {}, "--haystack"),
         (["vt"], 512, {}, "vt of the `documents` does not fit in rows of 512"),
         (["niah_single_1", "vt"], 512, {}, "vt of the `documents` does not fit in rows of 512"),

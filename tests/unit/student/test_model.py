@@ -68,7 +68,8 @@ def naive_fast_weight_row(updater, memory, embeds, eps):
     means = torch.stack([kept[i] * traces[heads + i] + (1 - kept[i]) * inputs[i] for i in range(num_traces - heads)])
     features = torch.cat([last, token, naive_rms(means, eps)])
     gates, moves = (cell.pointer_proj.weight @ features + control.pop(0)).chunk(2)
-    traces = torch.cat([torch.sigmoid(gates + 6) * traces[:heads] + moves + 1, means])
+    at_birth = torch.tensor([float(head % 2 == 0) for head in range(heads)])  # every other pointer rests
+    traces = torch.cat([torch.sigmoid(gates + 6) * traces[:heads] + moves + at_birth, means])
 
     def turned(vectors):  # (heads, keys): pair j of head h by the angle of its pointer
         rows = []

@@ -212,6 +212,16 @@ def test_own_parameters_are_initialised():
         assert not cell.pointer_proj.weight.any()
 
 
+def test_every_other_pointer_rests_at_birth():
+    config = student_config(updater_type="fast_weight", num_matrix_heads=4)
+    student = SMTRecurrentForCausalLM(config)
+    memory = student.model.final_memory(torch.randint(VOCAB, (1, 7)))
+    width = config.hidden_size
+    pointers = memory.flatten()[width : width + 4]
+    # What one token adds, of which 99.8 % are kept per token.
+    assert pointers[0] == pointers[2] > 6.9 and pointers[0] < 7 and not pointers[1::2].any()
+
+
 def test_next_token_logits_are_refused():
     model = make_composite()
     with pytest.raises(ValueError, match="no next-token head"):

@@ -59,7 +59,7 @@ def task(model):
 
 def test_scores_are_those_of_plain_passes(model, task):
     samples = samples_of(task)
-    found = examiner_of(model, task).examine(samples, controls=False)
+    found = examiner_of(model, task).examine(samples, num_controlled=0)
     scores = [task.score(sample, written_by(model, sample.prompt)) for sample in samples]
     assert scores[:3] == [1, 1, 1]
     assert found["value"] == pytest.approx(fmean(scores), abs=1e-6) and found["n"] == NUM
@@ -73,6 +73,13 @@ def test_scores_are_those_of_plain_passes(model, task):
         "written": written_by(model, samples[0].prompt),
         "answers": list(samples[0].answers),
     }
+
+
+def test_controls_of_the_first_samples(model, task):
+    samples = samples_of(task)
+    few, own = examiner_of(model, task).examine(samples, 3), examiner_of(model, task).examine(samples[:3])
+    assert few["controls"] == own["controls"] and few["n"] == len(samples) > 3
+    assert few["controls"]["needle_removed"]["n"] == 3
 
 
 def test_controls_read_what_they_say(model, task):
@@ -109,7 +116,7 @@ def test_depths_and_distances():
     task, model = HandTask(), make_ours()
     samples = samples_of(task)
     outcomes = examiner_of(model, task).ask([list(sample.prompt.encode()) for sample in samples], samples)
-    found = examiner_of(model, task).examine(samples, controls=False)
+    found = examiner_of(model, task).examine(samples, num_controlled=0)
     by_depth = found["by_depth"]
     assert [entry["depth"] for entry in by_depth] == [0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95]
     assert [entry["n"] for entry in by_depth] == [2, 2, 1, 1, 1, 1, 1, 1, 1, 1]
@@ -128,7 +135,7 @@ def test_depths_and_distances():
 def test_a_needle_that_is_the_whole_text_has_no_depth():
     task, model = HandTask(), make_ours()
     samples = [replace(sample, needles=(Needle(0, sample.facts["context"][1], 0.0),)) for sample in samples_of(task, 3)]
-    found = examiner_of(model, task).examine(samples, controls=False)
+    found = examiner_of(model, task).examine(samples, num_controlled=0)
     assert "by_depth" not in found and "by_distance" not in found
 
 
@@ -137,7 +144,7 @@ def test_labels_are_ranked(model):
     task = HandTask(labels=labels, known={index: labels[index % 3] for index in range(NUM)})
     samples = samples_of(task)
     samples[3] = replace(samples[3], labels=())
-    found = examiner_of(model, task).examine(samples, controls=False)["graded"]["ranking"]
+    found = examiner_of(model, task).examine(samples, num_controlled=0)["graded"]["ranking"]
     hits = []
     for sample in samples:
         if sample.labels:
@@ -188,5 +195,5 @@ def test_official_number_of_a_task_with_parts():
             return {"a": float(sample.index % 2), "b": 0.5}
 
     task = InParts()
-    found = examiner_of(make_ours(), task).examine(samples_of(task), controls=False)
+    found = examiner_of(make_ours(), task).examine(samples_of(task), num_controlled=0)
     assert found["official"] == pytest.approx(math.sqrt(0.5 * 0.5), abs=1e-6)

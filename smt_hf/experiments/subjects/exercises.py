@@ -1,0 +1,156 @@
+"""Exercises: rows of many short statements and questions about them, filled up with other text.
+
+A document of a long-context suite has one question at its end, so that a training step sees few answers, and all of
+them are as hard as the task. Recurrent models of this package that were trained on such documents alone stayed at the
+accuracy of guessing (model_cards/evidence). A row of an exercise has questions all over, easy and hard ones. All answers
+follow from the row, and they alone are labelled.
+"""
+
+import string
+from collections.abc import Callable
+from random import Random
+
+import numpy as np
+
+from smt_hf.evaluation.long_context.stories import PEOPLE, World
+from smt_hf.evaluation.long_context.vocabulary import belongs, drawn, generator
+
+Fill = Callable[[Random, int], str]  # so many characters of a text without statements
+
+# What stands before and after the value of a key. A row has one way to say it, and one way to ask for it.
+_STATEMENTS = (
+    ("{key}: ", "."),
+    ("{key} is: ", "."),
+    ("{key}=", "."),
+    ("{key} is ", "."),
+    ("the code of {key} is: ", "."),
+    ("One of the words for {key} is: ", "."),
+)
+_QUESTIONS = (
+    ("{key}? ", "\n"),
+    ("What is {key}? ", "\n"),
+    ("What is the code of {key}? ", "\n"),
+    ("the word for {key} mentioned in the text is ", "\n"),
+    ("{key}: ", "\n"),
+    ("{key} is ", "\n"),
+    ("{key} is: ", "."),
+)
+_ASKED_AS_SAID = 0.3  # of the rows
+_MOST_KEYS, _LONGEST_KEY, _LONGEST_VALUE = 6, 8, 7  # of a row; letters
+_LEAST_FILL = 20  # characters between two sentences
+_SHORT_ROW = 128  # tokens; such rows are rarely filled up
+_ASKED_THINGS, _HANDLED = 0.7, 1 / 3  # of the questions and facts of a world with objects
+
+
+class _Row:
+    """Bytes of a row, and which of them are answers."""
+
+    def __init__(self, num_tokens: int):
+        self.num_tokens = num_tokens
+        self.tokens: list[int] = []
+        self.is_answer: list[bool] = []
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.tokens) >= self.num_tokens
+
+    def add(self, text: str, is_answer: bool = False) -> None:
+        encoded = text.encode()
+        self.tokens += encoded
+        self.is_answer += [is_answer] * len(encoded)
+
+
+def recall(row: _Row, rng: Random, fill: Fill) -> None:
+    """Keys of random letters with values of random digits or letters; some keys get another value later on.
+
+    Number and lengths of keys and values, and the words around them, differ from row to row. The character after a
+    value is labelled too, since it tells that the value has ended.
+    """
+    values: dict[str, str] = {}
+    key_size, value_size = rng.randint(1, _LONGEST_KEY), rng.randint(1, _LONGEST_VALUE)
+    num_keys, replaced = rng.randint(1, _MOST_KEYS), rng.choice((0.0, 0.0, 0.3))
+    alphabet = rng.choice((string.digits, string.digits, string.ascii_lowercase))
+    statement, question = rng.choice(_STATEMENTS), rng.choice(_QUESTIONS)
+    if rng.random() < _ASKED_AS_SAID:
+        question = statement
+    filled = rng.choice((0.0, 0.0, 0.3, 0.6) if row.num_tokens <= _SHORT_ROW else (0.3, 0.6, 0.9))
+    # Numbers as long as those of the tests are of the other half.
+    split = "train" if value_size == _LONGEST_VALUE else "all"
+    while not row.is_full:
+        if rng.random() < filled:
+            row.add(fill(rng, _between(row, rng)) + "\n")
+            continue
+        has_room = len(values) < num_keys
+        is_said = not values or (rng.random() < 0.5 and (has_room or replaced > 0))
+        is_new = is_said and has_room and not (values and rng.random() < replaced)
+        key = _letters(rng, string.ascii_lowercase, key_size) if is_new else rng.choice(list(values))
+        if is_new and key in values:
+            continue
+        if is_said:
+            values[key] = drawn(lambda: _letters(rng, alphabet, value_size), split)
+        before, after = statement if is_said else question
+        row.add(before.format(key=key))
+        row.add(values[key] + after, is_answer=not is_said)
+        if after != "\n":
+            row.add("\n")
+
+
+def rooms(row: _Row, rng: Random, fill: Fill) -> None:
+    """A world of bAbI's tasks 1 and 2 with questions between its facts: where people are, and where objects are."""
+    world, asked_since = World(rng), set[str]()  # whom or what was asked for since the last fact
+    has_objects, asked = rng.random() < 0.5, rng.choice((0.3, 0.5, 0.7))
+    filled = rng.choice((0.0, 0.0, 0.3) if row.num_tokens <= _SHORT_ROW else (0.0, 0.3, 0.6))
+    while not row.is_full:
+        if rng.random() < filled:
+            row.add(fill(rng, _between(row, rng)) + " ")
+            continue
+        if world.told and rng.random() < asked:
+            things = [(f"the {thing}", found[0]) for thing, found in world.known_things().items()]
+            if not (has_objects and things and rng.random() < _ASKED_THINGS):
+                things = [(person, world.room_of[person]) for person in PEOPLE if person in world.told]
+            name, room = rng.choice(things)
+            question = f"Where is {name}?"
+            # No story of a test, and no answer that can be copied from the one before.
+            if name not in asked_since and belongs(" ".join([*world.facts, question]), "train"):
+                row.add(f"\n{question} ")
+                row.add(room, is_answer=True)
+                row.add("\n")
+                asked_since.add(name)
+                continue
+        if not (has_objects and rng.random() < _HANDLED and world.handle()):
+            world.move()
+        asked_since.clear()
+        row.add(world.facts[-1] + " ")
+
+
+EXERCISES: dict[str, Callable[[_Row, Random, Fill], None]] = {"recall": recall, "rooms": rooms}
+
+
+def exercise_rows(name: str, num_tokens: int, num_rows: int, seed: int, fill: Fill) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and labels of an exercise, both `(num_rows, num_tokens)`; -100 where nothing is to be predicted.
+
+    Every row has a label. A byte is a token.
+
+    Args:
+        name: out of `EXERCISES`.
+        fill: text between statements.
+    """
+    ids = np.zeros((num_rows, num_tokens), dtype=np.int32)
+    labels = np.full_like(ids, -100)
+    for number in range(num_rows):
+        rng = generator(name, seed, num_tokens, number)
+        while not (labels[number] != -100).any():
+            row = _Row(num_tokens)
+            EXERCISES[name](row, rng, fill)
+            ids[number] = row.tokens[:num_tokens]
+            labels[number] = np.where(row.is_answer[:num_tokens], ids[number], -100)
+    return ids, labels
+
+
+def _between(row: _Row, rng: Random) -> int:
+    """Characters between two sentences."""
+    return rng.randint(_LEAST_FILL, max(_LEAST_FILL, row.num_tokens // 4))
+
+
+def _letters(rng: Random, alphabet: str, number: int) -> str:
+    return "".join(rng.choices(alphabet, k=number))

@@ -1,0 +1,90 @@
+"""Rows of questions that follow from the row."""
+
+import re
+from random import Random
+
+import numpy as np
+import pytest
+
+from smt_hf.evaluation.long_context.vocabulary import belongs
+from smt_hf.experiments.subjects.exercises import EXERCISES, exercise_rows
+
+LENGTHS = (64, 129, 700)
+
+
+def fill(rng: Random, num_characters: int) -> str:
+    return ("Nothing here matters. " * 100)[:num_characters]
+
+
+def answers(ids: np.ndarray, labels: np.ndarray) -> list[tuple[str, str]]:
+    """What stands before each answer of a row, and the answer."""
+    is_answer = labels != -100
+    starts = np.flatnonzero(is_answer & ~np.r_[False, is_answer[:-1]])
+    ends = np.flatnonzero(is_answer & ~np.r_[is_answer[1:], False]) + 1
+    text = bytes(ids.astype(np.uint8)).decode()
+    return [(text[:start], text[start:end]) for start, end in zip(starts, ends)]
+
+
+@pytest.mark.parametrize("num_tokens", LENGTHS)
+@pytest.mark.parametrize("name", EXERCISES)
+def test_rows(name, num_tokens):
+    ids, labels = exercise_rows(name, num_tokens, 50, 3, fill)
+    assert ids.shape == labels.shape == (50, num_tokens) and ids.max() < 256
+    assert (labels != -100).any(axis=1).all()
+    assert (labels[labels != -100] == ids[labels != -100]).all()
+    again, other = exercise_rows(name, num_tokens, 50, 3, fill)[0], exercise_rows(name, num_tokens, 50, 4, fill)[0]
+    assert (again == ids).all() and (other != ids).any(axis=1).all()
+    filled = sum(b"Nothing here" in bytes(row.astype(np.uint8)) for row in ids)
+    assert filled > {64: -1, 129: 2, 700: 25}[num_tokens]
+
+
+def test_recall_asks_for_what_was_said_last():
+    num_replaced = num_asked = 0
+    for number in range(200):
+        ids, labels = exercise_rows("recall", 400, 1, number, fill)
+        for before, answer in answers(ids[0], labels[0]):
+            if len(before) + len(answer) == 400:
+                continue  # cut off at the end of the row
+            key = re.findall(r"(?:^|[\s=])([a-z]{1,8})(?: is: | is |: |=|\? | mentioned in the text is )$", before)[-1]
+            value = re.escape(answer.rstrip(".\n"))
+            said = re.findall(rf"(?:^|[ \n]){key}(?: is: | is |: |=)([0-9a-z]+)\.", before)
+            assert said and re.fullmatch(value, said[-1]), (before, answer)
+            assert answer[-1] in ".\n"
+            num_asked += 1
+            num_replaced += len(set(said)) > 1
+            if len(said[-1]) == 7:
+                assert belongs(said[-1], "train")
+    assert num_asked > 500 and num_replaced > 20
+
+
+def test_rooms_asks_where_people_and_objects_are():
+    things = 0
+    for number in range(200):
+        ids, labels = exercise_rows("rooms", 500, 1, number, fill)
+        for before, answer in answers(ids[0], labels[0]):
+            name = re.findall(r"\nWhere is (?:the )?(\w+)\? $", before)[0]
+            facts = re.sub(r"\nWhere is [^\n]*\n", "", before.rsplit("\n", 1)[0] + "\n")
+            told = re.findall(r"(John|Mary|Sandra|Daniel) [a-z ]+? the (\w+?)(?: there)?\.", facts)
+            room_of, carried, dropped = {}, {}, {}
+            for person, where in told:
+                if where in ("apple", "football", "milk"):
+                    carried[where] = None if carried.get(where) == person else person
+                    dropped[where] = room_of.get(person)
+                else:
+                    room_of[person] = where
+            if name in room_of:
+                room = room_of[name]
+            else:
+                things += 1
+                room = room_of[carried[name]] if carried[name] else dropped[name]
+            assert room.startswith(answer), before
+    assert things > 50
+
+
+def test_no_answer_is_a_copy_of_the_one_before():
+    for number in range(50):
+        ids, _ = exercise_rows("rooms", 500, 1, number, fill)
+        text = bytes(ids[0].astype(np.uint8)).decode()
+        for questions in re.findall(r"(?:\nWhere is [^\n]*\n)+", text):
+            asked = re.findall(r"Where is (.*?)\?", questions)
+            assert len(set(asked)) == len(asked)
