@@ -53,7 +53,8 @@ from .subjects import (
     check_rows,
 )
 
-# What the data of figures is computed from: rows, tokens of a stream of text, rows of several times the length.
+# What the data of figures is computed from: rows, tokens of a stream of text, rows of several times the length, rows of
+# documents.
 _FIGURE_ROWS, _STREAM_TOKENS, _LONGER_ROWS, _DOCUMENT_ROWS = 64, 256 + 1, 256, 16
 _CURVE_POINTS = 24
 _QUIET: dict[str, Any] = {"disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no", "report_to": "none"}

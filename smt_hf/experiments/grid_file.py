@@ -43,7 +43,8 @@ class GridArguments:
     train_file: str | None = argument(None, "Text for the task text; default: the embedded corpus.")
     mnist_dir: str | None = argument(None, "Folder of MNIST's files for the task pixels; default: the 8 x 8 digits.")
     haystack: list[str] | None = argument(
-        None, "Files, folders or patterns of text that the needles of `documents` are hidden in."
+        None,
+        "Files, folders or patterns of text that the needles of `documents` are hidden in, and exercises filled with.",
     )
     students: str | None = argument(
         None, "Folder in which the trained students are kept, each in a folder named by its cell, arm and seed."

@@ -79,7 +79,8 @@ class EvaluateArguments:
     controls: bool = argument(True, "Also examine each sample without its needles, and its last tokens alone.")
     control_samples: int | None = argument(
         None,
-        "Samples that the controls are examined on, the first ones; default: all. A control costs a whole reading.",
+        "Samples that the controls are examined on, the first ones; default: all. The control "
+        "without needles costs as much as the score.",
     )
     window: int = argument(512, "Tokens of a prompt that the control `last_window` reads.")
     seed: int = argument(0, "Seed of the samples.")
@@ -338,7 +339,8 @@ def _shared(arguments: EvaluateArguments, loaded: LanguageModel, reader: Reader)
     settings: dict[str, Any] = {"dtype": arguments.dtype}
     if arguments.suite != TEXT:
         settings |= {"controls": arguments.controls} | ({"window": arguments.window} if arguments.controls else {})
-        settings |= {"control_samples": arguments.control_samples} if arguments.control_samples else {}
+        number = arguments.control_samples
+        settings |= {"control_samples": number} if arguments.controls and number and number < arguments.asked else {}
     return {
         **{"suite": arguments.suite, "name": arguments.shown_name, "checkpoint": arguments.checkpoint},
         **{"weights": loaded.weights_digest(), "model_type": loaded.model.config.model_type},

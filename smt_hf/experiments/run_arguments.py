@@ -39,10 +39,12 @@ class PretrainArguments(RunArguments):
         None, "Easier difficulties to begin with, joined by commas; see `curriculum_threshold`."
     )
     documents: list[str] | None = argument(
-        None, f"Of the task documents, joined by commas: tasks of long contexts, and text ({', '.join(DOCUMENTS)})."
+        None,
+        f"Of the task documents, joined by commas: long-context tasks, exercises, text ({', '.join(DOCUMENTS)}).",
     )
     haystack: list[str] | None = argument(
-        None, "Files, folders or patterns of text that the needles of documents are hidden in, novels for example."
+        None,
+        "Files, folders or patterns of text that needles are hidden in and exercises filled with: novels, say.",
     )
     num_heldout: int = argument(4096, "Number of labels of a task, or of images, that are scored.")
     mnist_dir: str | None = argument(None, "Folder of MNIST's idx files for the task pixels; default: 8 x 8 digits.")

@@ -14,7 +14,8 @@ _HOW_TO_READ = """How to read the tables:
   the number of trainings.
 - Chance is the score of a guess. *Needle removed*: the same prompts without what the answer is in. *Last window*: the
   last tokens of the prompts alone. *Shortcut*: the answer of a reader without memory, for which no model is asked: the
-  label mentioned last, or what the last 512 characters hold.
+  label mentioned last, or what the last 512 characters hold. Controls may be of the first samples alone
+  (`--control_samples`).
 - *Memory* says yes where the lower end of the score is above chance and above all controls.
 - *Tokens right* and *nats per token* are of the true answer, each token after the true ones before it. *More nats
   without needle*: by how much the loss of the same answers is higher; above 0, the needle was of use. *Label ranking*:

@@ -102,6 +102,7 @@ def test_what_is_done_is_not_done_again(checkpoint, tmp_path):
         ["--seed", "1"],
         ["--num_samples", "3"],
         ["--controls", "false"],
+        ["--control_samples", "2"],
         ["--window", "20"],
         ["--dtype", "bfloat16"],
         ["--lengths", "60"],
@@ -111,6 +112,14 @@ def test_what_is_done_is_not_done_again(checkpoint, tmp_path):
         assert len(lines) == (1 if words[0] == "--lengths" else 2)
         assert output.read_text().startswith(before)
         assert run(checkpoint, output, "--tasks", "hand", *words) == []
+
+
+def test_controls_of_fewer_samples(checkpoint, tmp_path):
+    (line, *_) = run(checkpoint, tmp_path / "out.jsonl", "--tasks", "hand", "--control_samples", "2")
+    assert line["n"] > 2 and {line["controls"][name]["n"] for name in ("needle_removed", "last_mentioned")} == {2}
+    none = ["--tasks", "hand", "--controls", "false"]
+    assert run(checkpoint, tmp_path / "none.jsonl", *none, "--control_samples", "2")[0]["settings"]["controls"] is False
+    assert run(checkpoint, tmp_path / "none.jsonl", *none) == []  # the number says nothing without controls
 
 
 def test_other_weights_in_the_same_folder_are_examined_again(tmp_path):
@@ -145,11 +154,11 @@ def test_a_killed_run_loses_the_running_cell_alone(checkpoint, tmp_path, monkeyp
     output = tmp_path / "out.jsonl"
     examine, calls = long_context.Examiner.examine, []
 
-    def killed(self, samples, controls):
+    def killed(self, samples, num_controlled):
         calls.append(samples)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return examine(self, samples, controls)
+        return examine(self, samples, num_controlled)
 
     monkeypatch.setattr(long_context.Examiner, "examine", killed)
     with pytest.raises(KeyboardInterrupt):

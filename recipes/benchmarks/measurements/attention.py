@@ -43,7 +43,7 @@ class AttentionArguments(BenchmarkArguments):
     """What is learned, for how long, and where the model goes."""
 
     documents: list[str] = argument([], f"What rows are made of: {', '.join(DOCUMENTS)}.")
-    haystack: list[str] | None = argument(None, "Files of text that needles are hidden in.")
+    haystack: list[str] | None = argument(None, "Files of text that needles are hidden in, and exercises filled with.")
     difficulty: int = argument(1024, "Transitions of the longest rows.")
     curriculum: list[int] = argument([], "Transitions of shorter rows, which are mixed in.")
     window: int | None = argument(None, "Tokens that attention reaches back in each layer; default: all.")

@@ -40,7 +40,7 @@ class VariableTask(RulerTask):
         template = example + "\n\n" + TEMPLATE.format(value=value, number=NUM_NAMES)
 
         def build(units: int) -> Sample:
-            context, spans = _hidden(_assignments(names, value), units, place_seed)
+            context, spans = _hidden(assignments(names, value), units, place_seed)
             prompt, place = in_template(template, context)
             facts: dict[str, Any] = {"context": list(place), "value": value}
             facts["replacements"] = [noise_filler(end - start) for start, end in spans]
@@ -55,7 +55,7 @@ class VariableTask(RulerTask):
         template = TEMPLATE.format(value=value, number=NUM_NAMES)
 
         def prompt(units: int) -> str:
-            return in_template(template, _hidden(_assignments(names, value), units, place_seed)[0])[0]
+            return in_template(template, _hidden(assignments(names, value), units, place_seed)[0])[0]
 
         units = LEAST_LINES
         while units < EXAMPLE_TOKENS and count(prompt(units + 1)) <= EXAMPLE_TOKENS:
@@ -77,7 +77,7 @@ class VariableTask(RulerTask):
         return " ".join(name for name in sample.answers if name in window(sample))
 
 
-def _assignments(names: list[str], value: str) -> list[str]:
+def assignments(names: list[str], value: str) -> list[str]:
     """`VAR A = 12345`, `VAR B = VAR A `, with the space at the end that NVIDIA's lines have."""
     return [f"VAR {names[0]} = {value}", *(f"VAR {name} = VAR {last} " for last, name in pairwise(names))]
 

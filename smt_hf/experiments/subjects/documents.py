@@ -23,7 +23,7 @@ from smt_hf.evaluation.long_context import SUITES, LongContextSettings, Task, sa
 from smt_hf.evaluation.long_context.haystack import noise_filler, read_haystack
 from smt_hf.training.arguments import PhaseArguments
 
-from .exercises import EXERCISES, exercise_rows
+from .exercises import EXERCISES, LEAST_TOKENS, exercise_rows
 from .levelled import LevelledSubject
 from .subject import HELDOUT_SEED
 
@@ -125,16 +125,19 @@ class DocumentSubject(LevelledSubject):
     def _training_rows(self, difficulty: int) -> Dataset:
         num_tasks = len(self._fitting("train", difficulty))
         exercises = [name for name in self.documents if name in EXERCISES]
-        num_kinds = num_tasks + len(exercises) + (TEXT in self.documents)
-        num_rows = round(_ROWS / num_kinds)  # of each kind
+        others = [*exercises, *([TEXT] if TEXT in self.documents else [])]
+        # Of each kind as many rows, but for a remainder: the levels of a curriculum have the same number of rows.
+        num_rows = dict.fromkeys(others, _ROWS // (num_tasks + len(others)))
         parts = []
         if num_tasks:
-            rows = self._sampled(difficulty, num_rows * num_tasks, "train", self.seed)
+            rows = self._sampled(difficulty, _ROWS - sum(num_rows.values()), "train", self.seed)
             parts.append((np.stack(rows["input_ids"][:]), np.stack(rows["labels"][:])))
+        else:
+            num_rows[others[0]] += _ROWS - sum(num_rows.values())
         for name in exercises:
-            parts.append(exercise_rows(name, difficulty + 1, num_rows, self.seed, self._fill))
+            parts.append(exercise_rows(name, difficulty + 1, num_rows[name], self.seed, self._fill))
         if TEXT in self.documents:
-            ids = self._text_rows(difficulty, num_rows)
+            ids = self._text_rows(difficulty, num_rows[TEXT])
             asked = np.full_like(ids, -100)
             asked[:, -_TEXT_LABELS:] = ids[:, -_TEXT_LABELS:]
             parts.append((ids, asked))
@@ -183,7 +186,8 @@ class DocumentSubject(LevelledSubject):
 
     def facts(self) -> dict:
         parts = [self.tasks["train"], self.documents, self.seed]
-        parts += [read_haystack(self.haystack or ()).digest] if TEXT in self.documents else []
+        reads_haystack = any(name == TEXT or name in EXERCISES for name in self.documents)
+        parts += [read_haystack(self.haystack).digest] if self.haystack and reads_haystack else []
         return {
             "name": self.name,
             "documents": list(self.documents),
@@ -232,11 +236,13 @@ def check_rows(
     Raises:
         InputError: a task does not fit at the last level, or nothing fits at another.
     """
-    always_fit = any(name in EXERCISES for name in documents)
+    has_exercises = any(name in EXERCISES for name in documents)
     tokenizer, tasks = byte_tokenizer(), tasks_in(documents, haystack, "train")
     for level in levels:
         missing = [task.name for task in tasks if not _fits(task, level, tokenizer, seed)]
-        if (missing and level == levels[-1]) or (len(missing) == len(tasks) and not always_fit):
+        if has_exercises and level + 1 < LEAST_TOKENS:
+            raise InputError(f"exercises need rows of {LEAST_TOKENS - 1} transitions or more, got {level}.")
+        if (missing and level == levels[-1]) or (len(missing) == len(tasks) and not has_exercises):
             raise InputError(
                 f"{', '.join(missing)} of the `documents` {'does' if len(missing) == 1 else 'do'} not fit in rows of "
                 f"{level} transitions: take longer rows."

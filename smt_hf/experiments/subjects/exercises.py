@@ -1,9 +1,9 @@
 """Exercises: rows of many short statements and questions about them, filled up with other text.
 
-A document of a long-context suite has one question at its end, so that a training step sees few answers, and all of
-them are as hard as the task. Recurrent models of this package that were trained on such documents alone stayed at the
-accuracy of guessing (model_cards/evidence). A row of an exercise has questions all over, easy and hard ones. All answers
-follow from the row, and they alone are labelled.
+A document of a long-context suite has one question at its end. A training step then sees few answers, and all of them
+are as hard as the task: students trained on such documents alone stayed at the accuracy of guessing
+(model_cards/evidence). A row of an exercise has questions all over, easy and hard ones. The answers follow from the row
+and are what is labelled.
 """
 
 import string
@@ -13,7 +13,8 @@ from random import Random
 import numpy as np
 
 from smt_hf.evaluation.long_context.stories import PEOPLE, World
-from smt_hf.evaluation.long_context.vocabulary import belongs, drawn, generator
+from smt_hf.evaluation.long_context.variables import NUM_NAMES, TEMPLATE, assignments
+from smt_hf.evaluation.long_context.vocabulary import belongs, draw_name, drawn, generator
 
 Fill = Callable[[Random, int], str]  # so many characters of a text without statements
 
@@ -36,9 +37,14 @@ _QUESTIONS = (
     ("{key} is: ", "."),
 )
 _ASKED_AS_SAID = 0.3  # of the rows
+_CHAIN_QUESTIONS = ("= {value}:", "{number} variables:", TEMPLATE[TEMPLATE.index("{number}") :].rstrip())
+_LONGEST_NAME, _VALUE_DIGITS = 5, 5  # as in RULER
 _MOST_KEYS, _LONGEST_KEY, _LONGEST_VALUE = 6, 8, 7  # of a row; letters
 _LEAST_FILL = 20  # characters between two sentences
-_SHORT_ROW = 128  # tokens; such rows are rarely filled up
+_SHORT_ROW = 129  # tokens, of a level of 128 transitions; such rows are rarely filled up
+# From these lengths on, random texts are of the half for training. Shorter ones are too few to divide.
+_DIVIDED_NAMES, _DIVIDED_TEXTS = 3, 5
+LEAST_TOKENS = 64  # of a row, in which every exercise has room for an answer
 _ASKED_THINGS, _HANDLED = 0.7, 1 / 3  # of the questions and facts of a world with objects
 
 
@@ -74,8 +80,6 @@ def recall(row: _Row, rng: Random, fill: Fill) -> None:
     if rng.random() < _ASKED_AS_SAID:
         question = statement
     filled = rng.choice((0.0, 0.0, 0.3, 0.6) if row.num_tokens <= _SHORT_ROW else (0.3, 0.6, 0.9))
-    # Numbers as long as those of the tests are of the other half.
-    split = "train" if value_size == _LONGEST_VALUE else "all"
     while not row.is_full:
         if rng.random() < filled:
             row.add(fill(rng, _between(row, rng)) + "\n")
@@ -83,11 +87,11 @@ def recall(row: _Row, rng: Random, fill: Fill) -> None:
         has_room = len(values) < num_keys
         is_said = not values or (rng.random() < 0.5 and (has_room or replaced > 0))
         is_new = is_said and has_room and not (values and rng.random() < replaced)
-        key = _letters(rng, string.ascii_lowercase, key_size) if is_new else rng.choice(list(values))
+        key = _text(rng, string.ascii_lowercase, key_size) if is_new else rng.choice(list(values))
         if is_new and key in values:
             continue
         if is_said:
-            values[key] = drawn(lambda: _letters(rng, alphabet, value_size), split)
+            values[key] = _text(rng, alphabet, value_size)
         before, after = statement if is_said else question
         row.add(before.format(key=key))
         row.add(values[key] + after, is_answer=not is_said)
@@ -123,7 +127,30 @@ def rooms(row: _Row, rng: Random, fill: Fill) -> None:
         row.add(world.facts[-1] + " ")
 
 
-EXERCISES: dict[str, Callable[[_Row, Random, Fill], None]] = {"recall": recall, "rooms": rooms}
+def chains(row: _Row, rng: Random, fill: Fill) -> None:
+    """Chains of assignments, as in RULER's variable tracking, each followed by the names that it gave its value to."""
+    filled = rng.choice((0.0, 0.0, 0.3) if row.num_tokens <= _SHORT_ROW else (0.0, 0.3, 0.6))
+    question = rng.choice(_CHAIN_QUESTIONS)
+    longest, most = rng.randint(1, _LONGEST_NAME), rng.randint(1, NUM_NAMES)
+    split = "train" if longest >= _DIVIDED_NAMES else "all"
+    values: list[str] = []
+    while not row.is_full:
+        names: list[str] = []
+        for _ in range(rng.randint(1, most)):
+            names.append(draw_name(rng, split, longest, names))
+        # No two chains of a row have one value: the names of both would be right.
+        value = drawn(lambda: _letters(rng, string.digits, _VALUE_DIGITS), "train", values)
+        values.append(value)
+        for assignment in assignments(names, value):
+            while rng.random() < filled:
+                row.add(fill(rng, _between(row, rng)) + "\n")
+            row.add(assignment + "\n")
+        row.add(question.format(value=value, number=len(names)) + " ")
+        row.add(" " + " ".join(names) + "\n", is_answer=True)
+        row.add("\n")
+
+
+EXERCISES: dict[str, Callable[[_Row, Random, Fill], None]] = {"recall": recall, "rooms": rooms, "chains": chains}
 
 
 def exercise_rows(name: str, num_tokens: int, num_rows: int, seed: int, fill: Fill) -> tuple[np.ndarray, np.ndarray]:
@@ -133,6 +160,8 @@ def exercise_rows(name: str, num_tokens: int, num_rows: int, seed: int, fill: Fi
 
     Args:
         name: out of `EXERCISES`.
+        num_tokens: at least `LEAST_TOKENS`; one more than the transitions of a row.
+        num_rows, seed: of the rows; another seed gives other rows.
         fill: text between statements.
     """
     ids = np.zeros((num_rows, num_tokens), dtype=np.int32)
@@ -150,6 +179,11 @@ def exercise_rows(name: str, num_tokens: int, num_rows: int, seed: int, fill: Fi
 def _between(row: _Row, rng: Random) -> int:
     """Characters between two sentences."""
     return rng.randint(_LEAST_FILL, max(_LEAST_FILL, row.num_tokens // 4))
+
+
+def _text(rng: Random, alphabet: str, number: int) -> str:
+    """So many random letters, of the half for training."""
+    return drawn(lambda: _letters(rng, alphabet, number), "train" if number >= _DIVIDED_TEXTS else "all")
 
 
 def _letters(rng: Random, alphabet: str, number: int) -> str:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from smt_hf.evaluation.long_context.vocabulary import belongs
-from smt_hf.experiments.subjects.exercises import EXERCISES, exercise_rows
+from smt_hf.experiments.subjects.exercises import EXERCISES, LEAST_TOKENS, exercise_rows
 
-LENGTHS = (64, 129, 700)
+LENGTHS = (LEAST_TOKENS, 129, 700)
 
 
 def fill(rng: Random, num_characters: int) -> str:
@@ -34,8 +34,15 @@ def test_rows(name, num_tokens):
     assert (labels[labels != -100] == ids[labels != -100]).all()
     again, other = exercise_rows(name, num_tokens, 50, 3, fill)[0], exercise_rows(name, num_tokens, 50, 4, fill)[0]
     assert (again == ids).all() and (other != ids).any(axis=1).all()
-    filled = sum(b"Nothing here" in bytes(row.astype(np.uint8)) for row in ids)
-    assert filled > {64: -1, 129: 2, 700: 25}[num_tokens]
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_longer_rows_are_filled_up(name):
+    def filled(num_tokens):
+        ids, _ = exercise_rows(name, num_tokens, 200, 3, fill)
+        return sum(b"Nothing here" in bytes(row.astype(np.uint8)) for row in ids)
+
+    assert 10 < filled(129) < filled(130) - 10  # the longest of the short rows
 
 
 def test_recall_asks_for_what_was_said_last():
@@ -52,9 +59,24 @@ def test_recall_asks_for_what_was_said_last():
             assert answer[-1] in ".\n"
             num_asked += 1
             num_replaced += len(set(said)) > 1
-            if len(said[-1]) == 7:
-                assert belongs(said[-1], "train")
+            assert all(belongs(text, "train") for text in (key, said[-1]) if len(text) >= 5)
     assert num_asked > 500 and num_replaced > 20
+
+
+def test_chains_asks_for_all_names_of_the_last_chain():
+    longest = 0
+    for number in range(100):
+        ids, labels = exercise_rows("chains", 400, 1, number, fill)
+        for before, answer in answers(ids[0], labels[0]):
+            since = before.rsplit("\n\n", 1)[-1]
+            names = re.findall(r"VAR ([A-Z]+) = ", since)
+            (value,) = re.findall(r"VAR [A-Z]+ = (\d+)\n", since)
+            assert re.findall(r"= VAR ([A-Z]+) \n", since) == names[:-1]
+            assert f" {' '.join(names)}\n".startswith(answer) and re.search(rf"{value}|{len(names)} variables:", since)
+            assert belongs(value, "train") and all(belongs(name, "train") for name in names if len(name) >= 3)
+            assert before.count(f"= {value}\n") == 1
+            longest = max(longest, len(names))
+    assert longest == 5
 
 
 def test_rooms_asks_where_people_and_objects_are():
@@ -64,6 +86,9 @@ def test_rooms_asks_where_people_and_objects_are():
         for before, answer in answers(ids[0], labels[0]):
             name = re.findall(r"\nWhere is (?:the )?(\w+)\? $", before)[0]
             facts = re.sub(r"\nWhere is [^\n]*\n", "", before.rsplit("\n", 1)[0] + "\n")
+            story = re.findall(r"(?:John|Mary|Sandra|Daniel) [a-z ]+?\.", facts)
+            thing = "the " if name.islower() else ""
+            assert belongs(" ".join([*story, f"Where is {thing}{name}?"]), "train")
             told = re.findall(r"(John|Mary|Sandra|Daniel) [a-z ]+? the (\w+?)(?: there)?\.", facts)
             room_of, carried, dropped = {}, {}, {}
             for person, where in told:

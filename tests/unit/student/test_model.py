@@ -144,7 +144,12 @@ def naive_logits(student, input_ids):
 
 @pytest.mark.parametrize("num_readout_layers", [1, 2])
 def test_equals_naive_twin(student, tokens, num_readout_layers):
-    student = make_student(updater_type=student.config.updater_type, num_readout_layers=num_readout_layers)
+    heads = {"num_memory_tokens": 6, "num_matrix_heads": 2} if student.config.updater_type == "fast_weight" else {}
+    student = make_student(
+        updater_type=student.config.updater_type,
+        num_readout_layers=num_readout_layers,
+        **(heads if num_readout_layers > 1 else {}),
+    )
     twin = copy.deepcopy(student)
     logits, expected = student(tokens).logits, naive_logits(twin, tokens)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)

@@ -109,7 +109,7 @@ def test_templates(theirs):
 
 def test_assignments(theirs):
     (names,), (chain,) = theirs.vt_utils.generate_chains(1, 4)
-    assert variables._assignments(names, chain[0].split(" = ")[1]) == chain
+    assert variables.assignments(names, chain[0].split(" = ")[1]) == chain
 
 
 def test_frequencies_of_coded_words(theirs):
