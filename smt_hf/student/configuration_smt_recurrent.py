@@ -29,8 +29,8 @@ class SMTRecurrentConfig(PreTrainedConfig):
         updater_type: `"transformer"` (attention over the new token and the memory), `"mlp"` or `"gru"` (both work on
             the memory as one vector of `K * D`), or `"fast_weight"` (looks things up; see
             [`SMTRecurrentFastWeightUpdater`], at least 3 memory tokens).
-        num_matrix_heads: `fast_weight`: heads of the matrix in the memory. At birth the second, the fourth ... look up by
-            content alone, the others by distance too.
+        num_matrix_heads: `fast_weight`: heads of the matrix in the memory. At birth those with even numbers (from 0)
+            look up by distance too, the others by content alone.
         matrix_key_size: `fast_weight`: width of a head's keys, even; `None` means four times as wide as the
             values, or a little more.
         hidden_act: activation of the feed-forward layers, a name known to `transformers.activations.ACT2FN`.
