@@ -78,8 +78,11 @@ def test_scores_are_those_of_plain_passes(model, task):
 def test_controls_of_the_first_samples(model, task):
     samples = samples_of(task)
     few, own = examiner_of(model, task).examine(samples, 3), examiner_of(model, task).examine(samples[:3])
-    assert few["controls"] == own["controls"] and few["n"] == len(samples) > 3
-    assert few["controls"]["needle_removed"]["n"] == 3
+    assert few["n"] == len(samples) > 3 and set(few["controls"]) == set(own["controls"])
+    for name, control in own["controls"].items():
+        assert few["controls"][name]["value"] == control["value"] and few["controls"][name]["n"] == control["n"] == 3
+    nats, expected = (part["controls"]["needle_removed"]["graded"]["nats_per_token"]["value"] for part in (few, own))
+    assert nats == pytest.approx(expected, abs=1e-3)
 
 
 def test_controls_read_what_they_say(model, task):
