@@ -151,9 +151,7 @@ class SMTRecurrentFastWeightCell(nn.Module):
         gates, moves = projected.chunk(2, dim=-1)
         # At birth the pointers of every other head move by one token, so that a key is turned by its distance. The
         # others rest, and their heads look up by content alone.
-        heads, at_birth = self.sizes.heads, 1.0
-        if heads > 1:
-            at_birth = (torch.arange(heads, device=moves.device) % 2 == 0).to(moves.dtype)
+        at_birth = (torch.arange(moves.shape[-1], device=moves.device) % 2 == 0).to(moves.dtype)
         return torch.sigmoid(gates + KEPT_AT_BIRTH), moves + at_birth
 
     def features(self, tokens: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
