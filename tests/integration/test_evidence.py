@@ -14,6 +14,7 @@ from smt_hf.experiments.grid import is_done
 from smt_hf.experiments.grid_file import parse_grid
 from smt_hf.publishing.arms import display_name, is_whole_run
 from smt_hf.publishing.evidence import read_lines
+from smt_hf.publishing.long_context_report import render_long_context
 from smt_hf.training.phases import ARGUMENTS
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +75,7 @@ def test_phases_say_what_an_arm_is():
     """In all committed lines; a line holds what differs from the defaults, and always what the name is made from."""
     for path in EVIDENCE.glob("*.jsonl"):
         for line in read_lines(path):
-            if "benchmark" in line:
+            if "benchmark" in line or "suite" in line:  # no run of a grid
                 continue
             name = display_name(line)
             is_named = line["arm"] in ("teacher", "published", "published_smt") or line["arm"].startswith("ngram")
@@ -84,6 +85,24 @@ def test_phases_say_what_an_arm_is():
     arguments = ARGUMENTS["smt"](output_dir="unused", max_seconds=3.0, learning_rate=0.5)
     always = {"phase": "smt", "context_length": 64, "transition_steps": 8}
     assert changed_settings(arguments) == {**always, "max_seconds": 3.0, "learning_rate": 0.5}
+
+
+def test_long_contexts(tmp_path):
+    """The report is made from the lines, and README's table says what they say."""
+    lines = read_lines(EVIDENCE / "long_context.jsonl")
+    (text, *_) = render_long_context(lines, "long_context", tmp_path)
+    assert text.read_text() == (EVIDENCE / "long_context.md").read_text()
+    readme = (EVIDENCE / "README.md").read_text().split("\n## Long contexts")[1].split("\n## ")[0]
+    cells = {(line["name"], line["task"], line["length"]): line for line in lines}
+    rows = [row.strip("| ").split(" | ") for row in readme.splitlines() if row.startswith("| `niah")]
+    assert len(rows) == len(cells) / 2 == 16
+    for task, length, *scores, window in rows:
+        ours, rival = (cells[name, task.strip("`"), int(length.replace(",", ""))] for name in ("SMT then DMT", "BPTT"))
+        for score, line in zip(scores, (ours, rival), strict=True):
+            low, high = line["interval"]
+            assert score == f"{line['value']:.3f} ({low:.3f}-{high:.3f})"
+            assert line["n"] == 400 and line["controls"]["needle_removed"]["value"] == 0
+        assert window == f"{ours['controls']['last_window']['value']:.3f}"
 
 
 def lines_of(path: Path, words: list[str]) -> list[dict]:
