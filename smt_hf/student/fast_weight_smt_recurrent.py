@@ -151,7 +151,9 @@ class SMTRecurrentFastWeightCell(nn.Module):
         gates, moves = projected.chunk(2, dim=-1)
         # At birth the pointers of every other head move by one token, so that a key is turned by its distance. The
         # others rest, and their heads look up by content alone.
-        at_birth = (torch.arange(moves.shape[-1], device=moves.device) % 2 == 0).to(moves.dtype)
+        at_birth: torch.Tensor | float = 1.0
+        if self.sizes.heads > 1:  # making the vector at every step costs a single head 3 %
+            at_birth = (torch.arange(self.sizes.heads, device=moves.device) % 2 == 0).to(moves.dtype)
         return torch.sigmoid(gates + KEPT_AT_BIRTH), moves + at_birth
 
     def features(self, tokens: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
