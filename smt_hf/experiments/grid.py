@@ -125,6 +125,7 @@ def train_run(run: Run, students: Path | None = None) -> list[dict]:
     spent = {"wall_clock_s": 0.0, "sequential_steps": 0, "tokens": 0, "optimizer_steps": 0}
     phases: list[dict] = []
     curve: list[dict] = []
+    skipped = 0
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         lay_out(arguments, folder)
@@ -132,6 +133,7 @@ def train_run(run: Run, students: Path | None = None) -> list[dict]:
             curve += _curve(result, spent)
             steps = max((line.get("step", 0) for line in result.log_history), default=0)
             spent = {name: spent[name] + cost for name, cost in {**cost_of(result), "optimizer_steps": steps}.items()}
+            skipped += max((line.get("skipped_steps", 0) for line in result.log_history), default=0)
             phases.append(changed_settings(result.arguments))
             if not result.arguments.trains_updater:
                 continue  # the teacher's line comes with the phase that trains the student
@@ -143,7 +145,7 @@ def train_run(run: Run, students: Path | None = None) -> list[dict]:
         given = {"student": run.student, "teacher": run.teacher, "curriculum": list(run.curriculum)}
         last = lines[-1]
         last |= {"settings_digest": run.digest(), "phases": phases}
-        last |= {name: value for name, value in given.items() if value}
+        last |= {name: value for name, value in {**given, "skipped_steps": skipped}.items() if value}
         last |= {"data_hash": subject.facts()["hash"], "num_parameters": model.student.num_parameters()}
         last |= {name: facts[name] for name in ("num_threads", "versions")}
         last["curve"] = _columns(curve)

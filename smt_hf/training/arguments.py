@@ -99,6 +99,11 @@ class PhaseArguments(DriftArguments):
     adam_beta2: float = argument(0.95, "Decay rate of AdamW's second moment. Paper.")
     weight_decay: float = argument(0.01, "Weight decay, applied to the weights of linear layers only. Paper.")
     max_grad_norm: float = argument(1.0, "Norm to which larger gradients are scaled down. Paper.")
+    max_skipped_steps: int = argument(
+        0,
+        "Optimiser steps in a row that may be left out because their gradient is not finite; one more ends the run. "
+        "Backpropagation through a thousand transitions overflows now and then. Not with DeepSpeed.",
+    )
     lr_scheduler_type: str = argument("cosine_with_min_lr", "Rate schedule. Ours: cosine to a tenth of the peak.")
     lr_scheduler_kwargs: dict | str | None = argument(
         None, "Arguments of the scheduler; default for cosine_with_min_lr: min_lr_rate 0.1. Ours."
@@ -155,6 +160,10 @@ class PhaseArguments(DriftArguments):
             is_epochs = name == "max_steps" and value == -1  # as transformers has it
             refuse(value < 1 and not is_epochs, f"`{name}` of the {self.phase} phase must be at least 1, got {value}.")
         own = [entry.name for entry in fields(self)]
+        refuse(
+            self.max_skipped_steps < 0,
+            f"`max_skipped_steps` of the {self.phase} phase must be at least 0, got {self.max_skipped_steps}.",
+        )
         not_negative = [name for name in own if name.endswith("_weight")]
         for name in [*not_negative, "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon"]:
             value = getattr(self, name)

@@ -31,18 +31,25 @@ class _KeptState(TrainerCallback, ExportableState):
 
 class TrainingCost(_KeptState):
     """What the phase has cost so far, over interruptions: seconds inside steps (no evaluation, no saving),
-    sequential transitions, transitions supervised. Kept in `trainer_state.json`.
+    sequential transitions, transitions supervised, and steps left out because their gradient was not finite. Kept in
+    `trainer_state.json`.
 
     Ends the phase when its `max_seconds` are used up, and evaluates `num_evaluations` times on the way there.
     """
 
-    kept = ("seconds", "sequential_steps", "tokens")
+    kept = ("seconds", "sequential_steps", "tokens", "skipped_steps", "skipped_in_a_row")
     num_evaluations = 10
 
     def __init__(self):
         self.seconds, self.sequential_steps, self.tokens = 0.0, 0, 0
+        self.skipped_steps, self.skipped_in_a_row = 0, 0
         self.step_seconds: list[float] = []
         self._started = 0.0
+
+    def spent(self) -> dict[str, float]:
+        """What a line of the log says of it."""
+        names = ["seconds", "sequential_steps", "tokens", *(["skipped_steps"] if self.skipped_steps else [])]
+        return {name: getattr(self, name) for name in names}
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._started = now()

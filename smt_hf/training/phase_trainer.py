@@ -30,7 +30,7 @@ from .optimizer import muon_with_adamw
 from .pacing import VIRTUAL_STEPS_PER_SECOND, Pace, PhaseProgress, TrainingCost, shifted_schedule
 from .pushing import StudentPushingTrainer
 from .sharding import STUDENT_OPTIMIZER, give_state, whole_state
-from .stopping import check_finite
+from .stopping import check_finite, leave_out_if_not_finite
 
 _ROLLOUT_STATE = "rollout_state.safetensors"
 
@@ -189,7 +189,7 @@ class PhaseTrainer(DriftWatchingTrainer, StudentPushingTrainer, CheckpointingTra
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
         if norm is not None:
-            check_finite({"the gradient": norm}, self.state.global_step + 1, self.args.phase, None)
+            leave_out_if_not_finite(norm, model, self.cost, self.args, self.state.global_step + 1)
         return norm
 
     def _keep_for_step(self, outputs) -> None:
@@ -257,7 +257,7 @@ class PhaseTrainer(DriftWatchingTrainer, StudentPushingTrainer, CheckpointingTra
             if self.pace.num_levels > 1:
                 logs["level"] = self.pace.level
         if "loss" in logs or "eval_loss" in logs:
-            logs = {**logs, **{name: getattr(self.cost, name) for name in ("seconds", "sequential_steps", "tokens")}}
+            logs = {**logs, **self.cost.spent()}
         super().log(logs, start_time)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

@@ -7,6 +7,7 @@ import time
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
+from torch import nn
 from transformers import TrainerCallback
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -72,6 +73,14 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
+def not_finite(terms: dict[str, torch.Tensor]) -> list[str]:
+    """Names of the scalars that are not finite."""
+    values = [torch.as_tensor(value).float() for value in terms.values()]
+    values = [value.full_tensor() if hasattr(value, "full_tensor") else value for value in values]
+    finite = torch.stack(values).isfinite().tolist()  # one transfer
+    return [name for name, is_finite in zip(terms, finite) if not is_finite]
+
+
 def check_finite(terms: dict[str, torch.Tensor], step: int, phase: str, example_ids: torch.Tensor | None) -> None:
     """Refuse to go on from a loss that is not finite: one such gradient spoils every weight.
 
@@ -83,16 +92,37 @@ def check_finite(terms: dict[str, torch.Tensor], step: int, phase: str, example_
     Raises:
         FloatingPointError: with the names of the terms, the step and the batch.
     """
-    names = list(terms)
-    values = [torch.as_tensor(terms[name]).float() for name in names]
-    values = [value.full_tensor() if hasattr(value, "full_tensor") else value for value in values]
-    finite = torch.stack(values).isfinite().tolist()  # one transfer
-    if all(finite):
+    bad = ", ".join(not_finite(terms))
+    if not bad:
         return
-    bad = ", ".join(name for name, is_finite in zip(names, finite) if not is_finite)
     batch = "" if example_ids is None else f", in the batch of examples {example_ids.tolist()}"
     raise FloatingPointError(
         f"{bad} of the {phase} phase is not finite at step {step}{batch}. Nothing of this step has been kept: lower "
         f"`{phase}_learning_rate` or look at these examples, and pass `--resume_from_checkpoint` to go on from the "
         "last complete checkpoint."
     )
+
+
+def leave_out_if_not_finite(norm, model: nn.Module, cost, arguments, step: int) -> None:
+    """Take all gradients away if their norm is not finite: optimisers pass over weights without one.
+
+    The norm is that of all ranks, which therefore agree.
+
+    Args:
+        norm: of the gradient of the optimiser step.
+        cost: the phase's `TrainingCost`, which counts the steps that are left out.
+        arguments: the phase's, with `max_skipped_steps`.
+        step: optimiser step that is being computed.
+
+    Raises:
+        FloatingPointError: as many steps in a row have been left out as may be.
+    """
+    if not not_finite({"the gradient": norm}):
+        cost.skipped_in_a_row = 0
+        return
+    if cost.skipped_in_a_row >= arguments.max_skipped_steps:
+        check_finite({"the gradient": norm}, step, arguments.phase, None)
+    cost.skipped_in_a_row += 1
+    cost.skipped_steps += 1
+    for parameter in model.parameters():
+        parameter.grad = None

@@ -197,6 +197,43 @@ def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path):
     assert_same(before, weights_of(trainer), rtol=0, atol=0)
 
 
+class Overflows:
+    """Gradients of a weight that are not finite in the optimiser steps `steps`, counted from 1."""
+
+    def __init__(self, trainer, steps):
+        self.trainer, self.steps = trainer, steps
+        trainer.model.student.lm_head.weight.register_hook(self.spoiled)
+
+    def spoiled(self, gradient):
+        return gradient * float("inf") if self.trainer.state.global_step + 1 in self.steps else gradient
+
+
+def test_steps_that_overflow_are_left_out(tmp_path):
+    trainer = make_trainer("bptt", tmp_path, **EVERY, max_skipped_steps=2)
+    overflows, seen = Overflows(trainer, {2, 3}), []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(weights_of(trainer))
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert overflows.steps == {2, 3}
+    assert_same(seen[0], seen[1], rtol=0, atol=0)
+    assert_same(seen[0], seen[2], rtol=0, atol=0)
+    assert any(not torch.equal(seen[2][name], seen[3][name]) for name in seen[2])
+    assert trainer.cost.skipped_steps == 2
+    logged = [line["skipped_steps"] for line in trainer.state.log_history if "skipped_steps" in line]
+    assert logged and max(logged) == 2
+
+
+def test_too_many_steps_in_a_row_that_overflow_end_the_run(tmp_path):
+    trainer = make_trainer("bptt", tmp_path, **EVERY, max_skipped_steps=1)
+    Overflows(trainer, {1, 3, 4})
+    with pytest.raises(FloatingPointError, match="the gradient of the bptt phase is not finite at step 4"):
+        trainer.train()
+
+
 def test_the_terms_are_named():
     terms = {
         "readout": torch.tensor(1.0),
