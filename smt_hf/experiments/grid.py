@@ -133,7 +133,7 @@ def train_run(run: Run, students: Path | None = None) -> list[dict]:
             curve += _curve(result, spent)
             steps = max((line.get("step", 0) for line in result.log_history), default=0)
             spent = {name: spent[name] + cost for name, cost in {**cost_of(result), "optimizer_steps": steps}.items()}
-            skipped += max((line.get("skipped_steps", 0) for line in result.log_history), default=0)
+            skipped += result.skipped_steps
             phases.append(changed_settings(result.arguments))
             if not result.arguments.trains_updater:
                 continue  # the teacher's line comes with the phase that trains the student

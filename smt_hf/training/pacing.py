@@ -37,12 +37,13 @@ class TrainingCost(_KeptState):
     Ends the phase when its `max_seconds` are used up, and evaluates `num_evaluations` times on the way there.
     """
 
-    kept = ("seconds", "sequential_steps", "tokens", "skipped_steps", "skipped_in_a_row")
+    kept = ("seconds", "sequential_steps", "tokens", "skipped_steps")
     num_evaluations = 10
 
     def __init__(self):
         self.seconds, self.sequential_steps, self.tokens = 0.0, 0, 0
-        self.skipped_steps, self.skipped_in_a_row = 0, 0
+        self.skipped_steps = 0
+        self.skipped_in_a_row = 0  # since the run was started or resumed
         self.step_seconds: list[float] = []
         self._started = 0.0
 

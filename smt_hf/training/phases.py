@@ -56,6 +56,7 @@ class PhaseResult:
     scores: dict  # what `evaluate` returned after the phase
     is_new: bool  # trained now, not found complete on disk
     model: SMTForPreTraining  # the one that `run_phases` was given, unless the phase was sharded
+    skipped_steps: int = 0  # left out, their gradient was not finite
 
 
 def arm_name(phases: list[PhaseArguments]) -> str:

@@ -50,7 +50,8 @@ class DocumentSubject(LevelledSubject):
 
     Args:
         documents: names out of `DOCUMENTS`.
-        difficulty: transitions of a row at the last level.
+        difficulty: transitions of a row that is scored, and of the last level. `curriculum_levels` of a phase may be
+            longer.
         curriculum: shorter rows to begin with.
         haystack: files of text that needles are hidden in, and that `text` is made of. Exercises use it if it is there.
         seed: of the training rows.
@@ -64,6 +65,7 @@ class DocumentSubject(LevelledSubject):
     """
 
     metric = "accuracy"
+    trains_beyond = True
 
     def __init__(
         self,

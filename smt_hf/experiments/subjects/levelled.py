@@ -18,6 +18,9 @@ class LevelledSubject(Subject):
 
     level_names: list[int]  # rising, the last one is `difficulty`
     num_transitions: int  # of a row at the last level
+    # Whether phases may name levels above `difficulty`, which are then trained on and not scored. A level of such a
+    # subject is the transitions of a row.
+    trains_beyond = False
 
     @abstractmethod
     def level(self, difficulty: int) -> Dataset:
@@ -28,10 +31,9 @@ class LevelledSubject(Subject):
         """Raises: InputError: there is no such level."""
 
     def required(self, arguments: PhaseArguments) -> dict[str, Any]:
-        required = row_length(arguments, self.num_transitions)
-        levels = self.level_names
+        longest, levels = self.num_transitions, self.level_names
         if arguments.levels:
-            levels = [level for level in arguments.levels if level <= self.difficulty]
+            levels = [level for level in arguments.levels if level <= self.difficulty or self.trains_beyond]
             if not levels:
                 raise InputError(
                     f"`curriculum_levels` of the {arguments.phase} phase are all above the run's `difficulty` "
@@ -44,6 +46,9 @@ class LevelledSubject(Subject):
                 )
             for level in levels:
                 self.check_level(level)
+            longest = max(longest, levels[-1]) if self.trains_beyond else longest
+        required = row_length(arguments, longest)
+        if arguments.levels:
             required["curriculum_levels"] = list(map(str, levels))
         if len(levels) == 1:
             required["curriculum_threshold"] = None
