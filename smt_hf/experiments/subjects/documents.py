@@ -116,6 +116,11 @@ class DocumentSubject(LevelledSubject):
 
     def required(self, arguments: PhaseArguments) -> dict[str, Any]:
         required = super().required(arguments)
+        if len(arguments.levels) > 1 and arguments.levels[-1] > self.difficulty:
+            raise InputError(
+                f"`curriculum_levels` of the {arguments.phase} phase go beyond the run's `difficulty` "
+                f"({self.difficulty}): give rows of {arguments.levels[-1]} transitions a phase of their own."
+            )
         threshold = required.get("curriculum_threshold", arguments.curriculum_threshold)
         if TEXT in self.documents and threshold is not None:
             raise InputError(
@@ -126,16 +131,18 @@ class DocumentSubject(LevelledSubject):
 
     def _training_rows(self, difficulty: int) -> Dataset:
         num_tasks = len(self._fitting("train", difficulty))
+        # As many at all levels of a curriculum. Rows that are longer than those scored are as many tokens.
+        total = min(_ROWS, _ROWS * self.difficulty // difficulty)
         exercises = [name for name in self.documents if name in EXERCISES]
         others = [*exercises, *([TEXT] if TEXT in self.documents else [])]
-        # Of each kind as many rows, but for a remainder: the levels of a curriculum have the same number of rows.
-        num_rows = dict.fromkeys(others, _ROWS // (num_tasks + len(others)))
+        # Of each kind as many rows, but for a remainder.
+        num_rows = dict.fromkeys(others, total // (num_tasks + len(others)))
         parts = []
         if num_tasks:
-            rows = self._sampled(difficulty, _ROWS - sum(num_rows.values()), "train", self.seed)
+            rows = self._sampled(difficulty, total - sum(num_rows.values()), "train", self.seed)
             parts.append((np.stack(rows["input_ids"][:]), np.stack(rows["labels"][:])))
         else:
-            num_rows[others[0]] += _ROWS - sum(num_rows.values())
+            num_rows[others[0]] += total - sum(num_rows.values())
         for name in exercises:
             parts.append(exercise_rows(name, difficulty + 1, num_rows[name], self.seed, self._fill))
         if TEXT in self.documents:

@@ -137,6 +137,11 @@ def test_levels_of_phases(book):
     assert subject.required(own)["curriculum_levels"] == ["192"]
     own.curriculum_threshold = None
     assert len(subject.rows(own)[0]["input_ids"]) == 193
+    own.curriculum_levels = ["384"]  # longer than what is scored
+    assert subject.required(own)["context_length"] == 384 and len(subject.rows(own)[0]["input_ids"]) == 385
+    own.curriculum_levels, own.curriculum_threshold = ["192", "384"], 0.5
+    with pytest.raises(InputError, match="rows of 384 transitions a phase of their own"):
+        subject.required(own)
     assert subject.longer(4) == 1024 and subject.heldout_rows(1024, 2)[0].shape == (2, 1025)
 
 
