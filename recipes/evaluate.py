@@ -13,7 +13,7 @@ def main() -> None:
     arguments, settings = parse_evaluate(sys.argv[1:])
     output = Path(str(arguments.output))
     if arguments.report:
-        for path in render_long_context(read_lines(output), output.stem, output.parent):
+        for path in render_long_context(read_lines(output), output.stem, output.parent, arguments.against):
             print(path)
         return
     for _ in evaluate(arguments, settings):

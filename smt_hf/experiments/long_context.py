@@ -68,6 +68,9 @@ class EvaluateArguments:
     )
     output: str | None = argument(None, "JSON lines file that one line per cell is appended to.")
     report: bool = argument(False, "Evaluate nothing: write tables and figures of the lines in `output` next to it.")
+    against: str | None = argument(
+        None, "With `report`: name of the model that all others are compared with, cell by cell.", is_text=True
+    )
     name: str | None = argument(
         None, "What tables and figures call the model. Lines of one name count as one model trained with several seeds."
     )
@@ -103,6 +106,8 @@ class EvaluateArguments:
                 raise InputError(f"`{name}` must be 1 or more, got {value}.")
         if self.report:
             return
+        if self.against is not None:
+            raise InputError("`against` goes with `--report`: evaluate first, then write the report.")
         if not self.checkpoint or not self.suite:
             raise InputError("name a checkpoint and a suite: `--checkpoint DIR_OR_REPO --suite ruler`.")
         known = [*SUITES, TEXT]

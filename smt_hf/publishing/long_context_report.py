@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+from smt_hf.errors import InputError
+
 from .export import write_text
 from .long_context_figures import draw_long_context
-from .long_context_scores import CONTROLS, Score, by_task, means_by, scores_of
+from .long_context_scores import CONTROLS, Score, by_task, difference, means_by, scores_of
 from .tables import markdown_table
 
 _HOW_TO_READ = """How to read the tables:
@@ -25,7 +27,7 @@ _HOW_TO_READ = """How to read the tables:
 - Lengths hold the prompt and the tokens to write. A byte is about a quarter of a usual token."""
 
 
-def render_long_context(lines: list[dict], name: str, folder: Path) -> list[Path]:
+def render_long_context(lines: list[dict], name: str, folder: Path, against: str | None = None) -> list[Path]:
     """Write `<folder>/<name>.md`, and `<folder>/<name>_{score,depth,distance,position}.png` for what the lines
     hold.
 
@@ -33,12 +35,13 @@ def render_long_context(lines: list[dict], name: str, folder: Path) -> list[Path
 
     Args:
         lines: as `read_lines` returns them.
+        against: name of a model whose score is taken from that of every other model, cell by cell.
 
     Returns:
         The files, the Markdown first.
 
     Raises:
-        InputError: a line lacks something, or two do not belong together.
+        InputError: a line lacks something, two do not belong together, or there is no model of the name `against`.
     """
     scores = scores_of(sorted(lines, key=lambda line: json.dumps(line, sort_keys=True)))
     figures = draw_long_context(scores, name, Path(folder))
@@ -48,6 +51,7 @@ def render_long_context(lines: list[dict], name: str, folder: Path) -> list[Path
         f"# {name}",
         f"Made by `smt_hf.publishing.long_context_report` from {len(lines)} lines. Change numbers there, not here.",
         *_models(scores),
+        *([] if against is None else [_differences(scores, against)]),
         _HOW_TO_READ,
         *(_table_of(*task, own) for task, own in tasks.items()),
         *(["## Figures", *pictures] if pictures else []),
@@ -79,6 +83,34 @@ def _table_of(suite: str, task: str, unit: str, scores: list[Score]) -> str:
     head += ["tokens right", "nats per token", "more nats without needle", "label ranking"]
     parts = [f"## {suite}: {task}", markdown_table(*_without_empty(head, rows))]
     return "\n\n".join(parts)
+
+
+def _differences(scores: list[Score], against: str) -> str:
+    """How far each model is ahead of one of them, in every cell that both have."""
+    names = list(dict.fromkeys(score.name for score in scores))
+    if against not in names:
+        raise InputError(f"there is no model {against!r} to compare with; the lines have {', '.join(names)}.")
+    cells: dict[tuple[str, int, str], dict[str, Score]] = {}
+    for score in scores:
+        if score.lines[0]["metric"] != "bits_per_byte":  # lower is better, and told by position
+            cells.setdefault((score.task, score.length, score.unit), {})[score.name] = score
+    others = [name for name in names if name != against]
+    rows = []
+    for (task, length, unit), models in cells.items():
+        if against in models:
+            compared = [_compared(models[name], models[against]) if name in models else "" for name in others]
+            rows.append([task, f"{length:,} {unit}", *compared])
+    legend = (
+        "Differences of the scores, with their standard errors. *Ahead* and *behind* are differences of more than two "
+        "standard errors, which are those over samples, or those over trainings if these are larger."
+    )
+    return f"## Against {against}\n\n{legend}\n\n{markdown_table(['task', 'length', *others], rows)}"
+
+
+def _compared(score: Score, rival: Score) -> str:
+    ahead, error = difference(score, rival)
+    verdict = "ahead" if ahead > 2 * error else "behind" if ahead < -2 * error else "level"
+    return f"{verdict}, {ahead:+.3f} ± {error:.3f}"
 
 
 def _without_empty(head: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:

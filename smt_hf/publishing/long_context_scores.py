@@ -30,7 +30,7 @@ class Score:
     name: str
     lines: list[dict]
 
-    def values(self, *path: str) -> list[float]:
+    def values(self, *path: str) -> list[Any]:
         """What the lines have at a path of keys, those that have it."""
         found = []
         for line in self.lines:
@@ -54,6 +54,16 @@ class Score:
             return fmean(values) - half, fmean(values) + half
         intervals: list[Any] = self.values(*path[:-1], "interval")
         return tuple(intervals[0]) if intervals else None  # type: ignore[return-value]
+
+    def standard_error(self) -> float:
+        """Of the mean value: that of the samples, or that over the trainings if it is larger.
+
+        Three trainings that happen to agree would otherwise make any difference look certain.
+        """
+        values = self.values("value")
+        halves = [(high - low) / 2 for low, high in self.values("interval")]
+        of_samples = math.sqrt(sum((half / _Z) ** 2 for half in halves)) / max(len(halves), 1)
+        return max(of_samples, stdev(values) / math.sqrt(len(values))) if len(values) > 1 else of_samples
 
     def written(self, *path: str) -> str:
         """A value for a table: its interval for one line, its standard error and the number of lines for several."""
@@ -108,6 +118,12 @@ def scores_of(lines: list[dict]) -> list[Score]:
         if len({(line.get("checkpoint"), line.get("seed")) for line in some}) < len(some):
             raise InputError(f"{task} {length} has the same line of {name} twice: take one of them out.")
     return [Score(suite, task, length, unit, name, some) for (suite, task, unit, length, name), some in cells.items()]
+
+
+def difference(score: Score, rival: Score) -> tuple[float, float]:
+    """How far a score is above that of a rival in the same cell, and the standard error of that."""
+    ahead = (score.mean("value") or 0.0) - (rival.mean("value") or 0.0)
+    return ahead, math.hypot(score.standard_error(), rival.standard_error())
 
 
 def by_task(scores: list[Score]) -> dict[tuple[str, str, str], list[Score]]:
