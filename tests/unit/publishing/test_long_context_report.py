@@ -121,7 +121,7 @@ def test_models_are_compared_with_one_of_them(tmp_path):
     # Trainings that agree by chance say no more than their samples do.
     same = [make_line(value=0.5, seed=seed) for seed in range(4)]
     assert scores_of(same)[0].standard_error() == pytest.approx(of_samples / 2)
-    with pytest.raises(InputError, match="no model 'GRU' .* BPTT, Llama, ours"):
+    with pytest.raises(InputError, match=r"no model 'GRU' .* BPTT, Llama, ours"):
         render_long_context([*ours, *rivals], "long", tmp_path, against="GRU")
 
 
