@@ -304,12 +304,14 @@ def _examined(cell: TaskCell | TextCell, reader: Reader) -> dict[str, Any]:
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
     begin, before = time.perf_counter(), reader.num_tokens
+    reader.state_bytes = 0
     title = f"{cell.facts['task']} {cell.length}"
     with tqdm(total=cell.num_prompts, desc=title, unit="prompt", dynamic_ncols=True) as bar:
         found = cell.examine(bar.update)
         bar.total = bar.n  # some samples have no needle, some prompts no more than a window
     seconds = time.perf_counter() - begin
     found |= {"seconds": round(seconds, 2), "tokens_per_second": round((reader.num_tokens - before) / seconds, 1)}
+    found["state_bytes"] = reader.state_bytes  # of one prompt
     found["peak_memory_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the process so far
     if on_cuda:
         found["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated()

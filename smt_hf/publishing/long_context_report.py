@@ -24,6 +24,8 @@ _HOW_TO_READ = """How to read the tables:
   how often the most likely label is right, and its chance.
 - In SCROLLS the needle is the whole text. Without it there is the text of another sample, a shuffled context. Its
   *official* number for summaries is the geometric mean of three means, which is not the mean over samples beside it.
+- *State*: what the model keeps of one prompt, its keys and values for example, the most that it had. *Tokens/s*: of all
+  prompts side by side, with those of the controls and what is written.
 - Lengths hold the prompt and the tokens to write. A byte is about a quarter of a usual token."""
 
 
@@ -78,9 +80,10 @@ def _table_of(suite: str, task: str, unit: str, scores: list[Score]) -> str:
         row.append(score.written("controls", "needle_removed", "more_nats", "value"))
         ranking = score.written("graded", "ranking", "value")
         row.append(f"{ranking}, chance {_plain(score.mean('graded', 'ranking', 'chance'))}" if ranking else "")
+        row += [_rounded(score.mean("state_bytes")), _rounded(score.mean("tokens_per_second"))]
         rows.append(row)
     head = [f"length ({unit})", "model", "samples", metric, "official", "chance", *CONTROLS.values(), "memory"]
-    head += ["tokens right", "nats per token", "more nats without needle", "label ranking"]
+    head += ["tokens right", "nats per token", "more nats without needle", "label ranking", "state (bytes)", "tokens/s"]
     parts = [f"## {suite}: {task}", markdown_table(*_without_empty(head, rows))]
     return "\n\n".join(parts)
 
@@ -135,6 +138,11 @@ def _series(scores: list[Score], series: str, place: str, unit: str) -> str:
 
 def _plain(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
+
+
+def _rounded(value: float | None) -> str:
+    """Three digits: machines differ by more."""
+    return "" if value is None else f"{float(f'{value:.3g}'):,.0f}"
 
 
 def _counts(score: Score) -> str:

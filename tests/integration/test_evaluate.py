@@ -85,6 +85,7 @@ def test_lines_hold_what_a_report_needs(any_checkpoint, tmp_path):
     assert set(line["graded"]) == {"tokens_right", "nats_per_token"} and len(line["by_depth"]) == 10
     assert line["name"] == "tiny" and line["trained_on"] == "nothing" and line["checkpoint"] == str(any_checkpoint)
     assert line["seconds"] > 0 and line["tokens_per_second"] > 0 and line["peak_memory_bytes"] > 10**7
+    assert line["state_bytes"] > 0
     assert line["num_parameters"] > 0 and "versions" in line and "commit" in line and "chunks of" not in line["name"]
     first_chunk = "a first chunk of 16 tokens, then" if line["model_type"] == "mamba" else "chunks of 16 tokens;"
     assert line["reading"].startswith(first_chunk)

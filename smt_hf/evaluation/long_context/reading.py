@@ -54,6 +54,7 @@ class Reader:
         self.model, self.manner, self.chunk_size = model, manner, chunk_size
         self.takes = inspect.signature(model.forward).parameters
         self.num_tokens = 0  # read so far, padding left out
+        self.state_bytes = 0  # of the largest state of one prompt so far
 
     def described(self) -> str:
         """The manner in words, for a line of results."""
@@ -123,6 +124,7 @@ class Reading:
         """Read on: `(B, T)`."""
         for piece in self._pieces(ids):
             self.logits = self._forward(piece, 1)[:, -1]
+        self._weigh_state()
 
     def losses(self, continuations: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
         """What the model expects of one continuation per prompt, each token after the true ones before it.
@@ -144,6 +146,7 @@ class Reading:
             nats.append(torch.nn.functional.cross_entropy(logits.mT, targets, reduction="none").double().cpu())
             hits.append((logits.argmax(-1) == targets).cpu())
             first += logits.shape[1]
+        self._weigh_state()
         both = torch.cat(nats, dim=1).numpy(), torch.cat(hits, dim=1).numpy()
         return [(both[0][row, :length], both[1][row, :length]) for row, length in enumerate(lengths)]
 
@@ -171,6 +174,10 @@ class Reading:
             if not any(is_open):
                 break
         return written
+
+    def _weigh_state(self) -> None:
+        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in _tensors_in(self._state, set()))
+        self.reader.state_bytes = max(self.reader.state_bytes, num_bytes // len(self.logits))
 
     def _expectations(self, ids: torch.Tensor) -> Iterator[torch.Tensor]:
         """Logits `(B, T, V)` that expect the tokens `ids`, piece by piece; all but the last of `ids` are read."""
@@ -212,3 +219,16 @@ class Reading:
             raise InputError(f"a {type(reader.model).__name__} hands on no state: prompts cannot be read in pieces.")
         self._state = {name: outputs[name]}
         return outputs.logits[:, -num_kept:].float()
+
+
+def _tensors_in(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    """Every tensor that a model's state holds, whatever class it is of, once."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        yield value
+        return
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    for part in parts or getattr(value, "__dict__", {}).values():
+        yield from _tensors_in(part, seen)

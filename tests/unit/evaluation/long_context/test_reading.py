@@ -119,6 +119,28 @@ def test_the_state_of_a_student_does_not_grow():
     assert long.memory.untyped_storage().nbytes() == short.memory.untyped_storage().nbytes()
 
 
+def test_the_state_is_weighed_as_it_is_kept(known):
+    model, manner = known
+    reader = Reader(model, manner, CHUNK)
+    longest = []
+    for length in (9, 40):
+        reader.state_bytes = 0
+        reader.read(prompts_of([length]))
+        longest.append(reader.state_bytes)
+    config = model.config
+    if config.model_type in ("llama", "gpt2"):
+        per_token = 2 * 4 * config.num_hidden_layers * config.hidden_size  # keys and values of as many heads
+        assert longest == [per_token * 9, per_token * 40]
+    else:
+        assert longest[0] == longest[1]
+    if config.model_type == "smt_recurrent":
+        numbers = config.num_memory_tokens * config.hidden_size
+        assert 4 * numbers <= longest[0] <= 4 * numbers + 64  # and what the cache counts
+    if manner.together == PADDED:  # side by side, a prompt keeps no more
+        reader.read(prompts_of([40, 40, 40]))
+        assert reader.state_bytes == longest[1]
+
+
 def test_copies_go_separate_ways(known):
     model, manner = known
     reading = Reader(model, manner, CHUNK).read(prompts_of([20]))
