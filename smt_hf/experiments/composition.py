@@ -58,7 +58,8 @@ def resolve(phases: list[PhaseArguments], subject: Subject, rival: BPTTTrainingA
     """Set, in place, what of the arguments follows from the subject.
 
     Args:
-        rival: arguments of `compare_bptt`, which goes through all levels that the pipeline goes through.
+        rival: arguments of `compare_bptt`, which goes through all levels that the pipeline goes through, up to the
+            one that is scored.
 
     Returns:
         Every change as a line for people.
@@ -74,7 +75,8 @@ def resolve(phases: list[PhaseArguments], subject: Subject, rival: BPTTTrainingA
     if rival is not None:
         levels = {level for arguments in phases for level in arguments.levels}
         if levels and rival.curriculum_threshold is not None:
-            rival.curriculum_levels = [str(level) for level in sorted(levels | {int(subject.difficulty)})]
+            last = int(subject.difficulty)
+            rival.curriculum_levels = [str(level) for level in sorted(levels | {last}) if level <= last]
         changes += [f"compare_bptt: {change}" for change in apply_required(rival, subject.required(rival))]
     return [f"{change} (rows of {subject.name} {subject.difficulty})" for change in changes]
 

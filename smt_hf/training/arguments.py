@@ -27,7 +27,7 @@ from .argument_checks import (
     words_of,
 )
 from .drift_watch import DriftArguments
-from .launch import applied_launch, launched_sharded
+from .launch import applied_launch, launched_sharded, launched_with_deepspeed
 from .objective import Objective, loss_weights, terms_of, trained_parts
 
 UNBOUNDED = 10_000_000  # steps of a phase that ends by its seconds
@@ -144,6 +144,11 @@ class PhaseArguments(DriftArguments):
         refuse(  # transformers 5.17 has the first name alone
             self.gradient_checkpointing or getattr(self, "activation_checkpointing", False),
             "activation checkpointing is not supported: a chunk of `transition_steps` is short already. Leave it out.",
+        )
+        refuse(
+            self.max_skipped_steps and (self.deepspeed or launched_with_deepspeed()),
+            f"`max_skipped_steps` of the {self.phase} phase cannot be used with DeepSpeed, whose engine steps with "
+            "gradients of its own: leave it at 0.",
         )
         refuse(self.label_smoothing_factor, "`label_smoothing_factor` is not supported by the losses: leave it at 0.")
         refuse(

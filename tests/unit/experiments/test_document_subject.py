@@ -5,10 +5,11 @@ import re
 import numpy as np
 import pytest
 
-from smt_hf import BPTTTrainingArguments
+from smt_hf import BPTTTrainingArguments, SMTTrainingArguments
 from smt_hf.data import Levels
 from smt_hf.errors import InputError
 from smt_hf.evaluation.long_context.haystack import noise_filler
+from smt_hf.experiments.composition import resolve
 from smt_hf.experiments.subjects import DocumentSubject, documents
 from tests.unit.evaluation.long_context.conftest import make_book
 
@@ -143,6 +144,17 @@ def test_levels_of_phases(book):
     with pytest.raises(InputError, match="rows of 384 transitions a phase of their own"):
         subject.required(own)
     assert subject.longer(4) == 1024 and subject.heldout_rows(1024, 2)[0].shape == (2, 1025)
+
+
+def test_the_rival_has_no_rows_beyond_those_scored(book):
+    subject = DocumentSubject(["qa1"], 256, [128], book, num_heldout=10)
+    shared = {"output_dir": "x", "use_cpu": True, "curriculum_threshold": 0.5}
+    rival = BPTTTrainingArguments(**shared)
+    alone = {**shared, "trains_updater": False, "teacher_readout_weight": 1.0}
+    phases = [SMTTrainingArguments(**alone), SMTTrainingArguments(**alone, curriculum_levels="384")]
+    resolve(phases, subject, rival)
+    assert [arguments.levels for arguments in (*phases, rival)] == [[128, 256], [384], [128, 256]]
+    assert [arguments.context_length for arguments in (*phases, rival)] == [256, 384, 256]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from smt_hf import BPTTTrainer, SMTForPreTraining
+from smt_hf import BPTTTrainer, BPTTTrainingArguments, SMTForPreTraining
+from smt_hf.errors import InputError
+from smt_hf.training import arguments as argument_module
 from smt_hf.training.checkpoints import newest_checkpoint, what_is_missing
 from smt_hf.training.phases import run_phases
 from smt_hf.training.stopping import Interrupted, StopOnSignal, check_finite
@@ -232,6 +234,12 @@ def test_too_many_steps_in_a_row_that_overflow_end_the_run(tmp_path):
     Overflows(trainer, {1, 3, 4})
     with pytest.raises(FloatingPointError, match="the gradient of the bptt phase is not finite at step 4"):
         trainer.train()
+
+
+def test_deepspeed_leaves_no_step_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(argument_module, "launched_with_deepspeed", lambda: True)
+    with pytest.raises(InputError, match="`max_skipped_steps` of the bptt phase cannot be used with DeepSpeed"):
+        BPTTTrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_skipped_steps=3)
 
 
 def test_the_terms_are_named():
