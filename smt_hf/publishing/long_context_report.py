@@ -104,15 +104,17 @@ def _differences(scores: list[Score], against: str) -> str:
             compared = [_compared(models[name], models[against]) if name in models else "" for name in others]
             rows.append([task, f"{length:,} {unit}", *compared])
     legend = (
-        "Differences of the scores, with their standard errors. *Ahead* and *behind* are differences of more than two "
-        "standard errors, which are those over samples, or those over trainings if these are larger."
+        "Differences of the scores, with their standard errors: those over trainings, or those over samples if these "
+        "are larger. *Ahead* and *behind* are differences with a probability below 5 % if the two were equal (Welch's "
+        "test; of three trainings a side, up to 4.3 standard errors are needed). *Level* is whatever is not told "
+        "apart. A model that was trained once is compared as that one training."
     )
     return f"## Against {against}\n\n{legend}\n\n{markdown_table(['task', 'length', *others], rows)}"
 
 
 def _compared(score: Score, rival: Score) -> str:
-    ahead, error = difference(score, rival)
-    verdict = "ahead" if ahead > 2 * error else "behind" if ahead < -2 * error else "level"
+    ahead, error, needed = difference(score, rival)
+    verdict = "ahead" if ahead > needed else "behind" if ahead < -needed else "level"
     return f"{verdict}, {ahead:+.3f} ± {error:.3f}"
 
 

@@ -14,6 +14,7 @@ from smt_hf.errors import InputError
 from .evidence import split_by
 
 _Z = 1.96
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # of 1 to 10 degrees of freedom
 _NEEDED = ("suite", "task", "length", "length_unit", "name", "metric", "value")
 # What an answer may come from without memory, besides chance.
 CONTROLS = {"needle_removed": "needle removed", "last_window": "last window", "last_mentioned": "shortcut"}
@@ -55,15 +56,16 @@ class Score:
         intervals: list[Any] = self.values(*path[:-1], "interval")
         return tuple(intervals[0]) if intervals else None  # type: ignore[return-value]
 
-    def standard_error(self) -> float:
-        """Of the mean value: that of the samples, or that over the trainings if it is larger.
+    def standard_error(self) -> tuple[float, float]:
+        """Of the mean value: that over trainings, or that of the samples if it is larger; and its degrees of freedom.
 
-        Three trainings that happen to agree would otherwise make any difference look certain.
+        All trainings are asked the same samples, so that several of them do not make the error of the samples smaller.
         """
         values = self.values("value")
-        halves = [(high - low) / 2 for low, high in self.values("interval")]
-        of_samples = math.sqrt(sum((half / _Z) ** 2 for half in halves)) / max(len(halves), 1)
-        return max(of_samples, stdev(values) / math.sqrt(len(values))) if len(values) > 1 else of_samples
+        errors = [(high - low) / 2 / _Z for low, high in self.values("interval")]
+        of_samples = fmean(errors) if errors else 0.0
+        of_trainings = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+        return (of_trainings, len(values) - 1) if of_trainings > of_samples else (of_samples, math.inf)
 
     def written(self, *path: str) -> str:
         """A value for a table: its interval for one line, its standard error and the number of lines for several."""
@@ -120,10 +122,19 @@ def scores_of(lines: list[dict]) -> list[Score]:
     return [Score(suite, task, length, unit, name, some) for (suite, task, unit, length, name), some in cells.items()]
 
 
-def difference(score: Score, rival: Score) -> tuple[float, float]:
-    """How far a score is above that of a rival in the same cell, and the standard error of that."""
+def difference(score: Score, rival: Score) -> tuple[float, float, float]:
+    """How far a score is above that of a rival in the same cell, the standard error of that, and how far it would have
+    to be for a probability of 5 % if the two were equal (Welch's test)."""
     ahead = (score.mean("value") or 0.0) - (rival.mean("value") or 0.0)
-    return ahead, math.hypot(score.standard_error(), rival.standard_error())
+    parts = [score.standard_error(), rival.standard_error()]
+    error = math.hypot(*(own for own, _ in parts))
+    spread = sum(own**4 / degrees for own, degrees in parts)
+    return ahead, error, error * _quantile(error**4 / spread if spread else math.inf)
+
+
+def _quantile(degrees: float) -> float:
+    """The 97.5 % quantile of Student's t, of degrees of freedom rounded down."""
+    return _T[int(degrees) - 1] if degrees < len(_T) + 1 else 2.23 if math.isfinite(degrees) else _Z
 
 
 def by_task(scores: list[Score]) -> dict[tuple[str, str, str], list[Score]]:

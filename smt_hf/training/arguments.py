@@ -102,7 +102,7 @@ class PhaseArguments(DriftArguments):
     max_skipped_steps: int = argument(
         0,
         "Optimiser steps in a row that may be left out because their gradient is not finite; one more ends the run. "
-        "Backpropagation through a thousand transitions overflows now and then. Not with DeepSpeed.",
+        "A loss that is not finite ends the run all the same. Not with DeepSpeed. Ours.",
     )
     lr_scheduler_type: str = argument("cosine_with_min_lr", "Rate schedule. Ours: cosine to a tenth of the peak.")
     lr_scheduler_kwargs: dict | str | None = argument(

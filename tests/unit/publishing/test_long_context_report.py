@@ -108,19 +108,25 @@ def test_several_trainings_of_a_name_are_one_model(tmp_path):
 
 def test_models_are_compared_with_one_of_them(tmp_path):
     ours = [make_line(value=value, seed=seed) for seed, value in enumerate((0.5, 0.7, 0.9))]
-    rivals = [make_line("BPTT", value=0.2), make_line("BPTT", 2048, 0.9), make_line("Llama", value=0.24)]
+    rivals = [make_line("BPTT", value=0.1), make_line("BPTT", 2048, 0.9), make_line("Llama", value=0.14)]
     path, *_ = render_long_context([*ours, *rivals], "long", tmp_path, against="BPTT")
     (row,) = [row for row in table_after(path.read_text(), "## Against BPTT") if row["length"] == "1,024 bytes"]
     of_samples = 0.04 / 1.96
     error = math.hypot(stdev((0.5, 0.7, 0.9)) / math.sqrt(3), of_samples)
-    assert row["ours"] == f"ahead, +0.500 ± {error:.3f}"
+    assert row["ours"] == f"ahead, +0.600 ± {error:.3f}"
     assert row["Llama"] == f"level, +0.040 ± {math.sqrt(2) * of_samples:.3f}"
     path, *_ = render_long_context([*ours, *rivals], "long", tmp_path, against="ours")
     (row,) = table_after(path.read_text(), "## Against ours")
-    assert row["BPTT"].startswith("behind, -0.500")
-    # Trainings that agree by chance say no more than their samples do.
+    assert row["BPTT"].startswith("behind, -0.600")
+    # Trainings that agree by chance say no more than their samples do, which are the same for all.
     same = [make_line(value=0.5, seed=seed) for seed in range(4)]
-    assert scores_of(same)[0].standard_error() == pytest.approx(of_samples / 2)
+    assert scores_of(same)[0].standard_error() == (pytest.approx(of_samples), math.inf)
+    # One success of three trainings is no difference from none.
+    lucky = [make_line("lucky", value=value, seed=seed) for seed, value in enumerate((0.0, 0.0, 0.97))]
+    sure = [make_line("sure", value=1.0, seed=seed) for seed in range(3)]
+    path, *_ = render_long_context([*lucky, *sure], "long", tmp_path, against="lucky")
+    (row,) = table_after(path.read_text(), "## Against lucky")
+    assert row["sure"].startswith("level, +0.677")
     with pytest.raises(InputError, match=r"no model 'GRU' .* BPTT, Llama, ours"):
         render_long_context([*ours, *rivals], "long", tmp_path, against="GRU")
 
