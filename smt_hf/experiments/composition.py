@@ -175,4 +175,5 @@ def tokenizer_hash(tokenizer) -> str:
 
 def cost_of(result: PhaseResult) -> dict:
     """What a phase has cost, as the results name it."""
-    return {"wall_clock_s": result.seconds, "sequential_steps": result.sequential_steps, "tokens": result.tokens}
+    cost = {"wall_clock_s": result.seconds, "sequential_steps": result.sequential_steps, "tokens": result.tokens}
+    return {**cost, "skipped_steps": result.skipped_steps} if result.skipped_steps else cost

@@ -18,6 +18,7 @@ import threading
 import time
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,18 +123,16 @@ def train_run(run: Run, students: Path | None = None) -> list[dict]:
         **{name: facts[name] for name in ("commit", "hardware")},
     }
     lines: list[dict] = []
-    spent = {"wall_clock_s": 0.0, "sequential_steps": 0, "tokens": 0, "optimizer_steps": 0}
+    spent = Counter(wall_clock_s=0, sequential_steps=0, tokens=0, optimizer_steps=0)
     phases: list[dict] = []
     curve: list[dict] = []
-    skipped = 0
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         lay_out(arguments, folder)
         for result in run_phases(model, arguments, subject.rows, subject.eval_rows, None, subject.evaluate):
             curve += _curve(result, spent)
             steps = max((line.get("step", 0) for line in result.log_history), default=0)
-            spent = {name: spent[name] + cost for name, cost in {**cost_of(result), "optimizer_steps": steps}.items()}
-            skipped += result.skipped_steps
+            spent.update({**cost_of(result), "optimizer_steps": steps})
             phases.append(changed_settings(result.arguments))
             if not result.arguments.trains_updater:
                 continue  # the teacher's line comes with the phase that trains the student
@@ -145,7 +144,7 @@ def train_run(run: Run, students: Path | None = None) -> list[dict]:
         given = {"student": run.student, "teacher": run.teacher, "curriculum": list(run.curriculum)}
         last = lines[-1]
         last |= {"settings_digest": run.digest(), "phases": phases}
-        last |= {name: value for name, value in {**given, "skipped_steps": skipped}.items() if value}
+        last |= {name: value for name, value in given.items() if value}
         last |= {"data_hash": subject.facts()["hash"], "num_parameters": model.student.num_parameters()}
         last |= {name: facts[name] for name in ("num_threads", "versions")}
         last["curve"] = _columns(curve)

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import warnings
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ class Trained:
     """What the phases leave."""
 
     model: SMTForPreTraining  # student and teacher after the last phase
-    spent: dict  # cost of all phases so far
+    spent: Counter[str]  # cost of all phases so far
     arms: dict[str, dict] = field(default_factory=dict)  # name -> scores and cost
     losses: dict[str, np.ndarray] = field(default_factory=dict)  # arm -> its held-out loss by position, if any
     phases: dict[str, list[dict]] = field(default_factory=dict)  # arm -> settings of the phases that trained it
@@ -278,12 +279,12 @@ def _train(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subject, nu
         sizes = [f"{part} {sum(weights.numel() for weights in module.parameters()):,}" for part, module in parts]
         print(f"parameters: {', '.join(sizes)}; {num_threads} threads; pipeline {arm_name(phases)}", flush=True)
     lora = lora_settings(run)
-    trained = Trained(model, {"wall_clock_s": 0.0, "sequential_steps": 0, "tokens": 0})
+    trained = Trained(model, Counter(wall_clock_s=0, sequential_steps=0, tokens=0))
     of_subject = (subject.rows, subject.eval_rows, subject.tokenizer, subject.evaluate)
     stages = run_phases(model, phases, *of_subject, run.resume or None, {"dmt": lora} if lora else None)
     for number, result in enumerate(stages, start=1):
         trained.model = result.model
-        trained.spent = {name: spent + cost_of(result)[name] for name, spent in trained.spent.items()}
+        trained.spent.update(cost_of(result))
         trained.histories.append((result.arguments.phase, result.log_history))
         for part, scores in result.scores.items():
             name = result.arm if part == "student" else part

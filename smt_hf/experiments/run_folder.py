@@ -186,7 +186,8 @@ def _remove(paths: Iterable[Path]) -> None:
 
 
 def same_run(path: Path, settings: dict) -> dict:
-    """The settings of a resumed run, which must be those that it was started with. `compare_bptt` may be added.
+    """The settings of a resumed run, which must be those that it was started with. `compare_bptt` may be added, and
+    `max_skipped_steps` of a phase may be another one, so that a run goes on that ended for it.
 
     Args:
         path: of `run.json`.
@@ -202,7 +203,8 @@ def same_run(path: Path, settings: dict) -> dict:
         raise InputError(f"{path} is damaged ({error}): restore it, or start over.") from error
     both = {**earlier, **now}
     old, new = (_flat({_RIVAL: both.get(_RIVAL), **part}) for part in (earlier, now))
-    changed = [name for name in sorted(old.keys() | new) if old.get(name) != new.get(name)]
+    names = (name for name in sorted(old.keys() | new) if not name.endswith("max_skipped_steps"))
+    changed = [name for name in names if old.get(name) != new.get(name)]
     if changed:
         shown = [f"{name}: {old.get(name, 'default')} then, {new.get(name, 'default')} now" for name in changed[:8]]
         shown += [f"and {len(changed) - 8} more"] if changed[8:] else []

@@ -80,7 +80,7 @@ def _table_of(suite: str, task: str, unit: str, scores: list[Score]) -> str:
         row.append(score.written("controls", "needle_removed", "more_nats", "value"))
         ranking = score.written("graded", "ranking", "value")
         row.append(f"{ranking}, chance {_plain(score.mean('graded', 'ranking', 'chance'))}" if ranking else "")
-        row += [_rounded(score.mean("state_bytes")), _rounded(score.mean("tokens_per_second"))]
+        row += [_whole(score.mean("state_bytes")), _rounded(score.mean("tokens_per_second"))]
         rows.append(row)
     head = [f"length ({unit})", "model", "samples", metric, "official", "chance", *CONTROLS.values(), "memory"]
     head += ["tokens right", "nats per token", "more nats without needle", "label ranking", "state (bytes)", "tokens/s"]
@@ -93,16 +93,20 @@ def _differences(scores: list[Score], against: str) -> str:
     names = list(dict.fromkeys(score.name for score in scores))
     if against not in names:
         raise InputError(f"there is no model {against!r} to compare with; the lines have {', '.join(names)}.")
-    cells: dict[tuple[str, int, str], dict[str, Score]] = {}
+    cells: dict[tuple, dict[str, Score]] = {}  # of the same samples
     for score in scores:
-        if score.lines[0]["metric"] != "bits_per_byte":  # lower is better, and told by position
-            cells.setdefault((score.task, score.length, score.unit), {})[score.name] = score
+        # Of bits per byte, less is better, and they are told by position.
+        if score.lines[0]["metric"] != "bits_per_byte" and score.values("value"):
+            cell = (score.suite, score.task, score.length, score.unit, score.lines[0].get("made_by"))
+            cells.setdefault(cell, {})[score.name] = score
     others = [name for name in names if name != against]
     rows = []
-    for (task, length, unit), models in cells.items():
-        if against in models:
+    for (_, task, length, unit, _), models in cells.items():
+        if against in models and len(models) > 1:
             compared = [_compared(models[name], models[against]) if name in models else "" for name in others]
             rows.append([task, f"{length:,} {unit}", *compared])
+    if not rows:
+        raise InputError(f"no other model has a score in a cell that {against!r} has one in, of the same samples.")
     legend = (
         "Differences of the scores, with their standard errors: those over trainings, or those over samples if these "
         "are larger. *Ahead* and *behind* are differences with a probability below 5 % if the two were equal (Welch's "
@@ -114,6 +118,8 @@ def _differences(scores: list[Score], against: str) -> str:
 
 def _compared(score: Score, rival: Score) -> str:
     ahead, error, needed = difference(score, rival)
+    if not error:  # one line a side, without intervals
+        return f"{ahead:+.3f}"
     verdict = "ahead" if ahead > needed else "behind" if ahead < -needed else "level"
     return f"{verdict}, {ahead:+.3f} ± {error:.3f}"
 
@@ -140,6 +146,10 @@ def _series(scores: list[Score], series: str, place: str, unit: str) -> str:
 
 def _plain(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
+
+
+def _whole(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"
 
 
 def _rounded(value: float | None) -> str:

@@ -75,6 +75,10 @@ def results_table(results: dict) -> str:
         lines.append(f"{'chance':<18}{unit.written(task['chance']):>12}")
     teacher = "; teacher: the shared readout on the teacher's memories" if "teacher" in results["arms"] else ""
     lines.append(f"held out: {what} from m_0; * the exported student{teacher}")
+    skipped = {arm: scores["skipped_steps"] for arm, scores in results["arms"].items() if "skipped_steps" in scores}
+    if skipped:
+        counts = ", ".join(f"{number} of {arm}" for arm, number in skipped.items())
+        lines.append(f"steps left out because their gradient was not finite: {counts}")
     return "\n".join(line.rstrip() for line in lines)
 
 

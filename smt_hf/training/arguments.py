@@ -34,7 +34,8 @@ UNBOUNDED = 10_000_000  # steps of a phase that ends by its seconds
 MATRIX_OPTIMIZERS = ("adamw", "muon")
 _CONTINUES = (
     "Go on with the learning-rate schedule of the previous phase and the student's optimiser state, instead of "
-    "starting both anew. Ours: going on was better for dmt (2.70 bits per byte against 2.80)."
+    "starting both anew. The teacher's optimiser state starts anew in every phase. Ours: going on was better for dmt "
+    "(2.70 bits per byte against 2.80)."
 )
 _MODES = (
     "Where own memories come from: `sequential` (rolled out from m_0 over the row), `parallel` (sweeps "
@@ -86,7 +87,8 @@ class PhaseArguments(DriftArguments):
     curriculum_levels: list[str] | None = argument(
         None,
         "All difficulties that the phase goes through, easiest first, instead of those of the run; the run's "
-        "`difficulty` is not added to them. A phase starts at the first level that is at least as hard as the hardest "
+        "`difficulty` is not added to them. Rows of the `documents` task may be longer than `difficulty`, in a phase "
+        "that has no other level. A phase starts at the first level that is at least as hard as the hardest "
         "that the student has reached, or at its last level.",
     )
     max_steps: int = argument(600, "Optimiser steps of the phase. Ours.")

@@ -37,19 +37,20 @@ class TrainingCost(_KeptState):
     Ends the phase when its `max_seconds` are used up, and evaluates `num_evaluations` times on the way there.
     """
 
-    kept = ("seconds", "sequential_steps", "tokens", "skipped_steps")
+    spent_of_a_phase = ("seconds", "sequential_steps", "tokens", "skipped_steps")
+    kept = (*spent_of_a_phase, "skipped_in_a_row")
     num_evaluations = 10
 
     def __init__(self):
         self.seconds, self.sequential_steps, self.tokens = 0.0, 0, 0
         self.skipped_steps = 0
-        self.skipped_in_a_row = 0  # since the run was started or resumed
+        self.skipped_in_a_row = 0
         self.step_seconds: list[float] = []
         self._started = 0.0
 
     def spent(self) -> dict[str, float]:
         """What a line of the log says of it."""
-        names = ["seconds", "sequential_steps", "tokens", *(["skipped_steps"] if self.skipped_steps else [])]
+        names = self.spent_of_a_phase if self.skipped_steps else self.spent_of_a_phase[:-1]
         return {name: getattr(self, name) for name in names}
 
     def on_step_begin(self, args, state, control, **kwargs):

@@ -241,6 +241,7 @@ def run_phases(
                 raise Interrupted(stop.agreed() or 0, None)
             state = json.loads((Path(checkpoint) / _LOG).read_text())
             handed = _handed_on(arguments, checkpoint, state["stateful_callbacks"], handed)
+            cost = state["stateful_callbacks"][TrainingCost.__name__]["attributes"]
             yield PhaseResult(
                 arm=arm_name(phases[: index + 1]),
                 arguments=arguments,
@@ -248,7 +249,7 @@ def run_phases(
                 scores=scores,
                 is_new=is_new,
                 model=model,
-                **state["stateful_callbacks"][TrainingCost.__name__]["attributes"],
+                **{name: value for name, value in cost.items() if name in TrainingCost.spent_of_a_phase},
             )
 
 

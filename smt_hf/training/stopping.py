@@ -9,7 +9,9 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import nn
 from transformers import TrainerCallback
+from transformers.utils import logging
 
+logger = logging.get_logger(__name__)
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -81,13 +83,16 @@ def not_finite(terms: dict[str, torch.Tensor]) -> list[str]:
     return [name for name, is_finite in zip(terms, finite) if not is_finite]
 
 
-def check_finite(terms: dict[str, torch.Tensor], step: int, phase: str, example_ids: torch.Tensor | None) -> None:
+def check_finite(
+    terms: dict[str, torch.Tensor], step: int, phase: str, example_ids: torch.Tensor | None, remedy: str | None = None
+) -> None:
     """Refuse to go on from a loss that is not finite: one such gradient spoils every weight.
 
     Args:
         terms: name -> scalar.
         step: optimiser step that is being computed.
         example_ids: `(B,)`, the batch's.
+        remedy: sentence of the error that says what may help.
 
     Raises:
         FloatingPointError: with the names of the terms, the step and the batch.
@@ -97,9 +102,8 @@ def check_finite(terms: dict[str, torch.Tensor], step: int, phase: str, example_
         return
     batch = "" if example_ids is None else f", in the batch of examples {example_ids.tolist()}"
     raise FloatingPointError(
-        f"{bad} of the {phase} phase is not finite at step {step}{batch}. Nothing of this step has been kept: lower "
-        f"`{phase}_learning_rate` or look at these examples, and pass `--resume_from_checkpoint` to go on from the "
-        "last complete checkpoint."
+        f"{bad} of the {phase} phase is not finite at step {step}{batch}. Nothing of this step has been kept. "
+        f"{remedy or 'Look at these examples.'} Or start over with a lower `{phase}_learning_rate`."
     )
 
 
@@ -121,7 +125,17 @@ def leave_out_if_not_finite(norm, model: nn.Module, cost, arguments, step: int) 
         cost.skipped_in_a_row = 0
         return
     if cost.skipped_in_a_row >= arguments.max_skipped_steps:
-        check_finite({"the gradient": norm}, step, arguments.phase, None)
+        remedy = (
+            f"{cost.skipped_steps} steps were left out before it, {cost.skipped_in_a_row} of them just before it. With "
+            f"`--{arguments.phase}_max_skipped_steps {max(20, 2 * arguments.max_skipped_steps)}` and "
+            "`--resume_from_checkpoint` the run goes on from its last complete checkpoint and may leave out more."
+        )
+        check_finite({"the gradient": norm}, step, arguments.phase, None, remedy)
+    if not cost.skipped_steps:
+        logger.warning(
+            f"{arguments.phase}: the gradient is not finite at step {step}. The step is left out, as "
+            "`max_skipped_steps` allows. Later ones are counted without a warning."
+        )
     cost.skipped_in_a_row += 1
     cost.skipped_steps += 1
     for parameter in model.parameters():

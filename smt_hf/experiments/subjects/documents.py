@@ -131,7 +131,7 @@ class DocumentSubject(LevelledSubject):
 
     def _training_rows(self, difficulty: int) -> Dataset:
         num_tasks = len(self._fitting("train", difficulty))
-        # As many at all levels of a curriculum. Rows that are longer than those scored are as many tokens.
+        # As many rows at all levels up to `difficulty`. Longer levels have fewer rows, and as many tokens.
         total = min(_ROWS, _ROWS * self.difficulty // difficulty)
         exercises = [name for name in self.documents if name in EXERCISES]
         others = [*exercises, *([TEXT] if TEXT in self.documents else [])]

@@ -128,6 +128,16 @@ def test_a_resumed_run_is_the_same(tmp_path):
         same_run(path, {**settings, "compare_bptt": {"max_steps": 4}})
 
 
+def test_a_resumed_run_may_leave_more_steps_out(tmp_path):
+    path = tmp_path / RUN
+    for earlier in ({"phase": "bptt", "max_skipped_steps": 0}, {"phase": "bptt"}):
+        path.write_text(json.dumps({"phases": [earlier]}))
+        now = {"phases": [{"phase": "bptt", "max_skipped_steps": 20}]}
+        assert same_run(path, now) == now
+        with pytest.raises(InputError, match="phase: bptt then, dmt now"):
+            same_run(path, {"phases": [{"phase": "dmt", "max_skipped_steps": 20}]})
+
+
 def test_a_damaged_note_of_the_run_is_named(tmp_path):
     (tmp_path / "run.json").write_text('{"seed": 0, "pha')
     with pytest.raises(InputError, match=r"run\.json is damaged"):

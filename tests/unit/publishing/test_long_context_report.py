@@ -131,6 +131,24 @@ def test_models_are_compared_with_one_of_them(tmp_path):
         render_long_context([*ours, *rivals], "long", tmp_path, against="GRU")
 
 
+def test_only_scores_of_the_same_samples_are_compared(tmp_path):
+    rival = make_line("BPTT", value=0.1)
+    for other in (make_line(suite="babilong"), make_line(length=2048), make_line(made_by="other words")):
+        with pytest.raises(InputError, match="no other model has a score in a cell"):
+            render_long_context([rival, other], "long", tmp_path, against="BPTT")
+    lines = [rival, make_line(value=0.9)]
+    for line in lines:
+        del line["interval"]
+    path, *_ = render_long_context(lines, "long", tmp_path, against="BPTT")
+    (row,) = table_after(path.read_text(), "## Against BPTT")
+    assert row["ours"] == "+0.800"  # without an error, no verdict
+
+
+def test_bytes_of_the_state_are_exact(tmp_path):
+    (row,) = table_after(render([make_line(state_bytes=3076, tokens_per_second=12345.6)], tmp_path)[0], "## ruler")
+    assert (row["state (bytes)"], row["tokens/s"]) == ("3,076", "12,300")
+
+
 def test_columns_without_anything_are_left_out(tmp_path):
     (row,) = table_after(render([make_line(controls={})], tmp_path)[0], "## ruler: niah_single_1")
     assert list(row) == ["length (bytes)", "model", "samples", "string_match_all", "chance", "memory"]
