@@ -212,6 +212,41 @@ def test_own_parameters_are_initialised():
         assert not cell.pointer_proj.weight.any()
 
 
+@pytest.mark.parametrize("make", [SMTRecurrentForCausalLM, None], ids=["student", "teacher"])
+def test_first_queries_ask_at_birth_for_what_followed(make):
+    """The query after `a` is the key under which the token after an earlier `a` is stored, as far as the token goes."""
+    fields = {"num_matrix_heads": 4, "num_hidden_layers": 2}
+    model = make(student_config(updater_type="fast_weight", **fields)) if make else make_composite(**fields).teacher
+    (cell,) = [module for module in model.modules() if isinstance(module, SMTRecurrentFastWeightCell)]
+    heads, values, keys, traces = cell.sizes
+    width, num_means = cell.width, traces - heads
+    one, other = torch.randn(2, width)
+    means, nothing = torch.randn(num_means), torch.zeros(width)
+    key, value, _ = (cell.matrix_proj.weight @ torch.cat([one, other, means])).split(
+        [heads * keys, heads * values, 2 * heads]
+    )
+    first = cell.query_projs["query_proj_0"].weight
+    torch.testing.assert_close(first @ torch.cat([other, one, means]), key)
+    for changed in ((one, nothing, means), (one, other, means)):  # the token is no part of the key, only of the value
+        again, its_value, _ = (cell.matrix_proj.weight @ torch.cat(changed)).split(
+            [heads * keys, heads * values, 2 * heads]
+        )
+        torch.testing.assert_close(again, key)
+        assert its_value.any() == (changed[1] is other)
+    assert key.any() and value.any()
+
+
+def test_weights_that_are_loaded_are_not_born_again(tmp_path):
+    model = SMTRecurrentForCausalLM(student_config(updater_type="fast_weight"))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_()
+    model.save_pretrained(tmp_path)
+    loaded = SMTRecurrentForCausalLM.from_pretrained(tmp_path)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, loaded.state_dict()[name]), name
+
+
 def test_every_other_pointer_rests_at_birth():
     config = student_config(updater_type="fast_weight", num_matrix_heads=4)
     student = SMTRecurrentForCausalLM(config)
