@@ -37,7 +37,7 @@ KEPT_AT_BIRTH = 6.0
 # An empty matrix answers 0, which stays 0: with a small epsilon, rounding errors would grow to length 1. A large one
 # leaves answers as small as the values are at birth.
 ANSWER_EPS = 0.1
-# Scale of the projection to values at birth, times the usual one.
+# Values at birth of heads that look up from birth, times the usual ones.
 VALUES_AT_BIRTH = 3.0
 
 
@@ -138,23 +138,26 @@ class SMTRecurrentFastWeightCell(nn.Module):
     def init_own_weights(self) -> None:
         """After the projections have their random weights.
 
-        At birth each token is stored under what came before it, and the first queries ask for what followed the same
-        thing earlier, as induction heads do (arXiv:2209.11895).
+        Heads whose pointer rests look up from birth: they store each token under what came before it, and their first
+        queries ask for what followed the same thing earlier, as induction heads do (arXiv:2209.11895).
         """
         init.copy_(self.mean_bias, torch.linspace(-2.0, 5.0, len(self.mean_bias)))
         init.zeros_(self.pointer_proj.weight)
         heads, values, keys, _ = self.sizes
-        first_query_proj = next(iter(self.query_projs.values()))
-        written, query = self.matrix_proj.weight.clone(), torch.zeros_like(first_query_proj.weight)
+        query_proj = next(iter(self.query_projs.values()))
+        written, asked = self.matrix_proj.weight.clone(), query_proj.weight.clone()
         own_keys, own_values, _ = written.split([heads * keys, heads * values, 2 * heads])
         # Inputs are the token before, the token, and the means.
         before, token, means = slice(0, self.width), slice(self.width, 2 * self.width), slice(2 * self.width, None)
-        own_keys[:, token] = 0.0
-        own_values[:, before] = own_values[:, means] = 0.0
-        own_values *= VALUES_AT_BIRTH
-        query[:, token], query[:, means] = own_keys[:, before], own_keys[:, means]
+        for head in range(1, heads, 2):
+            key, query = (weight.unflatten(0, (heads, keys))[head] for weight in (own_keys, asked))
+            value = own_values.unflatten(0, (heads, values))[head]
+            key[:, token] = 0.0
+            query[:, before], query[:, token], query[:, means] = 0.0, key[:, before], key[:, means]
+            value[:, before] = value[:, means] = 0.0
+            value *= VALUES_AT_BIRTH
         init.copy_(self.matrix_proj.weight, written)
-        init.copy_(first_query_proj.weight, query)
+        init.copy_(query_proj.weight, asked)
 
     def normed(self, states: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(states, states.shape[-1:], eps=self.eps)

@@ -23,7 +23,7 @@ from smt_hf.evaluation.long_context import SUITES, LongContextSettings, Task, sa
 from smt_hf.evaluation.long_context.haystack import noise_filler, read_haystack
 from smt_hf.training.arguments import PhaseArguments
 
-from .exercises import EXERCISES, LEAST_TOKENS, exercise_rows
+from .exercises import EXERCISES, LEAST_TOKENS, SHORT_ROW, exercise_rows
 from .levelled import LevelledSubject
 from .subject import HELDOUT_SEED
 
@@ -44,7 +44,8 @@ class DocumentSubject(LevelledSubject):
 
     A row has `difficulty` + 1 tokens: the prompt of a sample, its answer and the end-of-text token, which are labelled,
     and that token again up to the end (see `sample_row` for prompts that do not fit). A task whose rows do not fit in a
-    level of the curriculum is left out of that level. Exercises and plain text are for training alone. Text is
+    level of the curriculum is left out of that level; so are all tasks, if there are exercises, of levels of up to 128
+    transitions. Exercises and plain text are for training alone. Text is
     labelled in its last tokens, and is the same text as the haystack. All rows of training and tests have the same
     haystack; their other parts differ.
 
@@ -160,9 +161,13 @@ class DocumentSubject(LevelledSubject):
         return haystack.filler(rng.randrange(len(haystack.sentences)), num_characters)
 
     def _fitting(self, split: str, difficulty: int) -> list[Task]:
-        """The tasks that a level has."""
+        """The tasks that a level has. Short rows are of exercises alone, if there are any: the few facts of a task that
+        fits there leave little to learn but guesses.
+        """
         if difficulty >= self.difficulty:
             return self.tasks[split]
+        if difficulty < SHORT_ROW and any(name in EXERCISES for name in self.documents):
+            return []
         fitting = [_fits(task, difficulty, self.tokenizer, self.seed) for task in self.tasks["train"]]
         return [task for task, is_fitting in zip(self.tasks[split], fitting) if is_fitting]
 

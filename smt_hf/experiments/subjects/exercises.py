@@ -41,12 +41,16 @@ _CHAIN_QUESTIONS = ("= {value}:", "{number} variables:", TEMPLATE[TEMPLATE.index
 _LONGEST_NAME, _VALUE_DIGITS = 5, 5  # as in RULER
 _MOST_KEYS, _LONGEST_KEY, _LONGEST_VALUE = 6, 8, 7  # of a row; letters
 _LEAST_FILL = 20  # characters between two sentences
-_SHORT_ROW = 129  # tokens, of a level of 128 transitions; such rows are rarely filled up
+SHORT_ROW = 129  # tokens, of a level of 128 transitions; such rows are rarely filled up
 # From these lengths on, random texts are of the half for training. Shorter ones are too few to divide.
 _DIVIDED_NAMES, _DIVIDED_TEXTS = 3, 5
 LEAST_TOKENS = 64  # of a row, in which every exercise has room for an answer
 _ASKED_THINGS, _HANDLED = 0.7, 1 / 3  # of the questions and facts of a world with objects
-_ELSEWHERE = 0.7  # of the questions, before those are left out for which there is no room but the one told last
+_ELSEWHERE = 0.7  # of the questions are not about the room told last, if there is another room to ask for
+# Of the short rows of `rooms` have brief facts, of people alone, with nothing between them. Among rows that have a
+# question they are more.
+_BRIEF = 0.5
+_BRIEF_FACTS = (("{name}: {room}. ", "{name}? "), ("{name} {room}. ", "{name}: "))
 
 
 class _Row:
@@ -80,7 +84,7 @@ def recall(row: _Row, rng: Random, fill: Fill) -> None:
     statement, question = rng.choice(_STATEMENTS), rng.choice(_QUESTIONS)
     if rng.random() < _ASKED_AS_SAID:
         question = statement
-    filled = rng.choice((0.0, 0.0, 0.3, 0.6) if row.num_tokens <= _SHORT_ROW else (0.3, 0.6, 0.9))
+    filled = rng.choice((0.0, 0.0, 0.3, 0.6) if row.num_tokens <= SHORT_ROW else (0.3, 0.6, 0.9))
     while not row.is_full:
         if rng.random() < filled:
             row.add(fill(rng, _between(row, rng)) + "\n")
@@ -104,11 +108,17 @@ def rooms(row: _Row, rng: Random, fill: Fill) -> None:
     """A world of bAbI's tasks 1 and 2 with questions between its facts: where people are, and where objects are.
 
     A question may be asked again at once: easy ones are learned first. Most questions are not about the room that was
-    told last, which would be right in two short stories out of three.
+    told last: a student that always answers with that room has little to gain from looking up. Short rows hold more
+    facts if these are brief.
     """
     world = World(rng)
     has_objects, asked = rng.random() < 0.5, rng.choice((0.3, 0.5, 0.7))
-    filled = rng.choice((0.0, 0.0, 0.3) if row.num_tokens <= _SHORT_ROW else (0.0, 0.3, 0.6))
+    is_short = row.num_tokens <= SHORT_ROW
+    filled = rng.choice((0.0, 0.0, 0.3) if is_short else (0.0, 0.3, 0.6))
+    fact, question = None, "Where is {name}? "
+    if is_short and rng.random() < _BRIEF:
+        has_objects, filled = False, 0.0
+        fact, question = rng.choice(_BRIEF_FACTS)
     while not row.is_full:
         if rng.random() < filled:
             row.add(fill(rng, _between(row, rng)) + " ")
@@ -117,24 +127,27 @@ def rooms(row: _Row, rng: Random, fill: Fill) -> None:
             things = [(f"the {thing}", found[0]) for thing, found in world.known_things().items()]
             if not (has_objects and things and rng.random() < _ASKED_THINGS):
                 things = [(person, world.room_of[person]) for person in PEOPLE if person in world.told]
-            newest = world.room_of[max(world.told, key=lambda person: world.told[person])]
             if rng.random() < _ELSEWHERE:
-                things = [(name, room) for name, room in things if room != newest]
-            name, room = rng.choice(things) if things else (None, "")
-            question = f"Where is {name}?"
-            if name and belongs(" ".join([*world.facts, question]), "train"):  # no story of a test
-                row.add(f"\n{question} ")
+                things = [(name, room) for name, room in things if room != world.room_of[_moved_last(world)]]
+            name, room = rng.choice(things) if things else ("", "")
+            if name and belongs(" ".join([*world.facts, f"Where is {name}?"]), "train"):  # no story of a test
+                row.add("\n" + question.format(name=name))
                 row.add(room, is_answer=True)
                 row.add("\n")
                 continue
         if not (has_objects and rng.random() < _HANDLED and world.handle()):
             world.move()
-        row.add(world.facts[-1] + " ")
+        mover = _moved_last(world)
+        row.add(fact.format(name=mover, room=world.room_of[mover]) if fact and mover else world.facts[-1] + " ")
+
+
+def _moved_last(world: World) -> str | None:
+    return max(world.told, key=lambda person: world.told[person], default=None)
 
 
 def chains(row: _Row, rng: Random, fill: Fill) -> None:
     """Chains of assignments, as in RULER's variable tracking, each followed by the names that it gave its value to."""
-    filled = rng.choice((0.0, 0.0, 0.3) if row.num_tokens <= _SHORT_ROW else (0.0, 0.3, 0.6))
+    filled = rng.choice((0.0, 0.0, 0.3) if row.num_tokens <= SHORT_ROW else (0.0, 0.3, 0.6))
     question = rng.choice(_CHAIN_QUESTIONS)
     longest, most = rng.randint(1, _LONGEST_NAME), rng.randint(1, NUM_NAMES)
     split = "train" if longest >= _DIVIDED_NAMES else "all"

@@ -107,6 +107,15 @@ def test_levels_have_as_many_rows(book, monkeypatch):
     assert len(subject.rows(gated)) == 25
 
 
+def test_short_levels_are_of_exercises_alone(book):
+    alone, mixed = (
+        DocumentSubject(names, 256, [128, 192], book, num_heldout=10) for names in (["qa1"], ["qa1", "recall"])
+    )
+    asked = {level: sum("Where is" in text for text in texts(mixed, rows)) for level, rows in mixed.levels.items()}
+    assert asked == {128: 0, 192: 12, 256: 12}
+    assert sum("Where is" in text for text in texts(alone, alone.levels[128])) == 24
+
+
 @pytest.mark.parametrize("name", ["text", "recall"])
 def test_the_haystack_of_text_is_in_the_hash(book, tmp_path, name):
     (tmp_path / "other.txt").write_text(make_book(seed=1))
