@@ -114,6 +114,8 @@ class DocumentSubject(LevelledSubject):
 
     def check_level(self, difficulty: int) -> None:
         check_rows(self.documents, [difficulty, self.difficulty], self.haystack, self.seed)
+        if TEXT in self.documents:
+            self._text_rows(difficulty, 0)
 
     def required(self, arguments: PhaseArguments) -> dict[str, Any]:
         required = super().required(arguments)

@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 
 from smt_hf.data import byte_tokenizer, number_tokenizer
 from smt_hf.errors import InputError
-from smt_hf.experiments.composition import model_config, phase_settings, set_threads, tokenizer_hash
+from smt_hf.experiments.composition import cost_of, model_config, phase_settings, set_threads, tokenizer_hash
+from smt_hf.publishing.scores import results_table
 from smt_hf.training import DMTTrainingArguments, SMTTrainingArguments
 
 THREADS = "from smt_hf.experiments.composition import set_threads; print('threads', set_threads(None))"
@@ -54,6 +55,23 @@ def test_what_is_recorded_is_short():
     assert settings["learning_rate"] == 4e-3 and settings["predictive_weight"] == 1.0  # ours, whatever the value
     assert not {"adam_beta1", "bf16", "precision", "accelerator_config", "output_dir", "report_to"} & settings.keys()
     assert settings_of(bf16=True)["precision"] == "bf16"
+
+
+def test_steps_that_were_left_out_are_in_the_table():
+    costs = {
+        arm: cost_of(SimpleNamespace(seconds=2.0, sequential_steps=30, tokens=400, skipped_steps=skipped))
+        for arm, skipped in (("smt", 0), ("bptt", 5))
+    }
+    assert costs["smt"] == {"wall_clock_s": 2.0, "sequential_steps": 30, "tokens": 400}
+    assert costs["bptt"] == {**costs["smt"], "skipped_steps": 5}
+    results = {
+        **{"metric": "accuracy", "student_arm": "smt", "data": {"heldout_streams": 8}},
+        "task": {"name": "retrieval", "difficulty": 16, "chance": 0.1},
+        "arms": {arm: {"accuracy": 0.5, **cost} for arm, cost in costs.items()},
+    }
+    assert results_table(results).endswith("left out because their gradient was not finite: 5 of bptt")
+    del results["arms"]["bptt"]
+    assert "left out" not in results_table(results)
 
 
 def test_the_hash_of_a_tokenizer(tmp_path):

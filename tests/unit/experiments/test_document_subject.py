@@ -149,10 +149,19 @@ def test_levels_of_phases(book):
     assert len(subject.rows(own)[0]["input_ids"]) == 193
     own.curriculum_levels = ["384"]  # longer than what is scored
     assert subject.required(own)["context_length"] == 384 and len(subject.rows(own)[0]["input_ids"]) == 385
+    assert (len(subject.level(256)), len(subject.level(384))) == (24, 16)  # no more tokens
     own.curriculum_levels, own.curriculum_threshold = ["192", "384"], 0.5
     with pytest.raises(InputError, match="rows of 384 transitions a phase of their own"):
         subject.required(own)
     assert subject.longer(4) == 1024 and subject.heldout_rows(1024, 2)[0].shape == (2, 1025)
+
+
+def test_a_haystack_that_is_too_short_for_a_level_is_found_before_the_run(tmp_path):
+    (tmp_path / "short.txt").write_text(make_book()[:1500])
+    subject = DocumentSubject(["qa1", "text"], 256, (), [str(tmp_path / "short.txt")], num_heldout=10)
+    long = BPTTTrainingArguments(output_dir="x", use_cpu=True, curriculum_levels="4096")
+    with pytest.raises(InputError, match="the haystack is shorter than a row of 4096 transitions"):
+        subject.required(long)
 
 
 def test_the_rival_has_no_rows_beyond_those_scored(book):

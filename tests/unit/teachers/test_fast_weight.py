@@ -214,8 +214,10 @@ def test_own_parameters_are_initialised():
 
 @pytest.mark.parametrize("make", [SMTRecurrentForCausalLM, None], ids=["student", "teacher"])
 def test_first_queries_ask_at_birth_for_what_followed(make):
-    """Where a pointer rests, the query after `a` is the key under which the token after an earlier `a` is stored, and the
-    value is of that token alone. Other heads are random."""
+    """Where a pointer rests, the query after `a` is the key under which the token after an earlier `a` is stored.
+
+    The value is of that token alone. Other heads are random.
+    """
     fields = {"num_matrix_heads": 4, "num_hidden_layers": 2}
     model = make(student_config(updater_type="fast_weight", **fields)) if make else make_composite(**fields).teacher
     (cell,) = [module for module in model.modules() if isinstance(module, SMTRecurrentFastWeightCell)]

@@ -132,7 +132,7 @@ def test_the_state_is_weighed_as_it_is_kept(known):
         per_token = 2 * 4 * config.num_hidden_layers * config.hidden_size  # keys and values of as many heads
         assert longest == [per_token * 9, per_token * 40]
     else:
-        assert longest[0] == longest[1]
+        assert longest[0] == longest[1] > 0
     if config.model_type == "smt_recurrent":
         numbers = config.num_memory_tokens * config.hidden_size
         assert 4 * numbers <= longest[0] <= 4 * numbers + 64  # and what the cache counts
