@@ -71,6 +71,11 @@ class EvaluateArguments:
     against: str | None = argument(
         None, "With `report`: name of the model that all others are compared with, cell by cell.", is_text=True
     )
+    card: str | None = argument(
+        None,
+        "With `report`: folder of a student. Those lines of `output` that are of its weights go into its "
+        "eval_results.json and its model card, which is written anew.",
+    )
     name: str | None = argument(
         None, "What tables and figures call the model. Lines of one name count as one model trained with several seeds."
     )
@@ -106,8 +111,9 @@ class EvaluateArguments:
                 raise InputError(f"`{name}` must be 1 or more, got {value}.")
         if self.report:
             return
-        if self.against is not None:
-            raise InputError("`against` goes with `--report`: evaluate first, then write the report.")
+        for name in ("against", "card"):
+            if getattr(self, name) is not None:
+                raise InputError(f"`{name}` goes with `--report`: evaluate first, then write the report.")
         if not self.checkpoint or not self.suite:
             raise InputError("name a checkpoint and a suite: `--checkpoint DIR_OR_REPO --suite ruler`.")
         known = [*SUITES, TEXT]

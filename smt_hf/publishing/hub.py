@@ -61,8 +61,14 @@ def problems_of_card(folder: Path) -> list[str]:
     if not isinstance(results, dict) or not {"arms", "student_arm"} <= results.keys():
         return [*problems, "eval_results.json is not that of a recipe: export the student by one."]
     scores = results["arms"][results["student_arm"]]
+    long_contexts = {
+        (entry["suite"], f"{entry['task']}-{entry['length']}-{entry['length_unit']}", entry["metric"]): entry["value"]
+        for entry in results.get("long_contexts", [])
+    }
     for metric in card.data.eval_results or []:
         value = scores.get(metric.metric_type)
+        if metric.dataset_config is not None:
+            value = long_contexts.get((metric.dataset_type, metric.dataset_config, metric.metric_type))
         if value is None or round(value, 4) != metric.metric_value:
             said = f"{metric.metric_type} {metric.metric_value}"
             problems.append(f"README.md says {said} and eval_results.json {value}: export again.")

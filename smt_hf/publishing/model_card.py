@@ -7,6 +7,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
 from yaml import YAMLError
 
+from .long_context_scores import CONTROLS
 from .scores import UNITS, metric_of
 
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -23,6 +24,7 @@ def student_card(student, results: dict) -> ModelCard:
     arm = results["arms"][results["student_arm"]]
     metric = metric_of(arm)
     data = results["data"]
+    long_contexts = results.get("long_contexts", [])
     card_data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -41,6 +43,18 @@ def student_card(student, results: dict) -> ModelCard:
                 metric_value=round(arm[name], 4),
             )
             for name in dict.fromkeys((metric, "accuracy"))
+        ]
+        + [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=entry["suite"],
+                dataset_config=f"{entry['task']}-{entry['length']}-{entry['length_unit']}",
+                dataset_name=f"{entry['suite']} {entry['task']}, {entry['length']:,} {entry['length_unit']}",
+                metric_type=entry["metric"],
+                metric_name=entry["metric"],
+                metric_value=round(entry["value"], 4),
+            )
+            for entry in long_contexts
         ],
     )
     return ModelCard.from_template(
@@ -51,6 +65,8 @@ def student_card(student, results: dict) -> ModelCard:
         rows=sorted(results["arms"].items(), key=lambda entry: UNITS[metric].badness(entry[1][metric])),
         metric=metric,
         unit=UNITS[metric],
+        long_contexts=long_contexts,
+        control_names=CONTROLS,
         ages=sorted({age for entry in results.get("drift", []) for age in entry.get("by_age", {})}, key=int),
         is_text=results["task"]["name"] == "text",
         is_documents="documents" in results["data"],
