@@ -146,7 +146,7 @@ class SMTRecurrentFastWeightCell(nn.Module):
         heads, values, keys, _ = self.sizes
         query_proj = next(iter(self.query_projs.values()))
         written, asked = self.matrix_proj.weight.clone(), query_proj.weight.clone()
-        own_keys, own_values, _ = written.split([heads * keys, heads * values, 2 * heads])
+        own_keys, own_values = written[: heads * keys], written[heads * keys : heads * (keys + values)]
         # Inputs are the token before, the token, and the means.
         before, token, means = slice(0, self.width), slice(self.width, 2 * self.width), slice(2 * self.width, None)
         for head in range(1, heads, 2):

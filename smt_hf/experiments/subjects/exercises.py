@@ -128,7 +128,7 @@ def rooms(row: _Row, rng: Random, fill: Fill) -> None:
             if not (has_objects and things and rng.random() < _ASKED_THINGS):
                 things = [(person, world.room_of[person]) for person in PEOPLE if person in world.told]
             if rng.random() < _ELSEWHERE:
-                things = [(name, room) for name, room in things if room != world.room_of[_moved_last(world)]]
+                things = [(name, room) for name, room in things if room != _told_last(world)[1]]
             name, room = rng.choice(things) if things else ("", "")
             if name and belongs(" ".join([*world.facts, f"Where is {name}?"]), "train"):  # no story of a test
                 row.add("\n" + question.format(name=name))
@@ -137,12 +137,14 @@ def rooms(row: _Row, rng: Random, fill: Fill) -> None:
                 continue
         if not (has_objects and rng.random() < _HANDLED and world.handle()):
             world.move()
-        mover = _moved_last(world)
-        row.add(fact.format(name=mover, room=world.room_of[mover]) if fact and mover else world.facts[-1] + " ")
+        person, room = _told_last(world)
+        row.add(fact.format(name=person, room=room) if fact else world.facts[-1] + " ")
 
 
-def _moved_last(world: World) -> str | None:
-    return max(world.told, key=lambda person: world.told[person], default=None)
+def _told_last(world: World) -> tuple[str, str]:
+    """Who is where, of the last fact about a person's room; empty before it."""
+    person = max(world.told, key=lambda person: world.told[person], default="")
+    return person, world.room_of.get(person, "")
 
 
 def chains(row: _Row, rng: Random, fill: Fill) -> None:
