@@ -144,8 +144,8 @@ class SMTRecurrentFastWeightCell(nn.Module):
         init.copy_(self.mean_bias, torch.linspace(-2.0, 5.0, len(self.mean_bias)))
         init.zeros_(self.pointer_proj.weight)
         heads, values, keys, _ = self.sizes
-        query_proj = next(iter(self.query_projs.values()))
-        written, asked = self.matrix_proj.weight.clone(), query_proj.weight.clone()
+        query_weight = next(iter(self.query_projs.parameters()))
+        written, asked = self.matrix_proj.weight.detach().clone(), query_weight.detach().clone()
         own_keys, own_values = written[: heads * keys], written[heads * keys : heads * (keys + values)]
         # Inputs are the token before, the token, and the means.
         before, token, means = slice(0, self.width), slice(self.width, 2 * self.width), slice(2 * self.width, None)
@@ -157,7 +157,7 @@ class SMTRecurrentFastWeightCell(nn.Module):
             value[:, before] = value[:, means] = 0.0
             value *= VALUES_AT_BIRTH
         init.copy_(self.matrix_proj.weight, written)
-        init.copy_(query_proj.weight, asked)
+        init.copy_(query_weight, asked)
 
     def normed(self, states: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(states, states.shape[-1:], eps=self.eps)
