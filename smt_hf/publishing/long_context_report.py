@@ -93,7 +93,7 @@ def _differences(scores: list[Score], against: str) -> str:
     names = list(dict.fromkeys(score.name for score in scores))
     if against not in names:
         raise InputError(f"there is no model {against!r} to compare with; the lines have {', '.join(names)}.")
-    cells: dict[tuple, dict[str, Score]] = {}  # of the same samples
+    cells: dict[tuple, dict[str, Score]] = {}  # of samples of one kind
     for score in scores:
         # Of bits per byte, less is better, and they are told by position.
         if score.lines[0]["metric"] != "bits_per_byte" and score.values("value"):
@@ -106,19 +106,22 @@ def _differences(scores: list[Score], against: str) -> str:
             compared = [_compared(models[name], models[against]) if name in models else "" for name in others]
             rows.append([task, f"{length:,} {unit}", *compared])
     if not rows:
-        raise InputError(f"no other model has a score in a cell that {against!r} has one in, of the same samples.")
+        raise InputError(
+            f"no other model has a score in a cell that {against!r} has one in, of samples of the same kind."
+        )
     legend = (
         "Differences of the scores, with their standard errors: those over trainings, or those over samples if these "
         "are larger. *Ahead* and *behind* are differences with a probability below 5 % if the two were equal (Welch's "
         "test; of three trainings a side, up to 4.3 standard errors are needed). *Level* is whatever is not told "
-        "apart. A model that was trained once is compared as that one training."
+        "apart. A model that was trained once is compared as that one training. A difference without a word is of a "
+        "score without an interval."
     )
     return f"## Against {against}\n\n{legend}\n\n{markdown_table(['task', 'length', *others], rows)}"
 
 
 def _compared(score: Score, rival: Score) -> str:
     ahead, error, needed = difference(score, rival)
-    if not error:  # one line a side, without intervals
+    if not (score.standard_error()[0] and rival.standard_error()[0]):
         return f"{ahead:+.3f}"
     verdict = "ahead" if ahead > needed else "behind" if ahead < -needed else "level"
     return f"{verdict}, {ahead:+.3f} ± {error:.3f}"

@@ -77,8 +77,10 @@ def results_table(results: dict) -> str:
     lines.append(f"held out: {what} from m_0; * the exported student{teacher}")
     skipped = {arm: scores["skipped_steps"] for arm, scores in results["arms"].items() if "skipped_steps" in scores}
     if skipped:
-        counts = ", ".join(f"{number} of {arm}" for arm, number in skipped.items())
-        lines.append(f"steps left out because their gradient was not finite: {counts}")
+        counts = ", ".join(f"{arm} {number}" for arm, number in skipped.items())
+        lines.append(
+            f"steps left out because their gradient was not finite, those of earlier phases included: {counts}"
+        )
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -30,7 +30,7 @@ class SMTRecurrentConfig(PreTrainedConfig):
             the memory as one vector of `K * D`), or `"fast_weight"` (looks things up; see
             [`SMTRecurrentFastWeightUpdater`], at least 3 memory tokens).
         num_matrix_heads: `fast_weight`: heads of the matrix in the memory. At birth those with even numbers (from 0)
-            look up by distance too, the others by content alone.
+            look up by distance too, the others by content alone, and these are born as induction heads.
         matrix_key_size: `fast_weight`: width of a head's keys, even; `None` means four times as wide as the
             values, or a little more.
         hidden_act: activation of the feed-forward layers, a name known to `transformers.activations.ACT2FN`.

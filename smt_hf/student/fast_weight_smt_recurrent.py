@@ -20,6 +20,7 @@ Shapes: N sequences or chunks side by side, T tokens, K memory tokens, D width, 
 R traces. Sources: fast weights and the delta rule, arXiv:2102.11174; gates, arXiv:2412.06464.
 """
 
+import contextlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ KEPT_AT_BIRTH = 6.0
 # An empty matrix answers 0, which stays 0: with a small epsilon, rounding errors would grow to length 1. A large one
 # leaves answers as small as the values are at birth.
 ANSWER_EPS = 0.1
-# Values at birth of heads that look up from birth, times the usual ones.
+# Factor on the initial weights of the values of heads that look up from birth.
 VALUES_AT_BIRTH = 3.0
 
 
@@ -81,6 +82,20 @@ class FastWeightSizes(NamedTuple):
                 f"`hidden_size` {width}, `num_matrix_heads` {heads}), got {config.matrix_key_size}."
             )
         return cls(heads, own // keys, keys, traces)
+
+
+def _moves(head: int) -> bool:
+    """Whether the pointer of a head moves by one per token at birth. That of every other head rests."""
+    return head % 2 == 0
+
+
+def _whole(weight: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Around the first values of a weight of a grandchild, which ZeRO-3 has split by then."""
+    if weight.numel():
+        return contextlib.nullcontext()
+    import deepspeed  # which alone makes such weights
+
+    return deepspeed.zero.GatheredParameters([weight], modifier_rank=0)
 
 
 def turned(vectors: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
@@ -138,18 +153,25 @@ class SMTRecurrentFastWeightCell(nn.Module):
     def init_own_weights(self) -> None:
         """After the projections have their random weights.
 
-        Heads whose pointer rests look up from birth: they store each token under what came before it, and their first
-        queries ask for what followed the same thing earlier, as induction heads do (arXiv:2209.11895).
+        Heads whose pointer rests look up from birth: they store each token under the token before it and the running
+        means, and their first queries ask for what followed the same token and means earlier, as induction heads do
+        (arXiv:2209.11895).
         """
         init.copy_(self.mean_bias, torch.linspace(-2.0, 5.0, len(self.mean_bias)))
         init.zeros_(self.pointer_proj.weight)
+        query_weight = self.query_projs.get_parameter("query_proj_0.weight")
+        with _whole(query_weight):
+            self._init_lookup(query_weight)
+
+    def _init_lookup(self, query_weight: torch.Tensor) -> None:
         heads, values, keys, _ = self.sizes
-        query_weight = next(iter(self.query_projs.parameters()))
         written, asked = self.matrix_proj.weight.detach().clone(), query_weight.detach().clone()
         own_keys, own_values = written[: heads * keys], written[heads * keys : heads * (keys + values)]
         # Inputs are the token before, the token, and the means.
         before, token, means = slice(0, self.width), slice(self.width, 2 * self.width), slice(2 * self.width, None)
-        for head in range(1, heads, 2):
+        for head in range(heads):
+            if _moves(head):
+                continue
             key, query = (weight.unflatten(0, (heads, keys))[head] for weight in (own_keys, asked))
             value = own_values.unflatten(0, (heads, values))[head]
             key[:, token] = 0.0
@@ -175,7 +197,7 @@ class SMTRecurrentFastWeightCell(nn.Module):
         # others rest, and their heads look up by content alone.
         at_birth: torch.Tensor | float = 1.0
         if self.sizes.heads > 1:  # making the vector at every step costs a single head 3 %
-            at_birth = (torch.arange(self.sizes.heads, device=moves.device) % 2 == 0).to(moves.dtype)
+            at_birth = moves.new_tensor([float(_moves(head)) for head in range(self.sizes.heads)])
         return torch.sigmoid(gates + KEPT_AT_BIRTH), moves + at_birth
 
     def features(self, tokens: torch.Tensor, means: torch.Tensor) -> torch.Tensor:

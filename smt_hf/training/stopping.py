@@ -11,6 +11,8 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from .launch import launched_with_deepspeed
+
 logger = logging.get_logger(__name__)
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -92,7 +94,7 @@ def check_finite(
         terms: name -> scalar.
         step: optimiser step that is being computed.
         example_ids: `(B,)`, the batch's.
-        remedy: sentence of the error that says what may help.
+        remedy: what may help, a sentence without its full stop.
 
     Raises:
         FloatingPointError: with the names of the terms, the step and the batch.
@@ -103,7 +105,8 @@ def check_finite(
     batch = "" if example_ids is None else f", in the batch of examples {example_ids.tolist()}"
     raise FloatingPointError(
         f"{bad} of the {phase} phase is not finite at step {step}{batch}. Nothing of this step has been kept. "
-        f"{remedy or 'Look at these examples.'} Or start over with a lower `{phase}_learning_rate`."
+        f"{remedy or ('Look at the data' if example_ids is None else 'Look at these examples')}, or start over with a "
+        f"lower `learning_rate` of the phase."
     )
 
 
@@ -126,12 +129,12 @@ def leave_out_if_not_finite(norm, model: nn.Module, cost, arguments, step: int) 
         return
     if cost.skipped_in_a_row >= arguments.max_skipped_steps:
         remedy = (
-            f"{cost.skipped_steps} steps were left out before it, {cost.skipped_in_a_row} of them just before it. With "
-            f"`--{arguments.phase}_max_skipped_steps {max(20, 2 * arguments.max_skipped_steps)}` and "
-            "`--resume_from_checkpoint` the run goes on from its last complete checkpoint and may leave out more."
+            f"Raise `max_skipped_steps` of the phase, which is {arguments.max_skipped_steps}, and resume the run from "
+            f"its last complete checkpoint (left out so far: {cost.skipped_steps}, in a row: {cost.skipped_in_a_row})"
         )
-        check_finite({"the gradient": norm}, step, arguments.phase, None, remedy)
-    if not cost.skipped_steps:
+        is_possible = not arguments.deepspeed and not launched_with_deepspeed()
+        check_finite({"the gradient": norm}, step, arguments.phase, None, remedy if is_possible else None)
+    if not cost.skipped_steps and PartialState().is_main_process:
         logger.warning(
             f"{arguments.phase}: the gradient is not finite at step {step}. The step is left out, as "
             "`max_skipped_steps` allows. Later ones are counted without a warning."

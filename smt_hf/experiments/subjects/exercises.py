@@ -46,9 +46,9 @@ SHORT_ROW = 129  # tokens, of a level of 128 transitions; such rows are rarely f
 _DIVIDED_NAMES, _DIVIDED_TEXTS = 3, 5
 LEAST_TOKENS = 64  # of a row, in which every exercise has room for an answer
 _ASKED_THINGS, _HANDLED = 0.7, 1 / 3  # of the questions and facts of a world with objects
-_ELSEWHERE = 0.7  # of the questions are not about the room told last, if there is another room to ask for
-# Of the short rows of `rooms` have brief facts, of people alone, with nothing between them. Among rows that have a
-# question they are more.
+_ELSEWHERE = 0.7  # of the questions, at least, are not about the room told last, if there is another to ask for
+# Share of the short rows of `rooms` with brief facts: of people alone, nothing between them. Rows without a question
+# are drawn again, which leaves about 0.7.
 _BRIEF = 0.5
 _BRIEF_FACTS = (("{name}: {room}. ", "{name}? "), ("{name} {room}. ", "{name}: "))
 

@@ -69,7 +69,7 @@ def test_steps_that_were_left_out_are_in_the_table():
         "task": {"name": "retrieval", "difficulty": 16, "chance": 0.1},
         "arms": {arm: {"accuracy": 0.5, **cost} for arm, cost in costs.items()},
     }
-    assert results_table(results).endswith("left out because their gradient was not finite: 5 of bptt")
+    assert results_table(results).endswith("gradient was not finite, those of earlier phases included: bptt 5")
     del results["arms"]["bptt"]
     assert "left out" not in results_table(results)
 

@@ -10,7 +10,7 @@ from smt_hf.data import Levels
 from smt_hf.errors import InputError
 from smt_hf.evaluation.long_context.haystack import noise_filler
 from smt_hf.experiments.composition import resolve
-from smt_hf.experiments.subjects import DocumentSubject, documents
+from smt_hf.experiments.subjects import DocumentSubject, documents, exercises
 from tests.unit.evaluation.long_context.conftest import make_book
 
 pytest.importorskip("wonderwords")
@@ -114,6 +114,17 @@ def test_short_levels_are_of_exercises_alone(book):
     asked = {level: sum("Where is" in text for text in texts(mixed, rows)) for level, rows in mixed.levels.items()}
     assert asked == {128: 0, 192: 12, 256: 12}
     assert sum("Where is" in text for text in texts(alone, alone.levels[128])) == 24
+    assert mixed.heldout_rows(128, 2)[0].shape == (2, 129)
+
+
+def test_other_rows_of_an_exercise_are_other_data(book, monkeypatch):
+    def hashed():
+        return DocumentSubject(["qa1", "rooms"], 256, (), book, num_heldout=10).facts()["hash"]
+
+    before = hashed()
+    assert before == hashed()
+    monkeypatch.setattr(exercises, "_BRIEF", 0.0)
+    assert hashed() != before
 
 
 @pytest.mark.parametrize("name", ["text", "recall"])

@@ -1,6 +1,9 @@
 """Long-context scores in the card of a student."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,11 +12,14 @@ from huggingface_hub import ModelCard
 from smt_hf.data import byte_tokenizer
 from smt_hf.errors import InputError
 from smt_hf.evaluation.long_context.loading import load_language_model
+from smt_hf.experiments.long_context import parse_evaluate
 from smt_hf.experiments.long_context_card import add_to_card
 from smt_hf.publishing.export import export_student, write_card
 from smt_hf.publishing.hub import check_folder, problems_of_card
 from tests.conftest import make_student
 from tests.unit.publishing.test_hub import results_for
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -28,7 +34,10 @@ def folder(tmp_path):
 def make_line(folder, length=1024, value=0.25, **fields):
     line = {"suite": "ruler", "task": "niah_single_1", "length": length, "length_unit": "bytes"}
     line |= {"metric": "string_match_all", "value": value, "interval": [0.2, 0.3], "n": 400, "chance": 0.0, "seed": 0}
-    line |= {"weights": load_language_model(str(folder), device="cpu").weights_digest(), "by_depth": [1, 2, 3]}
+    line |= {
+        "weights": load_language_model(str(folder), device="cpu").weights_digest(),
+        "by_depth": [{"depth": 0.5, "n": 400, "value": value}],
+    }
     return line | {"controls": {"last_window": {"value": 0.125}}, **fields}
 
 
@@ -76,7 +85,29 @@ def test_a_card_with_another_score_is_not_published(folder):
     ]
 
 
+def test_bits_per_byte_are_no_answers(folder):
+    add_to_card(folder, [make_line(folder), make_line(folder, 4096, suite="text", metric="bits_per_byte")])
+    assert "4,096" not in (folder / "README.md").read_text()
+
+
+def test_the_command(folder, tmp_path):
+    output = tmp_path / "runs" / "long.jsonl"
+    output.parent.mkdir()
+    line = make_line(folder, name="student", checkpoint=str(folder), reading="chunks", model_type="smt_recurrent")
+    output.write_text(json.dumps({**line, "num_parameters": 5, "controls": {}}) + "\n")
+    command = [sys.executable, "recipes/evaluate.py", "--report", "--output", str(output), "--card", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout
+    assert said.splitlines()[-1] == str(folder / "README.md")
+    assert "### Long contexts" in (folder / "README.md").read_text()
+    with pytest.raises(InputError, match="`card` goes with `--report`"):
+        parse_evaluate(["--checkpoint", "x", "--suite", "ruler", "--output", "y", "--card", "z"])
+
+
 def test_what_is_refused(folder, tmp_path):
+    with pytest.raises(InputError, match=r"niah_single_1 at 1,024 bytes: several lines are of the weights"):
+        add_to_card(folder, [make_line(folder), make_line(folder, seed=1)])
     with pytest.raises(InputError, match="no line is of the weights"):
         add_to_card(folder, [make_line(folder, weights="another's")])
     assert "long_contexts" not in (folder / "eval_results.json").read_text()

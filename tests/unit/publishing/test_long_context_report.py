@@ -142,6 +142,10 @@ def test_only_scores_of_the_same_samples_are_compared(tmp_path):
     path, *_ = render_long_context(lines, "long", tmp_path, against="BPTT")
     (row,) = table_after(path.read_text(), "## Against BPTT")
     assert row["ours"] == "+0.800"  # without an error, no verdict
+    lines[0]["interval"] = [0.05, 0.15]
+    path, *_ = render_long_context(lines, "long", tmp_path, against="BPTT")
+    (row,) = table_after(path.read_text(), "## Against BPTT")
+    assert row["ours"] == "+0.800"  # of one side alone neither
 
 
 def test_bytes_of_the_state_are_exact(tmp_path):

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from smt_hf import BPTTTrainer, BPTTTrainingArguments, SMTForPreTraining
 from smt_hf.errors import InputError
 from smt_hf.training import arguments as argument_module
+from smt_hf.training import stopping
 from smt_hf.training.checkpoints import newest_checkpoint, what_is_missing
 from smt_hf.training.phases import run_phases
 from smt_hf.training.stopping import Interrupted, StopOnSignal, check_finite
@@ -234,12 +235,29 @@ def test_too_many_steps_in_a_row_that_overflow_end_the_run(tmp_path):
     trainer = make_trainer("bptt", tmp_path, **EVERY, max_skipped_steps=1)
     Overflows(trainer, {1, 3, 4})
     message = (
-        r"the gradient of the bptt phase is not finite at step 4\..* 2 steps were left out before it, 1 of them just"
+        r"the gradient of the bptt phase is not finite at step 4\..* Raise `max_skipped_steps` of the phase, which is 1"
     )
     with pytest.raises(
-        FloatingPointError, match=message + r".*--bptt_max_skipped_steps 20.*lower `bptt_learning_rate`"
+        FloatingPointError, match=message + r".*left out so far: 2, in a row: 1\), or start over with a low"
     ):
         trainer.train()
+
+
+def test_one_warning_says_that_steps_are_left_out(tmp_path, monkeypatch):
+    trainer, said = make_trainer("bptt", tmp_path, **EVERY, max_skipped_steps=2), []
+    Overflows(trainer, {2, 3, 5})
+    monkeypatch.setattr(stopping.logger, "warning", said.append)
+    trainer.train()
+    assert len(said) == 1 and "bptt: the gradient is not finite at step 2" in said[0]
+
+
+def test_no_advice_that_deepspeed_refuses(monkeypatch, tmp_path):
+    trainer = make_trainer("bptt", tmp_path, **EVERY)
+    Overflows(trainer, {1})
+    monkeypatch.setattr(stopping, "launched_with_deepspeed", lambda: True)
+    with pytest.raises(FloatingPointError, match=r"Look at the data, or start over") as caught:
+        trainer.train()
+    assert "max_skipped_steps" not in str(caught.value)
 
 
 def test_steps_left_out_in_a_row_are_counted_over_a_resume(tmp_path):
@@ -249,7 +267,7 @@ def test_steps_left_out_in_a_row_are_counted_over_a_resume(tmp_path):
         trainer.train()
     again = make_trainer("bptt", tmp_path, **EVERY, max_skipped_steps=2)
     Overflows(again, {3, 4})
-    with pytest.raises(FloatingPointError, match=r"step 4.* 2 steps were left out"):
+    with pytest.raises(FloatingPointError, match=r"step 4.*left out so far: 2, in a row: 2"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
