@@ -54,7 +54,7 @@ def _explained(name: str) -> Iterator[None]:
         if "gguf" in message.lower():
             raise InputError("`teacher_gguf_file` needs the package gguf: `pip install gguf`.") from error
         raise InputError(f"{name} needs a package that is missing: {message}") from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # whatever transformers meets in a damaged file
         raise InputError(
             f"no causal language model could be loaded from {name!r}: {str(error).strip()} Otherwise: {_INSTEAD}."
         ) from error
@@ -186,12 +186,13 @@ def add_lora(trunk: PreTrainedModel, rank: int, alpha: int) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model  # slow to import, and few runs need it
 
-    # The fused kernels of Mamba read these weights past the layers that hold them.
+    # Mamba reads the weights of these past the layers that hold them.
     is_mamba = any("mamba" in type(module).__name__.lower() for module in trunk.modules())
+    left_out = ("out_proj", "dt_proj") if is_mamba else ()
     targets = [
         name
         for name, module in trunk.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and not (is_mamba and name.endswith("out_proj"))
+        if isinstance(module, nn.Linear | Conv1D) and not name.endswith(left_out)
     ]
     try:
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), trunk)
@@ -218,6 +219,34 @@ def hidden_states(trunk: PreTrainedModel, input_ids: torch.Tensor) -> tuple[torc
     return tuple(states)
 
 
+def _few_tokens(trunk: PreTrainedModel) -> torch.Tensor:
+    """Two rows of four tokens that differ in the last one, `(2, 4)`."""
+    embeddings: nn.Module = trunk.get_input_embeddings()
+    weight = embeddings.weight
+    assert isinstance(weight, torch.Tensor)
+    return torch.tensor([[0, 1, 2, 3], [0, 1, 2, 0]], device=weight.device) % weight.shape[0]
+
+
+@torch.enable_grad()
+def unreached_lora(trunk: PreTrainedModel, layers: list[int]) -> set[str]:
+    """Names of the parameters of LoRA layers that no gradient of the given hidden states reaches: those of layers above
+    the last one that is read, say. DDP would wait for their gradients."""
+    lora = {name: parameter for name, parameter in trunk.named_parameters() if "lora_" in name}
+    before = {name: parameter.requires_grad for name, parameter in lora.items()}
+    for parameter in lora.values():
+        parameter.requires_grad_(True)
+    gradients: list[torch.Tensor | None]
+    states = hidden_states(trunk, _few_tokens(trunk))
+    total = sum(states[number].float().sum() for number in layers)
+    if isinstance(total, torch.Tensor) and total.requires_grad:
+        gradients = list(torch.autograd.grad(total, list(lora.values()), allow_unused=True))
+    else:  # of the embeddings alone
+        gradients = [None] * len(lora)
+    for name, parameter in lora.items():
+        parameter.requires_grad_(before[name])
+    return {name for name, gradient in zip(lora, gradients) if gradient is None}
+
+
 @torch.no_grad()
 def check_trunk(trunk: PreTrainedModel, num_layers: int) -> None:
     """Read four tokens twice, with another last one: the states of the first three must not change.
@@ -228,11 +257,7 @@ def check_trunk(trunk: PreTrainedModel, num_layers: int) -> None:
     Raises:
         InputError: they do (the model is an encoder), or there are no hidden states, or not as many as layers.
     """
-    embeddings: nn.Module = trunk.get_input_embeddings()
-    weight = embeddings.weight
-    assert isinstance(weight, torch.Tensor)
-    tokens = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 0]], device=weight.device) % weight.shape[0]
-    states = hidden_states(trunk, tokens)
+    states = hidden_states(trunk, _few_tokens(trunk))
     if len(states) != num_layers + 1:
         raise InputError(
             f"{type(trunk).__name__} has {num_layers} layers and returns {len(states)} hidden states, where one more "

@@ -27,6 +27,7 @@ from .loading import (
     load_trunk,
     start_token_of,
     tokenizer_of,
+    unreached_lora,
 )
 from .protocol import SMTTeacher, register_teacher
 
@@ -41,12 +42,13 @@ class SMTPretrainedTeacherConfig(PreTrainedConfig):
         model_name_or_path: folder or repository of any causal language model of transformers. The student then
             speaks its tokenizer unless another is named, which must have the same tokens.
         revision: of the repository.
-        gguf_file: name of a GGUF file in the folder or repository to load instead (needs the package gguf).
+        gguf_file: name of a GGUF file in the folder or repository to load instead (older versions of
+            transformers need the package gguf).
         layers: hidden states that memories are made of, joined by commas: 0 is the embeddings, 1 the first layer, -1
             the last. `None` means the middle and the last. Ours, not searched.
         context_length: tokens that the model reads at once. A longer row is read in windows that overlap by half, so
             that every memory comes from at least half as many tokens. `None` means all that the model can read.
-        start_token_id: token in front of every window. `None` means the one that the model's own tokenizer puts
+        start_token: token in front of every window. `None` means the one that the model's own tokenizer puts
             before a text, if any; -1: none.
         lora_r: rank of LoRA layers in the model, which are trained with the smt phase; 0: the model stays as it is.
         lora_alpha: the LoRA update is scaled by `lora_alpha / lora_r`; `None` means `2 * lora_r`.
@@ -70,7 +72,7 @@ class SMTPretrainedTeacherConfig(PreTrainedConfig):
     gguf_file: str | None = None
     layers: str | int | list[int] | None = None
     context_length: int | None = None
-    start_token_id: int | None = None
+    start_token: int | None = None
     lora_r: int = 0
     lora_alpha: int | None = None
     model_dtype: str = "auto"
@@ -93,10 +95,10 @@ class SMTPretrainedTeacherConfig(PreTrainedConfig):
         if self.base_config is None and self.model_name_or_path is not None:
             where = (self.model_name_or_path, self.revision, self.gguf_file)
             self.base_config = describe(*where)
-            if self.start_token_id is None:
-                self.start_token_id = start_token_of(tokenizer_of(*where))
-        if self.start_token_id is None:
-            self.start_token_id = NO_START_TOKEN
+            if self.start_token is None:
+                self.start_token = start_token_of(tokenizer_of(*where))
+        if self.start_token is None:
+            self.start_token = NO_START_TOKEN
         self.lora_alpha = 2 * self.lora_r if self.lora_alpha is None else self.lora_alpha
         if self.base_config is not None:
             self._fit_base()
@@ -105,7 +107,7 @@ class SMTPretrainedTeacherConfig(PreTrainedConfig):
     def validate_sizes(self):
         """Part of `validate()`: refuses values that no teacher can be built from."""
         least = {"vocab_size": 1, "num_memory_tokens": 1, "memory_size": 1, "context_length": 2}
-        least |= {"lora_r": 0, "lora_alpha": 0, "rms_norm_eps": 0, "start_token_id": NO_START_TOKEN}
+        least |= {"lora_r": 0, "lora_alpha": 0, "rms_norm_eps": 0, "start_token": NO_START_TOKEN}
         for name, limit in least.items():
             value = getattr(self, name)
             if value is not None and not limit <= value < float("inf"):
@@ -135,16 +137,16 @@ class SMTPretrainedTeacherConfig(PreTrainedConfig):
                 f"the student has {self.vocab_size} tokens, the teacher's model {name} knows {base.vocab_size}: give "
                 "the student the tokenizer of the model (leave `tokenizer_name` and `vocab_size` out)."
             )
-        assert self.start_token_id is not None
-        if self.start_token_id >= base.vocab_size:
+        assert self.start_token is not None
+        if self.start_token >= base.vocab_size:
             raise InputError(
-                f"`start_token_id` {self.start_token_id} is no token of the teacher's model {name}, which knows "
+                f"`start_token` {self.start_token} is no token of the teacher's model {name}, which knows "
                 f"{base.vocab_size}: leave it out."
             )
         limit = getattr(base, "max_position_embeddings", None)
         if limit is None:
             return
-        limit -= self.start_token_id != NO_START_TOKEN
+        limit -= self.start_token != NO_START_TOKEN
         if self.context_length is None:
             self.context_length = limit
         elif self.context_length > limit:
@@ -223,6 +225,7 @@ class SMTPretrainedTeacher(SMTTeacher):
         is_empty = torch.empty(0).device.type == "meta"  # `from_pretrained` fills it
         self.model = self._made_model(is_empty)
         self.model.requires_grad_(False)
+        self._unreached: set[str] | None = None
         if config.lora_r:
             assert config.lora_alpha is not None
             add_lora(self.model, config.lora_r, config.lora_alpha)
@@ -254,8 +257,16 @@ class SMTPretrainedTeacher(SMTTeacher):
         return self.model.get_input_embeddings()
 
     def is_fixed(self, name: str) -> bool:
-        """Whether no phase trains the parameter of this name: the model's own weights."""
-        return name.startswith("model.") and "lora_" not in name
+        """Whether no phase trains the parameter of this name: the model's own weights, and LoRA layers without effect
+        on the hidden states that are read."""
+        if not name.startswith("model."):
+            return False
+        if "lora_" not in name:
+            return True
+        if self._unreached is None:  # now, since `from_pretrained` has filled the model by now
+            assert isinstance(self.config.layers, list)
+            self._unreached = unreached_lora(self.model, self.config.layers)
+        return name.removeprefix("model.") in self._unreached
 
     def train(self, mode: bool = True):
         """As in torch, but for the model, whose dropout stays off."""
@@ -307,8 +318,8 @@ class SMTPretrainedTeacher(SMTTeacher):
         first = (windows % length)[:, None]
         index = (first + torch.arange(longest, device=input_ids.device)).clamp(max=length - 1)
         rows = input_ids[windows[:, None] // length, index]
-        if self.config.start_token_id != NO_START_TOKEN:
-            rows, place_of = F.pad(rows, (1, 0), value=self.config.start_token_id), place_of + 1
+        if self.config.start_token != NO_START_TOKEN:
+            rows, place_of = F.pad(rows, (1, 0), value=self.config.start_token), place_of + 1
         return rows, row_of, place_of
 
 
