@@ -70,7 +70,7 @@ class SMTPretrainedTeacherConfig(PreTrainedConfig):
     model_name_or_path: str | None = None
     revision: str | None = None
     gguf_file: str | None = None
-    layers: str | int | list[int] | None = None
+    layers: str | list[int] | None = None
     context_length: int | None = None
     start_token: int | None = None
     lora_r: int = 0
@@ -172,7 +172,7 @@ class SMTPretrainedTeacherConfig(PreTrainedConfig):
         return {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in special}}
 
 
-def _layer_numbers(layers: str | int | list[int] | None, depth: int) -> list[int]:
+def _layer_numbers(layers: str | list[int] | None, depth: int) -> list[int]:
     """Numbers of hidden states, 0 .. depth, from what a user may write.
 
     Raises:
@@ -181,8 +181,7 @@ def _layer_numbers(layers: str | int | list[int] | None, depth: int) -> list[int
     if layers is None:
         return sorted({(depth + 1) // 2, depth})
     try:
-        words = layers.split(",") if isinstance(layers, str) else layers if isinstance(layers, list) else [layers]
-        numbers = [int(word) for word in words]
+        numbers = [int(word) for word in (layers.split(",") if isinstance(layers, str) else layers)]
     except ValueError:
         raise InputError(f"the teacher's `layers` must be numbers joined by commas, got {layers!r}.") from None
     found = [number if number >= 0 else depth + 1 + number for number in numbers]

@@ -199,7 +199,7 @@ def test_the_start_token_is_that_of_the_models_tokenizer(llama, tmp_path):
 
 @pytest.mark.parametrize(
     "layers, numbers",
-    [(None, [2, 3]), ("-1", [3]), ("1,3", [1, 3]), (0, [0]), ([-2, 0], [2, 0])],
+    [(None, [2, 3]), ("-1", [3]), ("1,3", [1, 3]), ("0", [0]), ([-2, 0], [2, 0])],
 )
 def test_layers(llama, layers, numbers):
     teacher = make(llama, layers=layers)
