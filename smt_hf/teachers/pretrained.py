@@ -46,8 +46,8 @@ class SMTPretrainedTeacherConfig(PreTrainedConfig):
             transformers need the package gguf).
         layers: hidden states that memories are made of, joined by commas: 0 is the embeddings, 1 the first layer, -1
             the last. `None` means the middle and the last. Ours, not searched.
-        context_length: tokens that the model reads at once. A longer row is read in windows that overlap by half, so
-            that every memory comes from at least half as many tokens. `None` means all that the model can read.
+        model_context_length: tokens that the model reads at once. A longer row is read in windows that overlap by half,
+            so that every memory comes from at least half as many tokens. `None` means all that the model can read.
         start_token: token in front of every window. `None` means the one that the model's own tokenizer puts
             before a text, if any; -1: none.
         lora_r: rank of LoRA layers in the model, which are trained with the smt phase; 0: the model stays as it is.
@@ -71,7 +71,7 @@ class SMTPretrainedTeacherConfig(PreTrainedConfig):
     revision: str | None = None
     gguf_file: str | None = None
     layers: str | list[int] | None = None
-    context_length: int | None = None
+    model_context_length: int | None = None
     start_token: int | None = None
     lora_r: int = 0
     lora_alpha: int | None = None
@@ -106,7 +106,7 @@ class SMTPretrainedTeacherConfig(PreTrainedConfig):
 
     def validate_sizes(self):
         """Part of `validate()`: refuses values that no teacher can be built from."""
-        least = {"vocab_size": 1, "num_memory_tokens": 1, "memory_size": 1, "context_length": 2}
+        least = {"vocab_size": 1, "num_memory_tokens": 1, "memory_size": 1, "model_context_length": 2}
         least |= {"lora_r": 0, "lora_alpha": 0, "rms_norm_eps": 0, "start_token": NO_START_TOKEN}
         for name, limit in least.items():
             value = getattr(self, name)
@@ -144,15 +144,15 @@ class SMTPretrainedTeacherConfig(PreTrainedConfig):
                 f"{base.vocab_size}: leave it out."
             )
         limit = getattr(base, "max_position_embeddings", None)
-        if limit is None:
+        if not isinstance(limit, int) or limit < 2:  # it has none
             return
         limit -= self.start_token != NO_START_TOKEN
-        if self.context_length is None:
-            self.context_length = limit
-        elif self.context_length > limit:
+        if self.model_context_length is None:
+            self.model_context_length = limit
+        elif self.model_context_length > limit:
             raise InputError(
-                f"the teacher's `context_length` is {self.context_length}, and the model {name} reads {limit} tokens "
-                "at most: lower it, or leave it out."
+                f"the teacher's `model_context_length` is {self.model_context_length}, and the model {name} reads "
+                f"{limit} tokens at most: lower it, or leave it out."
             )
 
     @classmethod
@@ -306,7 +306,7 @@ class SMTPretrainedTeacher(SMTTeacher):
         if document_ids is not None:
             time = torch.arange(length, device=input_ids.device)
             begins = torch.where(document_starts(document_ids), time, 0).cummax(1).values.gather(1, last)
-        span = self.config.context_length
+        span = self.config.model_context_length
         if span is not None and span < length:
             # The first window of a document has its first tokens; each later one begins half a window further on.
             step = (span + 1) // 2

@@ -107,7 +107,7 @@ def naive_label(teacher, model, prefix, span=None):
 @torch.no_grad()
 def test_equals_the_model_on_every_prefix_alone(folder, extra):
     """Rows longer than half of the window's 5 tokens, with padding anywhere, and several documents."""
-    teacher, model = make(folder, context_length=5), AutoModelForCausalLM.from_pretrained(folder).eval()
+    teacher, model = make(folder, model_context_length=5), AutoModelForCausalLM.from_pretrained(folder).eval()
     length, generator = 13, torch.Generator().manual_seed(2)
     tokens, start = text(3, length), torch.randn(K, D)
     mask = documents = None
@@ -169,7 +169,7 @@ def test_positions_pick_rows_and_empty_rows(llama):
 def test_a_start_token_stands_before_every_window_and_is_no_position(llama):
     model = AutoModelForCausalLM.from_pretrained(llama).eval()
     teacher, tokens = make(llama, start_token=7), text(1, 6)
-    assert teacher.config.context_length == 15  # one of the 16 places is taken
+    assert teacher.config.model_context_length == 15  # one of the 16 places is taken
     documents = torch.tensor([[0, 0, 0, 0, 1, 1]])
     labels = teacher(tokens, torch.arange(7), torch.zeros(K, D), document_ids=documents)
     for position, prefix in ((1, tokens[0, :1]), (4, tokens[0, :4]), (6, tokens[0, 4:])):
@@ -398,7 +398,7 @@ def test_gguf_file(tmp_path):
             make(str(tmp_path), gguf_file="tiny.gguf")
         return
     teacher, tokens = make(str(tmp_path), gguf_file="tiny.gguf"), text(1, 5)
-    assert teacher.config.layers == [1] and teacher.config.context_length == 16
+    assert teacher.config.layers == [1] and teacher.config.model_context_length == 16
     label = teacher(tokens, torch.tensor([5]), torch.zeros(K, D))[0, 0]
     torch.testing.assert_close(label, naive_label(teacher, model, tokens[0]), **CLOSE)
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
@@ -464,8 +464,8 @@ def test_refuses_models_that_make_no_states_of_prefixes(tmp_path):
         ({"layers": "-5"}, "got '-5'"),
         ({"layers": "1,1"}, "different numbers"),
         ({"layers": "last"}, "must be numbers joined by commas, got 'last'"),
-        ({"context_length": 17}, "`context_length` is 17, and the model .* reads 16 tokens at most"),
-        ({"context_length": 1}, "`context_length` must be at least 2"),
+        ({"model_context_length": 17}, "`model_context_length` is 17, and the model .* reads 16 tokens at most"),
+        ({"model_context_length": 1}, "`model_context_length` must be at least 2"),
         ({"lora_r": -1}, "`lora_r` must be at least 0"),
         ({"start_token": VOCAB}, f"`start_token` {VOCAB} is no token"),
         ({"model_dtype": "int8"}, "unknown `model_dtype` 'int8'"),
