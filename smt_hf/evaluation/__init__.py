@@ -71,12 +71,15 @@ def _finite(value: float | None) -> float | None:
     return round(value, 4) if value is not None and np.isfinite(value) else None
 
 
-# By the name that the value has in the lines of a grid. A value of `None` is left out: the model has no teacher.
+# By the name that the value has in the lines of a grid. A value of `None` is left out: the model has no teacher,
+# or one that the evaluation does not apply to.
 EVALUATIONS: dict[str, Callable[[Any, np.ndarray, np.ndarray], Any]] = {
     "gradient_norm": lambda model, ids, labels: _thinned(gradient_norm_by_distance(model.student, ids, labels)),
     "geometry": _geometry,
     "teacher_gradient_norm": lambda model, ids, labels: (
-        _thinned(teacher_gradient_norm(model, ids, labels)) if model.teacher is not None else None
+        _thinned(teacher_gradient_norm(model, ids, labels))
+        if model.teacher is not None and getattr(model.teacher, "has_embedding_gradients", True)
+        else None
     ),
     "drift": lambda model, ids, labels: (
         _thinned(drift_by_position(model, ids[:, :-1]), first=1) if model.teacher is not None else None

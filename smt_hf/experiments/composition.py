@@ -19,6 +19,7 @@ from smt_hf.training.launch import LAUNCHED_PRECISION
 from smt_hf.training.phases import PhaseResult, apply_required
 
 from .subjects import Subject
+from .teacher_language import check_tokenizer
 
 # TrainingArguments that say what is written down, shown or loaded, not what is trained: a resumed run may change them.
 _WRITTEN_DOWN = (
@@ -36,7 +37,7 @@ def model_config(
     """Sizes of student and teacher for a subject and a pipeline; no teacher if no phase needs one.
 
     Raises:
-        InputError: a size out of range, or a vocabulary smaller than the subject's.
+        InputError: a size out of range, a vocabulary smaller than the subject's, or one that is not the teacher's.
     """
     fields = {"vocab_size": subject.vocab_size, **student_fields}
     if fields["vocab_size"] is not None and fields["vocab_size"] < subject.vocab_size:
@@ -49,9 +50,12 @@ def model_config(
     try:
         has_teacher = any(arguments.phase != "bptt" for arguments in phases)
         student, teacher = SMTRecurrentConfig(**fields), teacher_fields if has_teacher else None
-        return SMTPreTrainingConfig(student=student, teacher=teacher)
+        config = SMTPreTrainingConfig(student=student, teacher=teacher)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise InputError(str(error)) from error
+    assert not isinstance(config.teacher, dict)
+    check_tokenizer(subject.tokenizer, config.teacher)
+    return config
 
 
 def resolve(phases: list[PhaseArguments], subject: Subject, rival: BPTTTrainingArguments | None = None) -> list[str]:

@@ -46,6 +46,7 @@ from .composition import (
 from .run_arguments import ParsedRun, PretrainArguments
 from .run_folder import RESULTS, RUN, check_output_dir, check_writable, locked, writing
 from .subjects import DocumentSubject, PixelSubject, Subject, TaskSubject, TextSubject
+from .teacher_language import teacher_tokenizer
 
 # Settings that say what is read, where no hash of the documents does.
 _SOURCE = ("train_file", "validation_file", "dataset_name", "dataset_config_name", "text_column")
@@ -209,6 +210,8 @@ def make_subject(parsed: ParsedRun) -> Subject:
             )
         names = ("tokenizer_name", "document_start_fraction", "streaming", *_SOURCE)
         settings = {name: getattr(run, name) for name in names} | {"buffer_size": run.shuffle_buffer_size}
+        if run.tokenizer_name is None and any(arguments.phase != "bptt" for arguments in parsed.phases):
+            settings["tokenizer"] = teacher_tokenizer(parsed.teacher_fields)
         return TextSubject([*parsed.phases, *([parsed.rival] if parsed.rival else [])], run.seed, **settings)
     of_text = ("tokenizer_name", *_OF_A_STREAM)
     given = [name for name in of_text if getattr(run, name) != getattr(PretrainArguments, name)]

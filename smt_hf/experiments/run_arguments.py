@@ -12,7 +12,7 @@ from smt_hf.command_line import argument, built, check_keys, closest, described,
 from smt_hf.data import TASKS
 from smt_hf.errors import InputError
 from smt_hf.student import SMTRecurrentConfig
-from smt_hf.teachers import DEFAULT_TEACHER, TEACHERS, teacher_config_class
+from smt_hf.teachers import TEACHERS, teacher_config_class, teacher_type
 from smt_hf.teachers.protocol import SMTTeacherSizes
 from smt_hf.training.arguments import BPTTTrainingArguments, PhaseArguments
 from smt_hf.training.launch import launched_sharded
@@ -57,7 +57,9 @@ class PretrainArguments(RunArguments):
     text_column: str = argument("text", "Column of a table or dataset that holds the text.", is_text=True)
     streaming: bool = argument(False, "Read the text while training; nothing is downloaded or tokenised beforehand.")
     shuffle_buffer_size: int = argument(1000, "With `streaming`: documents among which the next one is drawn.")
-    tokenizer_name: str | None = argument(None, "Any Hugging Face tokenizer; default: one token per byte.")
+    tokenizer_name: str | None = argument(
+        None, "Any Hugging Face tokenizer; default: that of `teacher_model_name_or_path`, else one token per byte."
+    )
     document_start_fraction: float = argument(0.05, "Share of training rows that begin with a document. Ours.")
     use_peft: bool = argument(False, "Train LoRA layers alone in later dmt phases; each phase merges them at its end.")
     evidence_file: str | None = argument(None, "JSON lines file to which the run appends one line per arm.")
@@ -128,7 +130,11 @@ STUDENT_FIELDS = _plain_dataclass(SMTRecurrentConfig)
 # `model_type` of a teacher -> its fields.
 TEACHER_FIELDS = {
     name: _plain_dataclass(
-        teacher.config_class, getattr(teacher.config_class, "follows_student", SMTTeacherSizes.follows_student)
+        teacher.config_class,
+        {
+            *getattr(teacher.config_class, "follows_student", SMTTeacherSizes.follows_student),
+            *getattr(teacher.config_class, "derived", ()),
+        },
     )
     for name, teacher in TEACHERS.items()
 }
@@ -224,7 +230,7 @@ def parse_run(argv: list[str]) -> ParsedRun:
             may_be_alone = place == 0 and phase == "smt" and len(names) > 1
             meant = {*inside, *(name.removeprefix("smt_") for layer in layers for name in layer if name[:4] == "smt_")}
             merged = _with_usual(phase, merged, meant, may_be_alone, notes)
-        kind = (default_run.TEACHER if is_default else teacher).get("model_type", DEFAULT_TEACHER)
+        kind = teacher_type(default_run.TEACHER if is_default else teacher)
         return _with_teacher(phase, {**merged, "seed": run.seed}, kind, [] if is_default else notes)
 
     built_phases = [
@@ -343,6 +349,7 @@ _FIRST = """usage: accelerate launch recipes/pretrain.py [--config FILE.yaml] [-
   --learning_rate X         peak learning rate of every phase; --bptt_learning_rate X of one
   --hidden_size N           width of the student; --num_memory_tokens N, --num_hidden_layers N, --updater_type NAME
   --tokenizer_name NAME     any Hugging Face tokenizer (default: one token per byte)
+  --teacher_model_name_or_path DIR  a language model to make a recurrent one of; its tokenizer is the default then
   --compare_bptt            also train the same student by BPTT for the same seconds
   --seed N                  seed of all random numbers
   --resume_from_checkpoint  go on with the run in `output_dir`
@@ -399,9 +406,11 @@ def typed_teacher(of_grid: dict, of_arm: dict, of_variant: dict) -> dict:
     """
     changes = {**of_arm, **of_variant}
     # The grid's fields are those of its own kind of teacher.
-    of_that_kind = of_grid.get("model_type", DEFAULT_TEACHER)
-    settings = {**of_grid, **changes} if changes.get("model_type", of_that_kind) == of_that_kind else changes
-    name = settings.get("model_type", DEFAULT_TEACHER)
+    of_that_kind = teacher_type(of_grid)
+    names_its_kind = "model_type" in changes or teacher_type(changes) != teacher_type({})
+    is_other = names_its_kind and teacher_type(changes) != of_that_kind
+    settings = changes if is_other else {**of_grid, **changes}
+    name = teacher_type(settings)
     teacher_config_class(name)  # knows the name, or says which there are
     fields = typed(TEACHER_FIELDS[name], {key: value for key, value in settings.items() if key != "model_type"})
     return {"model_type": name, **fields} if "model_type" in settings else fields

@@ -2,7 +2,16 @@
 
 from .causal import SMTTeacherConfig, SMTTeacherEncoder
 from .fast_weight import SMTFastWeightTeacher, SMTFastWeightTeacherConfig
-from .protocol import DEFAULT_TEACHER, TEACHERS, make_teacher, register_teacher, teacher_config, teacher_config_class
+from .pretrained import SMTPretrainedTeacher, SMTPretrainedTeacherConfig
+from .protocol import (
+    DEFAULT_TEACHER,
+    TEACHERS,
+    make_teacher,
+    register_teacher,
+    teacher_config,
+    teacher_config_class,
+    teacher_type,
+)
 from .windowed import SMTWindowedTeacher, SMTWindowedTeacherConfig
 
 __all__ = [
@@ -10,6 +19,8 @@ __all__ = [
     "TEACHERS",
     "SMTFastWeightTeacher",
     "SMTFastWeightTeacherConfig",
+    "SMTPretrainedTeacher",
+    "SMTPretrainedTeacherConfig",
     "SMTTeacherConfig",
     "SMTTeacherEncoder",
     "SMTWindowedTeacher",
@@ -18,4 +29,5 @@ __all__ = [
     "register_teacher",
     "teacher_config",
     "teacher_config_class",
+    "teacher_type",
 ]

@@ -13,6 +13,8 @@ its configuration (`vocab_size`, `num_memory_tokens` [K], `memory_size` [D]), by
   work, only those last tokens of every memory that the readout sees.
 - `can_go_on` (false where it is missing): whether `initial_memory` may be memories `(B, K, D)` to go on from, and
   whether `forward` takes `returns_last=True` and then returns the memory after all tokens, too.
+- `is_fixed(name)` (false where it is missing): whether no phase trains the teacher's parameter of this name.
+- `has_embedding_gradients` (true where it is missing): whether gradients can reach the embeddings of the tokens.
 - `hand_over(student)`: called before the first phase that trains the updater; where the student can begin as this
   teacher, it does.
 - `teacher(input_ids, positions, initial_memory, attention_mask=None, document_ids=None, return_logits=False)` returns
@@ -64,13 +66,22 @@ def teacher_config_class(model_type: str) -> type[PreTrainedConfig]:
     return TEACHERS[model_type].config_class
 
 
+def teacher_type(fields: Mapping[str, Any]) -> str:
+    """The `model_type` of the teacher that fields of a configuration are of: the one that they name, else that of a
+    teacher which is known by one of its fields (`named_by`, as `model_name_or_path`), else `DEFAULT_TEACHER`."""
+    for name, teacher in TEACHERS.items():
+        if fields.get(getattr(teacher.config_class, "named_by", "")) is not None:
+            return fields.get("model_type", name)
+    return fields.get("model_type", DEFAULT_TEACHER)
+
+
 def teacher_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
-    """The configuration of the teacher that `fields["model_type"]` names (default: `DEFAULT_TEACHER`).
+    """The configuration of the teacher that `fields["model_type"]` names (default: `teacher_type`).
 
     Raises:
         InputError: no teacher has this `model_type`, or a field is out of range.
     """
-    settings = {"model_type": DEFAULT_TEACHER, **fields}
+    settings = {**fields, "model_type": teacher_type(fields)}
     teacher_config_class(settings["model_type"])  # transformers would go through all of its own models
     return AutoConfig.for_model(settings.pop("model_type"), **settings)
 
@@ -142,11 +153,17 @@ class SMTTeacher(PreTrainedModel):
     labels_all_positions: bool
     # Whether `forward` takes `reads_only`, for the part of the memories that a readout sees.
     can_read_only = False
+    # Whether the loss has a gradient at the embeddings of the tokens.
+    has_embedding_gradients = True
     # Arguments of the smt phase that a run takes where it is given none: name -> value.
     smt_defaults: ClassVar[dict[str, Any]] = {}
 
     def hand_over(self, student: PreTrainedModel) -> None:
         """Let a student whose updater has not been trained begin as this teacher. The default does nothing."""
+
+    def is_fixed(self, name: str) -> bool:
+        """Whether no phase trains the parameter of this name. By default every one is trained by some phase."""
+        return False
 
     def encode(
         self, input_ids: torch.Tensor, positions: torch.Tensor, document_ids: torch.Tensor | None, with_states: bool

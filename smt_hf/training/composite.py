@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 from smt_hf.errors import InputError
 from smt_hf.evaluation.free_run import Sums, free_run_sums
 from smt_hf.student import SMTRecurrentConfig, SMTRecurrentForCausalLM
-from smt_hf.teachers import DEFAULT_TEACHER, make_teacher, teacher_config, teacher_config_class
+from smt_hf.teachers import make_teacher, teacher_config, teacher_config_class, teacher_type
 from smt_hf.teachers.protocol import SMTTeacherSizes
 
 from .adapters import has_lora
@@ -29,7 +29,8 @@ class SMTPreTrainingConfig(PreTrainedConfig):
     """Configuration of [`SMTForPreTraining`]: those of its two parts.
 
     Args:
-        student: an `SMTRecurrentConfig` or its fields.
+        student: an `SMTRecurrentConfig` or its fields; without `vocab_size` it has the vocabulary of a teacher's model
+            that exists (`{"model_name_or_path": ...}`).
         teacher: a teacher's configuration or its fields, of the kind that `model_type` names (vocabulary and shape of a
             memory default to the student's); `None` for a composite without a teacher (BPTT alone).
 
@@ -45,7 +46,7 @@ class SMTPreTrainingConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if not isinstance(self.student, SMTRecurrentConfig):
-            self.student = SMTRecurrentConfig(**(self.student or {}))
+            self.student = SMTRecurrentConfig(**self._student_fields())
         if self.teacher is not None:
             self._fit_teacher()
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -53,12 +54,21 @@ class SMTPreTrainingConfig(PreTrainedConfig):
             kwargs.pop(name, None)
         super().__post_init__(**kwargs)
 
+    def _student_fields(self) -> dict[str, Any]:
+        """The fields of the student, over those that a teacher which speaks a language already gives it."""
+        fields = dict(self.student or {})  # type: ignore[call-overload]
+        if "vocab_size" in fields or not isinstance(self.teacher, dict):
+            return fields
+        kind: Any = teacher_config_class(teacher_type(self.teacher))
+        defaults = kind.student_defaults(self.teacher) if hasattr(kind, "student_defaults") else {}
+        return {**defaults, **fields}
+
     def _fit_teacher(self) -> None:
         """Give the teacher's fields that follow the student the student's values; refuse others."""
         assert isinstance(self.student, SMTRecurrentConfig)
         kind: Any = type(self.teacher)
         if isinstance(self.teacher, dict):
-            kind = teacher_config_class(self.teacher.get("model_type", DEFAULT_TEACHER))
+            kind = teacher_config_class(teacher_type(self.teacher))
         follows = getattr(kind, "follows_student", SMTTeacherSizes.follows_student)
         sizes = {name: getattr(self.student, students) for name, students in follows.items()}
         if isinstance(self.teacher, dict):
@@ -183,7 +193,9 @@ class SMTForPreTraining(PreTrainedModel):
         if adapted and trainable is not None:
             raise InputError("LoRA trains its own layers: leave `trainable` out, and choose with `lora_parts`.")
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_("lora_" in name if adapted else part_of(name) in chosen)
+            of_student = name.startswith("student.")
+            trains = of_student and "lora_" in name if adapted else part_of(name) in chosen
+            parameter.requires_grad_(trains and (of_student or not self._is_fixed(name)))
         if not trains_updater and "teacher" in chosen:  # its label of the empty prefix
             self.student.model.initial_memory.requires_grad_(not adapted)
         if objective is None:
@@ -195,6 +207,11 @@ class SMTForPreTraining(PreTrainedModel):
             for name, parameter in self.student.named_parameters():
                 if part_of(f"student.{name}") == "readout":
                     parameter.requires_grad_(False)
+
+    def _is_fixed(self, name: str) -> bool:
+        """Whether the parameter is one of the teacher that no phase trains."""
+        is_fixed = getattr(self.teacher, "is_fixed", None)
+        return is_fixed is not None and name.startswith("teacher.") and is_fixed(name.removeprefix("teacher."))
 
     def hand_over(self) -> None:
         """Let a student whose updater has not been trained begin as its teacher, where the two are of one kind."""

@@ -41,6 +41,7 @@ class TextSubject(Subject):
         stream_length: tokens per held-out stream; default: 2,048. Shorter where the held-out text is, with a warning.
         streaming: read the documents while training; rows then start anew with every document.
         buffer_size: documents that the next one of a stream is drawn from.
+        tokenizer: what makes tokens of text, where `tokenizer_name` names nothing; default: one token per byte.
         train_file, validation_file, source: as `smt_hf.data.load_corpus`.
 
     Raises:
@@ -61,10 +62,13 @@ class TextSubject(Subject):
         stream_length: int | None = None,
         streaming: bool = False,
         buffer_size: int = 1000,
+        tokenizer: Any = None,
         **source: Any,
     ):
         self.streaming, self.buffer_size, self.seed = streaming, buffer_size, seed
-        self.tokenizer = byte_tokenizer() if tokenizer_name is None else _tokenizer(tokenizer_name)
+        if tokenizer_name is not None:
+            tokenizer = _tokenizer(tokenizer_name)
+        self.tokenizer = byte_tokenizer() if tokenizer is None else tokenizer
         self.vocab_size = len(self.tokenizer)
         phases = list(phases)
         named: dict[str, Any] = {"train_file": train_file, "validation_file": validation_file, **source}

@@ -1,0 +1,272 @@
+"""Language models of transformers as the lower part of a teacher: how they are found, loaded and checked.
+
+A model is loaded without its language-model head: what a teacher needs of it are its hidden states. `describe` reads
+the configuration and the tokenizer, `load_trunk` and `empty_trunk` make the model, and `check_trunk` refuses models
+whose states are no states of prefixes. Every refusal names what to use instead.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import deepspeed
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file
+
+from smt_hf.errors import InputError
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Entries of a configuration that say where it came from, not what it is: a resumed run may have others.
+_OF_ITS_ORIGIN = ("transformers_version", "_name_or_path")
+# One of them is there if a folder has a tokenizer. transformers would make one without any text from the configuration.
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt",
+)  # fmt: skip
+_INSTEAD = (
+    "name a causal language model (Llama, Qwen, GPT-2, Mamba, ...), or leave `teacher_model_name_or_path` out and let "
+    "a teacher be trained from scratch (`teacher_model_type smt_windowed_teacher` is a bidirectional one)"
+)
+
+
+def _where(name: str, revision: str | None, gguf_file: str | None) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that say which model is meant."""
+    given = {"revision": revision, "gguf_file": gguf_file}
+    return {"pretrained_model_name_or_path": name, **{key: value for key, value in given.items() if value is not None}}
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Errors of transformers about what it was asked to load, as errors that a user can mend.
+
+    Raises:
+        InputError: a package is missing, or there is no such model.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except ImportError as error:
+        message = str(error).strip()
+        if "gguf" in message.lower():
+            raise InputError("`teacher_gguf_file` needs the package gguf: `pip install gguf`.") from error
+        raise InputError(f"{name} needs a package that is missing: {message}") from error
+    except Exception as error:  # whatever transformers meets in a damaged file
+        raise InputError(
+            f"no causal language model could be loaded from {name!r}: {str(error).strip()} Otherwise: {_INSTEAD}."
+        ) from error
+
+
+def describe(name: str, revision: str | None = None, gguf_file: str | None = None) -> dict[str, Any]:
+    """The configuration of a model as JSON can hold it, which [`empty_trunk`] rebuilds the model from.
+
+    Args:
+        name: a folder or a repository of the Hub.
+        revision: of the repository.
+        gguf_file: name of a GGUF file in it.
+
+    Raises:
+        InputError: there is none, or it is of a model that makes no next-token predictions.
+    """
+    with _explained(name):
+        config = AutoConfig.from_pretrained(**_where(name, revision, gguf_file))
+    _check_class(config, name)
+    fields = json.loads(config.to_json_string(use_diff=False))
+    return {key: value for key, value in fields.items() if key not in _OF_ITS_ORIGIN}
+
+
+def _check_class(config: PreTrainedConfig, name: str) -> None:
+    if config.is_encoder_decoder:
+        raise InputError(
+            f"{name} is a {config.model_type}, an encoder with a decoder; a teacher reads prefixes of one text: "
+            f"{_INSTEAD}."
+        )
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise InputError(f"{name} is a {config.model_type}, which is no causal language model: {_INSTEAD}.")
+
+
+def config_of(fields: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration of a model from what [`describe`] has returned."""
+    own = dict(fields)
+    return AutoConfig.for_model(own.pop("model_type"), **own)
+
+
+def tokenizer_of(name: str, revision: str | None = None, gguf_file: str | None = None):
+    """The tokenizer that a model comes with, or `None`."""
+    silently = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+    try:
+        if gguf_file is None and not any(
+            cached_file(name, file, revision=revision, **silently) for file in _TOKENIZER_FILES
+        ):
+            return None
+        return AutoTokenizer.from_pretrained(**_where(name, revision, gguf_file))
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError):
+        return None
+
+
+def start_token_of(tokenizer) -> int | None:
+    """The token that a tokenizer puts in front of every text (Llama's `<s>`), or `None`."""
+    if tokenizer is None:
+        return None
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    return int(full[0]) if len(full) > len(plain) and full[: len(plain)] != plain else None
+
+
+def check_dtype(name: str) -> None:
+    """Raises:
+    InputError: it is no precision that models are loaded in.
+    """
+    if name not in _DTYPES:
+        raise InputError(f"unknown `model_dtype` {name!r} of the teacher: choose one of {', '.join(_DTYPES)}.")
+
+
+def _trunk_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without its head."""
+    trunk = model.get_decoder()
+    return trunk if isinstance(trunk, PreTrainedModel) else model.base_model
+
+
+def load_trunk(
+    name: str,
+    revision: str | None,
+    gguf_file: str | None,
+    dtype: str,
+    device_map: str | dict[str, Any] | None,
+    bits: int | None,
+) -> PreTrainedModel:
+    """The model with its weights, without its head.
+
+    Args:
+        name, revision, gguf_file: as in `describe`.
+        dtype: precision of its weights; `auto`: that of the file.
+        device_map: as in transformers; `None`: the CPU, from where the Trainer moves it.
+        bits: 4 or 8: quantise the weights by bitsandbytes as they are loaded.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    words: dict[str, Any] = _where(name, revision, gguf_file) | {"dtype": dtype}
+    if device_map is not None:
+        words["device_map"] = device_map
+    with _explained(name), whole_weights():
+        if bits is not None:
+            from transformers import BitsAndBytesConfig  # which may ask for a package
+
+            words["quantization_config"] = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+        return _trunk_of(AutoModelForCausalLM.from_pretrained(**words))
+
+
+def empty_trunk(fields: dict[str, Any]) -> PreTrainedModel:
+    """The model of a configuration from `describe` with random weights, or none on the meta device."""
+    with whole_weights():
+        return _trunk_of(AutoModelForCausalLM.from_config(config_of(fields)))
+
+
+@contextlib.contextmanager
+def whole_weights() -> Iterator[None]:
+    """transformers makes models whole inside, under ZeRO-3 as well: the engine splits the composite as one model
+    later, and would find the weights of this part split already."""
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = reference
+
+
+def add_lora(trunk: PreTrainedModel, rank: int, alpha: int) -> None:
+    """Put LoRA layers into the linear layers of the model, in place. At birth they change nothing.
+
+    Raises:
+        InputError: peft has no LoRA for one of them.
+    """
+    from peft import LoraConfig, inject_adapter_in_model  # slow to import, and few runs need it
+
+    # Mamba reads the weights of these past the layers that hold them.
+    is_mamba = any("mamba" in type(module).__name__.lower() for module in trunk.modules())
+    left_out = ("out_proj", "dt_proj") if is_mamba else ()
+    targets = [
+        name
+        for name, module in trunk.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and not name.endswith(left_out)
+    ]
+    try:
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), trunk)
+    except ValueError as error:
+        raise InputError(f"no LoRA layers fit the teacher's model: {error} Leave `teacher_lora_r` out.") from error
+
+
+def hidden_states(trunk: PreTrainedModel, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """All hidden states, each `(N, L, E)`, of rows that begin at their first column: of the embeddings, then after
+    every layer.
+
+    There is no mask. Whatever stands behind the tokens that count changes nothing about a causal model's states, and
+    some models (Mamba) take none.
+
+    Raises:
+        InputError: the model returns none.
+    """
+    outputs = trunk(input_ids=input_ids, output_hidden_states=True, use_cache=False, return_dict=True)
+    states = getattr(outputs, "hidden_states", None)
+    if not states or any(state is None or state.shape[:2] != input_ids.shape for state in states):
+        raise InputError(
+            f"{type(trunk).__name__} returns no hidden states of its tokens, which memories are made of: {_INSTEAD}."
+        )
+    return tuple(states)
+
+
+def _few_tokens(trunk: PreTrainedModel) -> torch.Tensor:
+    """Two rows of four tokens that differ in the last one, `(2, 4)`."""
+    embeddings: nn.Module = trunk.get_input_embeddings()
+    weight = embeddings.weight
+    assert isinstance(weight, torch.Tensor)
+    return torch.tensor([[0, 1, 2, 3], [0, 1, 2, 0]], device=weight.device) % weight.shape[0]
+
+
+@torch.enable_grad()
+def unreached_lora(trunk: PreTrainedModel, layers: list[int]) -> set[str]:
+    """Names of the parameters of LoRA layers that no gradient of the given hidden states reaches: those of layers above
+    the last one that is read, say. DDP would wait for their gradients."""
+    lora = {name: parameter for name, parameter in trunk.named_parameters() if "lora_" in name}
+    before = {name: parameter.requires_grad for name, parameter in lora.items()}
+    for parameter in lora.values():
+        parameter.requires_grad_(True)
+    gradients: list[torch.Tensor | None]
+    states = hidden_states(trunk, _few_tokens(trunk))
+    total = sum(states[number].float().sum() for number in layers)
+    if isinstance(total, torch.Tensor) and total.requires_grad:
+        gradients = list(torch.autograd.grad(total, list(lora.values()), allow_unused=True))
+    else:  # of the embeddings alone
+        gradients = [None] * len(lora)
+    for name, parameter in lora.items():
+        parameter.requires_grad_(before[name])
+    return {name for name, gradient in zip(lora, gradients) if gradient is None}
+
+
+@torch.no_grad()
+def check_trunk(trunk: PreTrainedModel, num_layers: int) -> None:
+    """Read four tokens twice, with another last one: the states of the first three must not change.
+
+    Args:
+        num_layers: that `describe` said the model has.
+
+    Raises:
+        InputError: they do (the model is an encoder), or there are no hidden states, or not as many as layers.
+    """
+    states = hidden_states(trunk, _few_tokens(trunk))
+    if len(states) != num_layers + 1:
+        raise InputError(
+            f"{type(trunk).__name__} has {num_layers} layers and returns {len(states)} hidden states, where one more "
+            f"than layers is expected: {_INSTEAD}."
+        )
+    last = states[-1].float()
+    rounding = 8 * torch.finfo(states[-1].dtype).eps * last.abs().max()
+    if (last[0, :3] - last[1, :3]).abs().max() > rounding:
+        raise InputError(
+            f"{type(trunk).__name__} is an encoder: its state at a token depends on later tokens, so that it is no "
+            f"state of a prefix. Please {_INSTEAD}."
+        )

@@ -1,0 +1,120 @@
+"""The language of a run whose teacher is a model that exists: from the command line to the sizes of the composite."""
+
+import pytest
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from smt_hf.data import byte_tokenizer
+from smt_hf.data.packing import number_tokenizer
+from smt_hf.errors import InputError
+from smt_hf.experiments.composition import model_config
+from smt_hf.experiments.pretraining import make_subject
+from smt_hf.experiments.run_arguments import parse_run, typed_teacher
+from smt_hf.experiments.teacher_language import check_tokenizer, teacher_tokenizer
+from smt_hf.teachers import teacher_config
+
+PRETRAINED = "smt_pretrained_teacher"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A Llama whose 320 embeddings are more than the 258 tokens of its tokenizer."""
+    path = tmp_path_factory.mktemp("llama")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=320, **sizes)).save_pretrained(path)
+    tokenizer = byte_tokenizer()
+    tokenizer.model_max_length = 4321  # tells it from the package's own
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def parsed(folder, text_file, *words):
+    words = ["--teacher_model_name_or_path", folder, "--train_file", str(text_file), *words]
+    return parse_run([*words, "--use_cpu", "--context_length", "16", "--report_to", "none"])
+
+
+def configured(run):
+    subject = make_subject(run)
+    return subject, model_config(subject, run.phases, run.student_fields, run.teacher_fields)
+
+
+def test_one_flag_makes_the_teacher_and_the_students_language(folder, text_file):
+    run = parsed(folder, text_file)
+    assert run.phases[0].phase == "smt" and run.phases[0].teacher_weight == 0.0
+    assert any("no next-token head" in note for note in run.notes)
+    subject, config = configured(run)
+    assert subject.tokenizer.model_max_length == 4321
+    assert config.teacher.model_type == PRETRAINED and config.teacher.layers == [1, 2]
+    assert (config.student.vocab_size, config.student.eos_token_id) == (258, 256)
+    assert config.teacher.base_config["vocab_size"] == 320
+
+
+def test_its_fields_are_flags(folder, text_file):
+    run = parsed(
+        folder, text_file, "--teacher_layers", "0,-1", "--teacher_lora_r", "4", "--teacher_model_dtype", "bfloat16",
+        "--teacher_device_map", "cpu", "--teacher_load_in_8bit",
+    )  # fmt: skip
+    assert run.teacher_fields == {
+        "model_name_or_path": folder, "layers": "0,-1", "lora_r": 4, "model_dtype": "bfloat16", "device_map": "cpu",
+        "load_in_8bit": True,
+    }  # fmt: skip
+    with pytest.raises(InputError, match="base_config"):
+        parsed(folder, text_file, "--teacher_base_config", "x")
+    with pytest.raises(InputError, match="hidden_size"):
+        parsed(folder, text_file, "--teacher_hidden_size", "8")
+
+
+def test_bptt_alone_has_no_teacher_and_keeps_its_bytes(folder, text_file):
+    run = parsed(folder, text_file, "--phases", "bptt")
+    subject, config = configured(run)
+    assert config.teacher is None and subject.tokenizer.model_max_length != 4321
+    assert any("bptt has no teacher" in note for note in run.notes)
+
+
+def test_a_tokenizer_with_other_tokens_is_refused(folder, text_file, tmp_path):
+    other = number_tokenizer(10)
+    other.add_special_tokens({"eos_token": "9"})
+    other.save_pretrained(tmp_path)
+    message = r"does not match the vocabulary of the teacher's model .*10 of 10 tokens differ \(0 is '0', not 'Ā'"
+    with pytest.raises(InputError, match=message):
+        check_tokenizer(number_tokenizer(10), config_of(folder, 10))
+    with pytest.raises(InputError, match="does not match"):
+        configured(parsed(folder, text_file, "--tokenizer_name", str(tmp_path)))
+    words = ["--teacher_model_name_or_path", folder, "--task", "retrieval", "--difficulty", "8"]
+    with pytest.raises(InputError, match="does not match"):
+        configured(parse_run([*words, "--use_cpu", "--report_to", "none"]))
+
+
+def config_of(folder, vocab_size):
+    return teacher_config({"model_name_or_path": folder, "vocab_size": vocab_size})
+
+
+def test_tokens_behind_the_models_own_are_free_up_to_its_embeddings(folder):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<|added|>"])
+    check_tokenizer(tokenizer, config_of(folder, len(tokenizer)))
+    with pytest.raises(InputError, match=r"the student has 321 tokens, the teacher's model .* knows 320"):
+        config_of(folder, 321)
+
+
+def test_a_model_without_a_tokenizer(folder, text_file, tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bare = tmp_path / "bare"
+    AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=300, **sizes)).save_pretrained(bare)
+    with pytest.raises(InputError, match=r"comes without a tokenizer.*`tokenizer_name`"):
+        configured(parsed(str(bare), text_file))
+    _, config = configured(parsed(str(bare), text_file, "--tokenizer_name", folder))
+    assert config.student.vocab_size == 258
+    with pytest.raises(InputError, match="no causal language model could be loaded from 'nowhere/at-all'"):
+        configured(parsed("nowhere/at-all", text_file))
+    assert teacher_tokenizer({"hidden_size": 8}) is None
+
+
+def test_in_a_grid(folder):
+    """A grid's teacher is changed by an arm; one that names a model is of another kind than one that does not."""
+    named = {"model_name_or_path": folder}
+    assert typed_teacher(named, {"lora_r": 2}, {}) == {**named, "lora_r": 2}
+    assert typed_teacher({"hidden_size": 8}, named, {}) == named
+    assert typed_teacher(named, {"model_type": "smt_teacher"}, {"hidden_size": 8}) == {
+        "model_type": "smt_teacher", "hidden_size": 8
+    }  # fmt: skip
+    assert typed_teacher({"hidden_size": 8}, {}, {"num_hidden_layers": 3}) == {"hidden_size": 8, "num_hidden_layers": 3}
