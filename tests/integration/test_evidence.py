@@ -96,15 +96,16 @@ def test_long_contexts(tmp_path):
     assert text == (EVIDENCE / "long_context.md").read_text()
     readme = (EVIDENCE / "README.md").read_text().split("\n## Long contexts")[1].split("\n## ")[0]
     cells = {(score.name, score.task, score.length): score for score in scores_of(lines)}
-    rows = [row.strip("| ").split(" | ") for row in readme.splitlines() if row.startswith("| `niah")]
-    assert len(rows) == len([cell for cell in cells if cell[0] == "BPTT"]) == 16
+    rows = [row.strip("| ").split(" | ") for row in readme.splitlines() if row.startswith(("| `niah", "| `qa"))]
+    assert len(rows) == len([cell for cell in cells if cell[0] == "BPTT"]) == 23
     for task, length, *written, verdict, window in rows:
         task = task.strip("`")
         ours, rival = (cells[name, task, int(length.replace(",", ""))] for name in ("SMT then DMT", "BPTT"))
         for own, score in zip(written, (ours, rival), strict=True):
             assert own == score.written("value").removesuffix(" (3)") and len(score.lines) == 3
             assert {line["n"] for line in score.lines} == {400}
-            assert max(score.values("controls", "needle_removed", "value")) == 0
+            without = max(score.values("controls", "needle_removed", "value"))
+            assert without < 0.3 if task.startswith("qa") else without == 0  # a room may be guessed
         assert f"| {task} | {length} bytes | {verdict} |" in text
         assert window == f"{ours.mean('controls', 'last_window', 'value'):.3f}"
 
