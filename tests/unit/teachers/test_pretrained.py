@@ -497,6 +497,7 @@ def test_evaluations_run(llama):
 
 def test_the_model_is_whole_under_zero_3(llama):
     """transformers would split its weights as it loads them; the engine splits the composite as a whole, later."""
+    pytest.importorskip("deepspeed")
     stage = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
     held = HfDeepSpeedConfig(stage)
     try:
