@@ -167,14 +167,18 @@ def _counts(score: Score) -> str:
 
 def _models(scores: list[Score]) -> list[str]:
     """One entry per model: what it is, what it was trained on, how it was read."""
-    entries: dict[str, dict[str, None]] = {}
+    entries: dict[str, dict[str, dict[str, None]]] = {}  # name -> description -> checkpoints
     for score in scores:
         for line in score.lines:
             facts = [line.get("model_type"), line.get("num_parameters"), line.get("trained_on"), line.get("reading")]
             kind = f"{facts[0]}, {facts[1]:,} parameters" if facts[1] is not None else str(facts[0])
-            text = f"{kind}; trained on: {facts[2] or 'not said'}; read in {facts[3]}; `{line.get('checkpoint')}`"
-            entries.setdefault(score.name, {})[text] = None
-    return ["\n".join(f"- **{name}**: {' / '.join(texts)}" for name, texts in entries.items())]
+            text = f"{kind}; trained on: {facts[2] or 'not said'}; read in {facts[3]}"
+            entries.setdefault(score.name, {}).setdefault(text, {})[f"`{line.get('checkpoint')}`"] = None
+    listed = {
+        name: " / ".join(f"{text}; {', '.join(sorted(checkpoints))}" for text, checkpoints in texts.items())
+        for name, texts in entries.items()
+    }
+    return ["\n".join(f"- **{name}**: {text}" for name, text in listed.items())]
 
 
 def _provenance(lines: list[dict]) -> list[str]:
