@@ -47,6 +47,7 @@ class AttentionArguments(BenchmarkArguments):
     difficulty: int = argument(1024, "Transitions of the longest rows.")
     curriculum: list[int] = argument([], "Transitions of shorter rows, which are mixed in.")
     window: int | None = argument(None, "Tokens that attention reaches back in each layer; default: all.")
+    num_layers: int | None = argument(None, "Layers; default: as many as a token passes in the student.")
     max_positions: int = argument(65536, "Most tokens that the model takes.")
     seconds: float = argument(600.0, "Seconds of training steps.")
     learning_rate: float = argument(1e-3, "Peak rate of AdamW.")
@@ -57,7 +58,7 @@ class AttentionArguments(BenchmarkArguments):
     def __post_init__(self):
         super().__post_init__()
         self.at_least_1("difficulty", "max_positions", "batch_size")
-        self.positive("seconds", "learning_rate", "window")
+        self.positive("seconds", "learning_rate", "window", "num_layers")
         if not self.folder:
             raise InputError("name the folder of the model: `--folder runs/llama`.")
         if Path(self.folder).exists() and not self.overwrite:
@@ -126,6 +127,7 @@ def train_transformer(arguments: AttentionArguments) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "learning_rate": arguments.learning_rate,
         "batch_size": arguments.batch_size,
+        "layers": model.config.num_hidden_layers,
         "parameters": count_parameters(model),
         "seed": arguments.seed,
         **facts(arguments.num_threads),
@@ -141,7 +143,7 @@ def _like_the_student(arguments: AttentionArguments, subject: DocumentSubject):
         arguments.vocab_size = arguments.vocab_size or subject.vocab_size
         if arguments.vocab_size != subject.vocab_size:
             raise InputError(f"the rows have a vocabulary of {subject.vocab_size}: leave `vocab_size` out.")
-    config = llama_config_like(load_student(arguments), arguments.max_positions)
+    config = llama_config_like(load_student(arguments), arguments.max_positions, num_layers=arguments.num_layers)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(subject.tokenizer, name))
     set_seed(arguments.seed)

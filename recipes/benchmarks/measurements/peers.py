@@ -123,16 +123,20 @@ def rwkv_like(student: SMTRecurrentForCausalLM, num_layers: int | None = None) -
 
 
 def llama_config_like(
-    student: SMTRecurrentForCausalLM, max_position_embeddings: int, num_key_value_heads: int | None = None
+    student: SMTRecurrentForCausalLM,
+    max_position_embeddings: int,
+    num_key_value_heads: int | None = None,
+    num_layers: int | None = None,
 ) -> LlamaConfig:
-    """A Transformer of the student's width, depth and heads, whose feed-forward width is what is solved for."""
+    """A Transformer of the student's width, heads and, without `num_layers`, depth, whose feed-forward width is what is
+    solved for."""
     sizes = {
         "hidden_size": student.config.hidden_size,
         "num_attention_heads": student.config.num_attention_heads,
         "num_key_value_heads": num_key_value_heads or student.config.num_attention_heads,
         "max_position_embeddings": max_position_embeddings,
     }
-    shared, target = _shared(student.config, None), count_parameters(student)
+    shared, target = _shared(student.config, num_layers), count_parameters(student)
     return closest(
         lambda width: LlamaConfig(intermediate_size=width, **sizes, **shared),
         LlamaForCausalLM,
