@@ -1,6 +1,5 @@
 """The largest prompt that fits: how many whole units of haystack a sample may hold."""
 
-import bisect
 import functools
 from collections.abc import Callable
 
@@ -30,8 +29,9 @@ def largest_sample(
 ) -> Sample:
     """The sample with the most units of haystack whose prompt and tokens to generate fit in its length.
 
-    One unit more does not fit. The number is found by doubling and then by halving, so that no text is counted that
-    is much longer than the length.
+    One unit more does not fit. The number is found by doubling, so that no text is counted that is much longer than
+    the length, and then between the last two by interpolation: counting a long text takes longer than all else, and
+    most units have about as many tokens. Every third guess halves instead, for texts that do not.
 
     Args:
         build: units -> sample; a sample with more units is no shorter.
@@ -54,10 +54,25 @@ def largest_sample(
     low = high = least
     while high < limit and size(high) <= budget:
         low, high = high, min(2 * high + 1, limit)
-    units = low + bisect.bisect_right(range(low, high + 1), budget, key=size) - 1
+    units = limit if size(high) <= budget else _last_that_fits(low, high, budget, size)
     if units == limit and size(units) < budget and not may_be_short:
         raise InputError(
             f"`{smallest.task}` has haystack for a length of {size(units) + num_generated} at most, and {length} is "
             "asked for: give more of it, or a smaller length."
         )
     return build(units)
+
+
+def _last_that_fits(fits: int, too_many: int, budget: int, size: Callable[[int], int]) -> int:
+    """The most units of no more tokens than the budget, between a number that fits and one that does not."""
+    guesses = 0
+    while too_many - fits > 1:
+        guesses += 1
+        share = (budget - size(fits)) / (size(too_many) - size(fits))
+        middle = (fits + too_many) // 2 if guesses % 3 == 0 else fits + int(share * (too_many - fits))
+        middle = min(max(middle, fits + 1), too_many - 1)
+        if size(middle) <= budget:
+            fits = middle
+        else:
+            too_many = middle
+    return fits

@@ -1,5 +1,7 @@
 """The largest prompt that fits."""
 
+from itertools import accumulate
+
 import pytest
 
 from smt_hf.errors import InputError
@@ -39,3 +41,25 @@ def test_no_text_is_counted_that_is_much_longer_than_the_length():
     sizes = []
     largest_sample(builder(10_000), lambda text: sizes.append(len(text)) or len(text), num_generated=5, least=1)
     assert max(sizes) < 2.1 * 10_000 and len(sizes) < 40
+
+
+@pytest.mark.parametrize(
+    "sizes", [[7, 1, 1, 9, 2, 30, 1], [1] * 40 + [200] * 4, [90, *[1] * 60], [3, 0, 0, 0, 5, 0, 8]]
+)
+def test_units_of_uneven_size(sizes):
+    """The number of units is the one that a search from the front finds, whatever the units are like."""
+    totals = list(accumulate(sizes * 3, initial=0))
+    for length in range(5, totals[-1] + 5):
+        build = lambda units: Sample("t", length, 0, "x" * totals[units], ("a",))  # noqa: B023, E731
+        found = largest_sample(build, len, 5, least=0, most=len(totals) - 1, may_be_short=True)
+        assert len(found.prompt) == max(total for total in totals if total <= length - 5)
+
+
+def test_few_long_texts_are_counted():
+    """As many as the doublings, and a handful more: halving would count thirteen texts of about the length."""
+    words = [3 + number * 7919 % 8 for number in range(8000)]
+    totals = list(accumulate(words, initial=0))
+    sizes = []
+    build = lambda units: Sample("t", 16_384, 0, "x" * totals[units], ("a",))  # noqa: E731
+    largest_sample(build, lambda text: sizes.append(len(text)) or len(text), num_generated=5, least=1)
+    assert sum(size > 12_000 for size in sizes) <= 7
