@@ -160,6 +160,17 @@ def load_trunk(
         return _trunk_of(AutoModelForCausalLM.from_pretrained(**words))
 
 
+def load_head(name: str, revision: str | None = None, gguf_file: str | None = None) -> torch.Tensor:
+    """The weight of the model's head, `(V, E)`, in the precision of its file; that of the embeddings if it has no head.
+
+    Raises:
+        InputError: the model cannot be loaded.
+    """
+    with _explained(name), whole_weights():
+        model = AutoModelForCausalLM.from_pretrained(**_where(name, revision, gguf_file), dtype="auto")
+    return (model.get_output_embeddings() or model.get_input_embeddings()).weight.detach()
+
+
 def empty_trunk(fields: dict[str, Any]) -> PreTrainedModel:
     """The model of a configuration from `describe` with random weights, or none on the meta device."""
     with whole_weights():
