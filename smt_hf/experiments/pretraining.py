@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from transformers import PreTrainedConfig, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
@@ -31,7 +32,7 @@ from smt_hf.training.arguments import UNBOUNDED, PhaseArguments
 from smt_hf.training.checkpoints import step_of
 from smt_hf.training.composite import SMTForPreTraining, SMTPreTrainingConfig
 from smt_hf.training.embeddings import init_embeddings_from_teacher
-from smt_hf.training.launch import launched_sharded
+from smt_hf.training.launch import launched_sharded, launched_with_deepspeed
 from smt_hf.training.phases import arm_name, check_named_checkpoint, lay_out, run_phases
 from smt_hf.upload import check_hub_access
 
@@ -49,7 +50,7 @@ from .composition import (
 from .run_arguments import ParsedRun, PretrainArguments
 from .run_folder import RESULTS, RUN, check_output_dir, check_writable, locked, writing
 from .subjects import DocumentSubject, PixelSubject, Subject, TaskSubject, TextSubject
-from .teacher_language import teacher_tokenizer
+from .teacher_language import end_tokens, teacher_tokenizer
 
 # Settings that say what is read, where no hash of the documents does.
 _SOURCE = ("train_file", "validation_file", "dataset_name", "dataset_config_name", "text_column")
@@ -115,6 +116,7 @@ def pretrain(parsed: ParsedRun) -> dict:
                 # Before anything that may take long or fail.
                 if trained.model.teacher is not None:
                     export_model(trained.model.teacher, subject.tokenizer, output_dir / "teacher")
+                trained.model.student.generation_config.eos_token_id = end_tokens(subject.tokenizer, config.teacher)
                 export_student(trained.model.student, subject.tokenizer, output_dir / "student")
             if parsed.rival is not None:
                 _train_rival(parsed, config, subject, trained)
@@ -287,6 +289,12 @@ def _train(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subject, nu
         shutil.rmtree(Path(run.output_dir) / "compare_bptt", ignore_errors=True)
     set_seed(run.seed)
     model = SMTForPreTraining(config)
+    under_deepspeed = launched_with_deepspeed() or any(arguments.deepspeed for arguments in phases)
+    if under_deepspeed and any(weight.dtype != torch.float32 for weight in model.parameters()):
+        raise InputError(
+            "DeepSpeed takes weights of float32 alone, and the teacher's model has others: pass `--teacher_model_dtype "
+            "float32`, or train under DDP or FSDP."
+        )
     if run.init_embeddings_from_teacher:
         init_embeddings_from_teacher(model.student, model.teacher)
     if phases[0].process_index == 0:

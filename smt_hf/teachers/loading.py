@@ -107,6 +107,11 @@ def tokenizer_of(name: str, revision: str | None = None, gguf_file: str | None =
         return None
 
 
+def vocabulary_size(tokenizer) -> int:
+    """How many embeddings the tokens of a tokenizer need. Numbers may be left out, so that they are not its length."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def start_token_of(tokenizer) -> int | None:
     """The token that a tokenizer puts in front of every text (Llama's `<s>`), or `None`."""
     if tokenizer is None:
@@ -207,6 +212,9 @@ def add_lora(trunk: PreTrainedModel, rank: int, alpha: int) -> None:
     ]
     try:
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), trunk)
+        for name, parameter in trunk.named_parameters():
+            if "lora_" in name:  # what is trained is of full precision, whatever the model is
+                parameter.data = parameter.data.float()
     except ValueError as error:
         raise InputError(f"no LoRA layers fit the teacher's model: {error} Leave `teacher_lora_r` out.") from error
 
