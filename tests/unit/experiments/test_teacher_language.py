@@ -150,6 +150,15 @@ def test_embeddings_of_a_teacher_that_is_no_language_model(folder, text_file, tm
     assert not (tmp_path / "out").exists()
 
 
+def test_deepspeed_takes_no_model_in_half_precision(folder, text_file, tmp_path, monkeypatch):
+    words = ["--teacher_model_dtype", "bfloat16", "--hidden_size", "8", "--num_attention_heads", "2"]
+    run = parsed(folder, text_file, *words, "--output_dir", str(tmp_path / "out"))
+    monkeypatch.setattr("smt_hf.experiments.pretraining.launched_with_deepspeed", lambda: True)
+    with pytest.raises(InputError, match="pass `--teacher_model_dtype float32`"):
+        pretrain(run)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_without_a_tokenizer(folder, text_file, tmp_path):
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     bare = tmp_path / "bare"
