@@ -56,7 +56,7 @@ class SMTRecurrentModel(SMTRecurrentPreTrainedModel):
         """`m_0`, the memory of the empty prefix, `(K, D)`: learned, in the form that the updater gives it."""
         return self.updater.start(self.initial_memory)
 
-    def embed(self, input_ids: torch.LongTensor) -> torch.Tensor:
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Tokens as the updater takes them: `(...)` -> `(..., D)`."""
         return self.embed_proj(self.embed_tokens(input_ids))
 
@@ -181,7 +181,7 @@ class SMTRecurrentModel(SMTRecurrentPreTrainedModel):
         state = own_cache(past_key_values if past_key_values is not None else cache)
         if state is None and use_cache:
             state = SMTRecurrentCache()
-        embeds = self.embed(input_ids) if inputs_embeds is None else self.embed_proj(inputs_embeds)
+        embeds = self.embed_proj(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
         length = embeds.shape[1]
         attention_mask = self._mask_of(embeds, attention_mask)
         memory = self._memory_before(embeds, state)

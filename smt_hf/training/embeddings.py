@@ -4,6 +4,7 @@ Shapes: V vocabulary, E width of the student's embeddings, X width of the model'
 """
 
 import torch
+from transformers import PreTrainedModel
 
 from smt_hf.errors import InputError
 from smt_hf.student import SMTRecurrentForCausalLM
@@ -12,7 +13,7 @@ from smt_hf.teachers.loading import load_head
 
 
 @torch.no_grad()
-def init_embeddings_from_teacher(student: SMTRecurrentForCausalLM, teacher: SMTPretrainedTeacher) -> None:
+def init_embeddings_from_teacher(student: SMTRecurrentForCausalLM, teacher: PreTrainedModel | None) -> None:
     """Embeddings and head of a new student become those of its teacher's model, projected to the student's width.
 
     The projection is on the directions in which the rows of the model's table vary most, and the result is scaled to
@@ -23,8 +24,10 @@ def init_embeddings_from_teacher(student: SMTRecurrentForCausalLM, teacher: SMTP
     The model is read from its folder once more if its head is a table of its own.
 
     Raises:
-        InputError: the teacher's model has no folder, or fewer tokens than the student.
+        InputError: the teacher is no language model, its model has no folder, or it has fewer tokens than the student.
     """
+    if not isinstance(teacher, SMTPretrainedTeacher):
+        raise InputError("embeddings begin as those of a language model: give the teacher a `model_name_or_path`.")
     table = teacher.get_input_embeddings().weight
     _begin_as(student.get_input_embeddings().weight, table)
     if student.get_output_embeddings().weight is student.get_input_embeddings().weight:

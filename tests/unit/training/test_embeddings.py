@@ -8,6 +8,7 @@ from smt_hf import SMTForPreTraining
 from smt_hf.errors import InputError
 from smt_hf.training import SMTPreTrainingConfig
 from smt_hf.training.embeddings import init_embeddings_from_teacher, principal_coordinates
+from tests.conftest import make_composite
 
 X, V, PADDED = 12, 40, 48
 SIZES = {"intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -94,6 +95,9 @@ def test_the_first_coordinate_has_the_largest_variance():
 
 def test_refusals(model, tmp_path):
     made = composite(model[0])
+    for teacher in (None, make_composite().teacher):
+        with pytest.raises(InputError, match="give the teacher a `model_name_or_path`"):
+            init_embeddings_from_teacher(made.student, teacher)
     made.student.resize_token_embeddings(PADDED + 1)
     with pytest.raises(InputError, match=f"the student has {PADDED + 1} tokens, the teacher's model {PADDED}"):
         init_embeddings_from_teacher(made.student, made.teacher)
