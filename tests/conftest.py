@@ -15,6 +15,7 @@ import datasets
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig
 from transformers.utils import logging
 
 from smt_hf import SMTForPreTraining, SMTRecurrentConfig, SMTRecurrentForCausalLM, SMTTeacherConfig
@@ -74,6 +75,16 @@ def make_fast_weight_composite() -> SMTForPreTraining:
     student = student_config(updater_type="fast_weight")
     config = SMTPreTrainingConfig(student=student, teacher={"model_type": "smt_fast_weight_teacher"})
     return wake(SMTForPreTraining(config)).eval()
+
+
+def make_pretrained_composite(dtype: str = "float32", lora_r: int = 2) -> SMTForPreTraining:
+    """A student and a Llama with random weights, without a folder, as its teacher."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    base = {**LlamaConfig(vocab_size=VOCAB, **sizes).to_dict(), "dtype": dtype}
+    teacher = {"model_type": "smt_pretrained_teacher", "base_config": base, "lora_r": lora_r}
+    student = student_config(embedding_size=6)
+    return wake(SMTForPreTraining(SMTPreTrainingConfig(student=student, teacher=teacher))).eval()
 
 
 @pytest.fixture(params=UPDATERS)

@@ -80,7 +80,7 @@ def gradient_norm_by_distance(student, input_ids: np.ndarray, labels: np.ndarray
         memory = student.model.start_memory().detach().expand(len(tokens), -1, -1).requires_grad_()
         memories = []
         # Token by token: `unroll` stacks its memories, and the stack is not on the path from one to the next.
-        for embeds in student.model.embed_tokens(tokens).split(1, dim=1):
+        for embeds in student.model.embed(tokens).split(1, dim=1):
             memory = student.model.unroll(memory, embeds)[:, 0]
             memories.append(memory)
         read = torch.stack(memories, dim=1)[torch.arange(len(last), device=last.device), last - 1]

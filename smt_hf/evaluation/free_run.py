@@ -173,7 +173,7 @@ class _Rows:
         model = self.student.model
         memories = model.unroll(
             starts.flatten(0, 1),
-            model.embed_tokens(self._chunked(self.tokens, length).flatten(0, 1)),
+            model.embed(self._chunked(self.tokens, length).flatten(0, 1)),
             self._chunked(self.real, length).flatten(0, 1),
             None if self.resets is None else self._chunked(self.resets, length).flatten(0, 1),
         )
@@ -235,7 +235,7 @@ class _Rows:
         for column, memory in enumerate(befores.unbind(1)):
             size = step * memory.flatten(1).norm(dim=1, keepdim=True).clamp(min=step)
             both = torch.cat([memory + (size * direction).view(memory.shape), memory])
-            embeds = model.embed_tokens(self.tokens[:, column : column + 1]).repeat(2, 1, 1)
+            embeds = model.embed(self.tokens[:, column : column + 1]).repeat(2, 1, 1)
             moved, kept = model.unroll(both, embeds)[:, 0].flatten(1).chunk(2)
             change = (moved - kept) / size
             growth, real = change.norm(dim=1, keepdim=True), self.real[:, column, None]

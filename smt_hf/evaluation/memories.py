@@ -29,7 +29,7 @@ def own_memories(student, tokens: torch.Tensor, window: int = 32) -> Iterator[tu
     memory = m_0.to(state_dtype(m_0.dtype)).expand(len(tokens), -1, -1)  # as `forward` and `generate` carry it
     yield 0, memory[:, None]
     for start in range(0, tokens.shape[1], window):
-        memories = student.model.unroll(memory, student.model.embed_tokens(tokens[:, start : start + window]))
+        memories = student.model.unroll(memory, student.model.embed(tokens[:, start : start + window]))
         memory = memories[:, -1]
         yield start + 1, memories
 

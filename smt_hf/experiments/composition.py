@@ -14,7 +14,7 @@ from smt_hf.command_line import names_of
 from smt_hf.errors import InputError
 from smt_hf.student import SMTRecurrentConfig
 from smt_hf.training.arguments import BPTTTrainingArguments, PhaseArguments
-from smt_hf.training.composite import SMTPreTrainingConfig
+from smt_hf.training.composite import SMTForPreTraining, SMTPreTrainingConfig
 from smt_hf.training.launch import LAUNCHED_PRECISION
 from smt_hf.training.phases import PhaseResult, apply_required
 
@@ -83,6 +83,21 @@ def resolve(phases: list[PhaseArguments], subject: Subject, rival: BPTTTrainingA
             rival.curriculum_levels = [str(level) for level in sorted(levels | {last}) if level <= last]
         changes += [f"compare_bptt: {change}" for change in apply_required(rival, subject.required(rival))]
     return [f"{change} (rows of {subject.name} {subject.difficulty})" for change in changes]
+
+
+def described_sizes(model: SMTForPreTraining) -> str:
+    """Numbers of parameters for people: of each part, and of what in the student grows with the vocabulary."""
+    sizes = [
+        f"{name} {sum(weight.numel() for weight in part.parameters()):,}"
+        for name, part in model.named_children()
+        if name in ("student", "teacher")
+    ]
+    student = model.student
+    tables = {student.get_input_embeddings().weight, student.get_output_embeddings().weight}  # one if they are tied
+    in_tables, total = (sum(map(torch.numel, weights)) for weights in (tables, student.parameters()))
+    hint = "; `--embedding_size N` makes them narrower" if 2 * in_tables > total else ""
+    sizes[0] += f" ({in_tables:,} of them embeddings and head{hint})"
+    return f"parameters: {', '.join(sizes)}"
 
 
 def set_threads(num_threads: int | None) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from transformers import PreTrainedConfig, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
@@ -24,18 +25,21 @@ from smt_hf.publishing.figures import plot_curves, plot_drift_by_age, plot_loss_
 from smt_hf.publishing.hub import publish
 from smt_hf.publishing.provenance import run_facts
 from smt_hf.publishing.scores import drift_of, results_table
+from smt_hf.teachers import SMTPretrainedTeacherConfig
 from smt_hf.training.adapters import LoraSettings
 from smt_hf.training.argument_checks import words_of
 from smt_hf.training.arguments import UNBOUNDED, PhaseArguments
 from smt_hf.training.checkpoints import step_of
 from smt_hf.training.composite import SMTForPreTraining, SMTPreTrainingConfig
-from smt_hf.training.launch import launched_sharded
+from smt_hf.training.embeddings import init_embeddings_from_teacher
+from smt_hf.training.launch import launched_sharded, launched_with_deepspeed
 from smt_hf.training.phases import arm_name, check_named_checkpoint, lay_out, run_phases
 from smt_hf.upload import check_hub_access
 
 from .composition import (
     changed_settings,
     cost_of,
+    described_sizes,
     launch_settings,
     model_config,
     phase_settings,
@@ -46,7 +50,7 @@ from .composition import (
 from .run_arguments import ParsedRun, PretrainArguments
 from .run_folder import RESULTS, RUN, check_output_dir, check_writable, locked, writing
 from .subjects import DocumentSubject, PixelSubject, Subject, TaskSubject, TextSubject
-from .teacher_language import teacher_tokenizer
+from .teacher_language import end_tokens, teacher_tokenizer
 
 # Settings that say what is read, where no hash of the documents does.
 _SOURCE = ("train_file", "validation_file", "dataset_name", "dataset_config_name", "text_column")
@@ -93,6 +97,11 @@ def pretrain(parsed: ParsedRun) -> dict:
         subject = make_subject(parsed)
     notes = parsed.notes + resolve(phases, subject, parsed.rival)
     config = model_config(subject, phases, parsed.student_fields, parsed.teacher_fields)
+    if run.init_embeddings_from_teacher and not isinstance(config.teacher, SMTPretrainedTeacherConfig):
+        raise InputError(
+            "`init_embeddings_from_teacher` needs a phase with a language model as the teacher: give "
+            "`teacher_model_name_or_path`, and smt or dmt among the phases, or leave it out."
+        )
     if is_main:
         print("\n".join([*notes, subject.describe()]), flush=True)
     output_dir = Path(run.output_dir)
@@ -107,6 +116,7 @@ def pretrain(parsed: ParsedRun) -> dict:
                 # Before anything that may take long or fail.
                 if trained.model.teacher is not None:
                     export_model(trained.model.teacher, subject.tokenizer, output_dir / "teacher")
+                trained.model.student.generation_config.eos_token_id = end_tokens(subject.tokenizer, config.teacher)
                 export_student(trained.model.student, subject.tokenizer, output_dir / "student")
             if parsed.rival is not None:
                 _train_rival(parsed, config, subject, trained)
@@ -249,6 +259,8 @@ def _settings(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subject)
         settings |= {"curriculum": run.curriculum, "num_heldout": run.num_heldout}
     if lora is not None:
         settings["lora"] = asdict(lora)
+    if run.init_embeddings_from_teacher:
+        settings["init_embeddings_from_teacher"] = True
     if parsed.rival is not None:
         settings["compare_bptt"] = phase_settings(parsed.rival)
     return settings
@@ -277,10 +289,16 @@ def _train(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subject, nu
         shutil.rmtree(Path(run.output_dir) / "compare_bptt", ignore_errors=True)
     set_seed(run.seed)
     model = SMTForPreTraining(config)
+    under_deepspeed = launched_with_deepspeed() or any(arguments.deepspeed for arguments in phases)
+    if under_deepspeed and any(weight.dtype != torch.float32 for weight in model.parameters()):
+        raise InputError(
+            "DeepSpeed takes weights of float32 alone, and the teacher's model has others: pass `--teacher_model_dtype "
+            "float32`, or train under DDP or FSDP."
+        )
+    if run.init_embeddings_from_teacher:
+        init_embeddings_from_teacher(model.student, model.teacher)
     if phases[0].process_index == 0:
-        parts = [(part, module) for part, module in model.named_children() if part in ("student", "teacher")]
-        sizes = [f"{part} {sum(weights.numel() for weights in module.parameters()):,}" for part, module in parts]
-        print(f"parameters: {', '.join(sizes)}; {num_threads} threads; pipeline {arm_name(phases)}", flush=True)
+        print(f"{described_sizes(model)}; {num_threads} threads; pipeline {arm_name(phases)}", flush=True)
     lora = lora_settings(run)
     trained = Trained(model, Counter(wall_clock_s=0, sequential_steps=0, tokens=0))
     of_subject = (subject.rows, subject.eval_rows, subject.tokenizer, subject.evaluate)
@@ -318,6 +336,8 @@ def _train_rival(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subje
     assert rival is not None
     set_seed(run.seed)
     model = SMTForPreTraining(SMTPreTrainingConfig(student=config.to_dict()["student"]))
+    if run.init_embeddings_from_teacher:
+        init_embeddings_from_teacher(model.student, trained.model.teacher)
     rival.max_seconds, rival.max_steps = trained.spent["wall_clock_s"], UNBOUNDED
     rival.push_to_hub = False  # a rival is no result of the run
     lay_out([rival], str(Path(run.output_dir) / "compare_bptt"))
@@ -343,6 +363,7 @@ def _results(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subject, 
         **({"drift": drift} if drift else {}),
         **({"compare_bptt": [phase_settings(parsed.rival)]} if parsed.rival is not None else {}),
         **({"lora": asdict(lora)} if lora is not None else {}),
+        **({"init_embeddings_from_teacher": True} if run.init_embeddings_from_teacher else {}),
         **({"license": run.license} if run.license is not None else {}),
         "seed": run.seed,
         **facts,

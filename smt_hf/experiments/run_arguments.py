@@ -60,6 +60,10 @@ class PretrainArguments(RunArguments):
     tokenizer_name: str | None = argument(
         None, "Any Hugging Face tokenizer; default: that of `teacher_model_name_or_path`, else one token per byte."
     )
+    init_embeddings_from_teacher: bool = argument(
+        False,
+        "Begin the student's embeddings and head as those of `teacher_model_name_or_path`, projected to their width.",
+    )
     document_start_fraction: float = argument(0.05, "Share of training rows that begin with a document. Ours.")
     use_peft: bool = argument(False, "Train LoRA layers alone in later dmt phases; each phase merges them at its end.")
     evidence_file: str | None = argument(None, "JSON lines file to which the run appends one line per arm.")

@@ -1,9 +1,11 @@
-"""The language that a teacher's model speaks already: its tokenizer, and whether another one has the same tokens."""
+"""The language that a teacher's model speaks already: its tokenizer, whether another one has the same tokens, and the
+tokens that end its texts."""
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from smt_hf.errors import InputError
 from smt_hf.teachers import SMTPretrainedTeacherConfig, teacher_type
@@ -62,3 +64,18 @@ def check_tokenizer(tokenizer, teacher: PreTrainedConfig | None) -> None:
             f"{len(given)} tokens differ ({shown}). Leave `tokenizer_name` and `task` out, so that the text is read by "
             "the model's own tokenizer."
         )
+
+
+def end_tokens(tokenizer, teacher: PreTrainedConfig | None) -> int | list[int] | None:
+    """What ends a generated text: the tokenizer's end-of-text token; where the teacher's model has several that it is
+    one of, as a chat model that also ends at the end of a turn, all of them."""
+    if not isinstance(teacher, SMTPretrainedTeacherConfig):
+        return tokenizer.eos_token_id
+    theirs = (teacher.base_config or {}).get("eos_token_id")
+    with contextlib.suppress(OSError, ValueError):  # it has no generation settings
+        theirs = GenerationConfig.from_pretrained(teacher.model_name_or_path, revision=teacher.revision).eos_token_id
+    if not isinstance(theirs, list) or tokenizer.eos_token_id not in theirs:  # a class's default, of another tokenizer
+        return tokenizer.eos_token_id
+    known = set(tokenizer.get_vocab().values())
+    ends = [token for token in theirs if token in known]
+    return ends if len(ends) > 1 else ends[0]

@@ -56,12 +56,13 @@ def append_evidence(results: dict, phases: dict[str, list[dict]], path: Path) ->
         path: file of JSON lines.
     """
     task, student = results["task"], results["config"]["student"]
-    names = ("updater_type", "hidden_size", "num_hidden_layers", "num_memory_tokens", "intermediate_size")
+    names = ["updater_type", "hidden_size", "num_hidden_layers", "num_memory_tokens", "intermediate_size"]
     shared = {"task": task["name"], "difficulty": task["difficulty"], "chance": task["chance"], "seed": results["seed"]}
     shared |= {"n": results["data"]["heldout_tokens"], "data_hash": results["data"]["hash"]}
     shared |= {name: results[name] for name in ("commit", "hardware", "num_threads", "versions")}
+    names += ["embedding_size"] if student.get("embedding_size") else []
     shared |= {"student": {name: student[name] for name in names}}
-    shared |= {"lora": results["lora"]} if "lora" in results else {}
+    shared |= {name: results[name] for name in ("lora", "init_embeddings_from_teacher") if name in results}
     lines = [{**shared, "arm": arm, "phases": phases.get(arm, []), **scores} for arm, scores in results["arms"].items()]
     append_lines(lines, path)
 

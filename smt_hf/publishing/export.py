@@ -40,12 +40,16 @@ def export_model(model, tokenizer, folder: Path) -> None:
 def export_student(student, tokenizer, folder: Path) -> None:
     """Write `folder` with everything that loads the student; `write_card` adds what explains it.
 
+    Generation settings with several tokens that end a text keep them if the tokenizer's is one of them.
     The files are config.json, the weights as safetensors, generation_config.json, the modelling code (for
     `trust_remote_code=True`), and the tokenizer.
     """
     student.config.use_cache = True
+    ends = student.generation_config.eos_token_id
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(student.generation_config, name, getattr(tokenizer, name))
+    if isinstance(ends, list) and tokenizer.eos_token_id in ends:
+        student.generation_config.eos_token_id = ends
     export_model(student, tokenizer, Path(folder))
 
 

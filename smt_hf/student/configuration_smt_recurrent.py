@@ -20,7 +20,10 @@ class SMTRecurrentConfig(PreTrainedConfig):
 
     Args:
         vocab_size: number of tokens [V].
-        hidden_size: width of a memory token and of the embeddings [D, the paper's d_model].
+        hidden_size: width of a memory token and of the updater's inputs [D, the paper's d_model].
+        embedding_size: width of the embeddings and of the head [E]. Where it is not `hidden_size`, a linear map leads
+            from one to the other on either side, which saves parameters where the vocabulary is large. `None` means
+            `hidden_size`.
         intermediate_size: width of the feed-forward layers; `None` means `4 * hidden_size`.
         num_hidden_layers: layers of the updater [f].
         num_readout_layers: layers of the readout [g, the paper's decoder].
@@ -53,6 +56,7 @@ class SMTRecurrentConfig(PreTrainedConfig):
 
     vocab_size: int = 258
     hidden_size: int = 64
+    embedding_size: int | None = None
     intermediate_size: int | None = None
     num_hidden_layers: int = 2
     num_readout_layers: int = 1
@@ -80,7 +84,7 @@ class SMTRecurrentConfig(PreTrainedConfig):
 
     def validate_sizes(self):
         """Part of `validate()`: refuses sizes that no model can be built from."""
-        check_layer_sizes(self, ("num_hidden_layers", "num_readout_layers"))
+        check_layer_sizes(self, ("num_hidden_layers", "num_readout_layers", "embedding_size"))
         if self.updater_type not in UPDATERS:
             raise ValueError(f"unknown `updater_type` {self.updater_type!r}: choose one of {', '.join(UPDATERS)}.")
         UPDATERS[self.updater_type].check_config(self)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 if TYPE_CHECKING:  # the configuration asks the updaters for their names
@@ -34,6 +35,17 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 def positions_of(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """The states at `places`: `(N, S, D)`, `(N, M)` -> `(N, M, D)`."""
     return states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
+
+
+def projection(inputs: int, outputs: int) -> nn.Module:
+    """A linear map between two widths; nothing where they are equal."""
+    return nn.Identity() if inputs == outputs else nn.Linear(inputs, outputs, bias=False)
+
+
+def init_projection(module: nn.Module) -> None:
+    """Initial weights of what `projection` has made: the variance of its inputs is kept."""
+    if isinstance(module, nn.Linear):
+        init.normal_(module.weight, std=module.in_features**-0.5)
 
 
 class SMTRecurrentAttention(nn.Module):

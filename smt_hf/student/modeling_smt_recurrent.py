@@ -1,12 +1,11 @@
 """The recurrent student: `m_{t+1} = f(m_t, x_{t+1})`, `p(x_{t+1} | x_{<=t}) = softmax(g(m_t))`.
 
 Shapes: B sequences, T tokens, N = B or B x chunks (whatever is rolled out side by side), K memory tokens, D width,
-F future tokens, V vocabulary. Symbols and equations: arXiv:2606.06479.
+E width of the embeddings, F future tokens, V vocabulary. Symbols and equations: arXiv:2606.06479.
 """
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
@@ -18,72 +17,14 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from .cache_smt_recurrent import SMTRecurrentCache, own_cache
-from .configuration_smt_recurrent import SMTRecurrentConfig, share_weights
-from .fast_weight_smt_recurrent import SMTRecurrentFastWeightCell
-from .layers_smt_recurrent import SMTRecurrentReadout, SMTRecurrentTransition
+from .configuration_smt_recurrent import SMTRecurrentConfig
+from .layers_smt_recurrent import SMTRecurrentReadout, init_projection, projection
 from .recurrence_smt_recurrent import SMTRecurrentStretch, document_starts, state_dtype, unrolled
 from .updaters_smt_recurrent import UPDATERS
+from .weights_smt_recurrent import SMTRecurrentPreTrainedModel
 
 # transformers 5.24 renamed the state's field from `past_key_values` to `cache`; both names are understood here.
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-
-
-class SMTRecurrentPreTrainedModel(PreTrainedModel):
-    config_class = SMTRecurrentConfig
-    config: SMTRecurrentConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = [*(updater.__name__ for updater in UPDATERS.values()), "SMTRecurrentReadout"]
-    _skip_keys_device_placement = ["past_key_values", "cache"]
-    # The state cannot be exchanged between the ranks of a split sequence.
-    _supports_context_parallel = False
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        if isinstance(module, nn.Linear):
-            fan_in = module.in_features / self.config.hidden_size
-            init.normal_(module.weight, std=self.config.initializer_range * fan_in**-0.5)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=0.16)
-        elif isinstance(module, nn.RMSNorm):
-            init.ones_(module.weight)
-        elif isinstance(module, SMTRecurrentTransition | SMTRecurrentFastWeightCell):
-            module.init_own_weights()
-        elif isinstance(module, SMTRecurrentReadout):
-            init.normal_(module.slot_embeddings, std=0.5)
-
-    @classmethod
-    def from_pretrained(cls, *args, key_mapping: dict[str, str] | None = None, **kwargs):
-        """As in transformers; weights that an earlier release has written under other names are found."""
-        renamed: dict[str, str] = {}
-        for updater in UPDATERS.values():
-            renamed |= updater.renamed_weights
-        return super().from_pretrained(*args, key_mapping=renamed | (key_mapping or {}), **kwargs)
-
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in transformers, with two additions.
-
-        `auto_map` names all Auto classes: any of them loads the checkpoint by `trust_remote_code=True` where `smt_hf`
-        is not installed. The weights are as readable as `config.json`; safetensors writes them for their owner alone.
-        """
-        self.config.auto_map = {
-            "AutoConfig": "configuration_smt_recurrent.SMTRecurrentConfig",
-            "AutoModel": "modeling_smt_recurrent.SMTRecurrentModel",
-            "AutoModelForCausalLM": "modeling_smt_recurrent.SMTRecurrentForCausalLM",
-            "AutoModelForSequenceClassification": "modeling_smt_recurrent.SMTRecurrentForSequenceClassification",
-        }
-        super().save_pretrained(save_directory, *args, **kwargs)
-        share_weights(save_directory)
-
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, every_n_layers=1, **kwargs):
-        """As in transformers, with stretches of `CHECKPOINT_EVERY` tokens in the place of layers: every
-        `every_n_layers`-th is checkpointed."""
-        super().activation_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, **kwargs)
-        for module in self.modules():
-            if isinstance(module, SMTRecurrentStretch):
-                module.every_n = every_n_layers
 
 
 class SMTRecurrentModel(SMTRecurrentPreTrainedModel):
@@ -91,7 +32,9 @@ class SMTRecurrentModel(SMTRecurrentPreTrainedModel):
 
     def __init__(self, config: SMTRecurrentConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        width = config.embedding_size or config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, width)
+        self.embed_proj = projection(width, config.hidden_size)
         self.initial_memory = nn.Parameter(torch.empty(config.num_memory_tokens, config.hidden_size))
         self.updater = UPDATERS[config.updater_type](config)
         self.readout = SMTRecurrentReadout(config)
@@ -104,12 +47,18 @@ class SMTRecurrentModel(SMTRecurrentPreTrainedModel):
             init.zeros_(module.weight)
         elif module is self:
             init.normal_(self.initial_memory)
+        elif module is self.embed_proj:
+            init_projection(module)
         else:
             super()._init_weights(module)
 
     def start_memory(self) -> torch.Tensor:
         """`m_0`, the memory of the empty prefix, `(K, D)`: learned, in the form that the updater gives it."""
         return self.updater.start(self.initial_memory)
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Tokens as the updater takes them: `(...)` -> `(..., D)`."""
+        return self.embed_proj(self.embed_tokens(input_ids))
 
     def unroll(
         self,
@@ -208,14 +157,14 @@ class SMTRecurrentModel(SMTRecurrentPreTrainedModel):
             attention_mask: `(B, T)` or `(B, tokens so far + T)`; a token with 0 leaves the memory unchanged.
             past_key_values: an [`SMTRecurrentCache`] to go on from; `None` or an empty cache starts from the learned
                 `initial_memory`. It is updated in place.
-            inputs_embeds: `(B, T, D)` instead of `input_ids`.
+            inputs_embeds: `(B, T, E)` instead of `input_ids`, as `embed_tokens` makes them.
             logits_to_keep: read out only the last so many positions, or the positions of a 1D index tensor; 0 is all.
             cache: the name that transformers 5.24 and newer give `past_key_values`.
             document_ids: `(B, T)`, of packed rows: where it changes inside the row, the memory goes back to `m_0`.
 
         Returns:
             `last_hidden_state` `(B, T or kept, D)`, the readout's state that predicts the next token;
-            `past_key_values`; `hidden_states`: the embeddings, the stream of the last memory token after each layer
+            `past_key_values`; `hidden_states`: embedded tokens, the stream of the last memory token after each layer
             of the updater but the last, and `last_hidden_state`: `num_hidden_layers + 1` tensors `(B, T, D)`.
 
         Raises:
@@ -232,7 +181,7 @@ class SMTRecurrentModel(SMTRecurrentPreTrainedModel):
         state = own_cache(past_key_values if past_key_values is not None else cache)
         if state is None and use_cache:
             state = SMTRecurrentCache()
-        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        embeds = self.embed_proj(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
         length = embeds.shape[1]
         attention_mask = self._mask_of(embeds, attention_mask)
         memory = self._memory_before(embeds, state)
@@ -273,12 +222,21 @@ class SMTRecurrentForCausalLM(SMTRecurrentPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = SMTRecurrentModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        width = config.embedding_size or config.hidden_size
+        self.head_proj = projection(config.hidden_size, width)
+        self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
         self.post_init()
+
+    def _init_weights(self, module):
+        init_projection(module) if module is self.head_proj else super()._init_weights(module)
+
+    def head(self, states: torch.Tensor) -> torch.Tensor:
+        """Next-token logits of what was read out: `(..., D)` -> `(..., V)`."""
+        return self.lm_head(self.head_proj(states))
 
     def read_logits(self, memories: torch.Tensor) -> torch.Tensor:
         """Next-token logits of memories: `(..., K, D)` -> `(..., V)`."""
-        return self.lm_head(self.model.read(memories))
+        return self.head(self.model.read(memories))
 
     def decode_logits(
         self, memories: torch.Tensor, future_ids: torch.Tensor, wanted: torch.Tensor | None = None
@@ -287,8 +245,8 @@ class SMTRecurrentForCausalLM(SMTRecurrentPreTrainedModel, GenerationMixin):
 
         `wanted`, `(N, M)` in 0 .. F - 1: only those of them, `(N, M, V)`.
         """
-        future = self.model.embed_tokens(future_ids[:, :-1]) if future_ids.shape[1] > 1 else None
-        return self.lm_head(self.model.readout(memories, future, wanted))
+        future = self.model.embed(future_ids[:, :-1]) if future_ids.shape[1] > 1 else None
+        return self.head(self.model.readout(memories, future, wanted))
 
     @can_return_tuple
     def forward(
@@ -318,7 +276,7 @@ class SMTRecurrentForCausalLM(SMTRecurrentPreTrainedModel, GenerationMixin):
         """
         more = {"logits_to_keep": logits_to_keep, "cache": cache, "document_ids": document_ids, "return_dict": True}
         outputs = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, **more, **kwargs)
-        logits = self.lm_head(outputs.last_hidden_state)
+        logits = self.head(outputs.last_hidden_state)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -376,7 +334,7 @@ class SMTRecurrentStep(nn.Module):
 
     def forward(self, token_ids: torch.LongTensor, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`(B,)`, `(B, K, D)` -> logits of the next token `(B, V)`, the memory after this one `(B, K, D)`."""
-        memory = self.student.model.updater(memory, self.student.model.embed_tokens(token_ids))
+        memory = self.student.model.updater(memory, self.student.model.embed(token_ids))
         return self.student.read_logits(memory), memory
 
 

@@ -22,6 +22,7 @@ from transformers import initialization as init
 
 from smt_hf.errors import InputError
 from smt_hf.student.fast_weight_smt_recurrent import FastWeightSizes, SMTRecurrentFastWeightCell
+from smt_hf.student.layers_smt_recurrent import init_projection, projection
 from smt_hf.student.recurrence_smt_recurrent import document_starts, state_dtype
 
 from .protocol import SMTTeacher, SMTTeacherSizes, register_teacher, without_padding
@@ -179,9 +180,10 @@ class SMTFastWeightTeacherConfig(SMTTeacherSizes):
     """Configuration of [`SMTFastWeightTeacher`]: all of it follows from the student's, whose fields it repeats.
 
     Args:
-        vocab_size, num_memory_tokens, intermediate_size, num_hidden_layers, num_matrix_heads, matrix_key_size,
-        rms_norm_eps: as in `SMTRecurrentConfig`.
-        memory_size: the student's `hidden_size`, the width of everything; `hidden_size` repeats it and is not used.
+        vocab_size, embedding_size, num_memory_tokens, intermediate_size, num_hidden_layers, num_matrix_heads,
+        matrix_key_size, rms_norm_eps: as in `SMTRecurrentConfig`.
+        memory_size: the student's `hidden_size`, the width of everything but the embeddings; `hidden_size` repeats it
+            and is not used.
 
     Raises:
         InputError: a size is out of range.
@@ -189,6 +191,7 @@ class SMTFastWeightTeacherConfig(SMTTeacherSizes):
 
     model_type = "smt_fast_weight_teacher"
 
+    embedding_size: int | None = None
     num_matrix_heads: int = 1
     matrix_key_size: int | None = None
 
@@ -196,6 +199,7 @@ class SMTFastWeightTeacherConfig(SMTTeacherSizes):
         name: name
         for name in (
             "hidden_size",
+            "embedding_size",
             "intermediate_size",
             "num_hidden_layers",
             "num_matrix_heads",
@@ -235,14 +239,18 @@ class SMTFastWeightTeacher(SMTTeacher):
 
     def __init__(self, config: SMTFastWeightTeacherConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.memory_size)
+        width = config.embedding_size or config.memory_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, width)
+        self.embed_proj = projection(width, config.memory_size)
         self.cell = SMTFastWeightScan(config, config.memory_size)
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, nn.Embedding):
+        if module is self.embed_proj:
+            init_projection(module)
+        elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=0.16)  # as the student's
         elif isinstance(module, SMTRecurrentFastWeightCell):
             module.init_own_weights()
@@ -253,7 +261,8 @@ class SMTFastWeightTeacher(SMTTeacher):
         updater = student.model.updater
         updater.cell.load_state_dict(self.cell.state_dict())
         updater.control_proj.weight.zero_()
-        student.model.embed_tokens.weight.copy_(self.embed_tokens.weight)
+        student.model.embed_tokens.load_state_dict(self.embed_tokens.state_dict())
+        student.model.embed_proj.load_state_dict(self.embed_proj.state_dict())
 
     def forward(
         self,
@@ -283,7 +292,7 @@ class SMTFastWeightTeacher(SMTTeacher):
             chosen = start[:, None].expand(*positions.shape, -1, -1)
             return (chosen, start) if returns_last else chosen
         resets = None if document_ids is None else document_starts(document_ids)
-        parts, last = self.cell(self.embed_tokens(input_ids), start, resets, reads_only)
+        parts, last = self.cell(self.embed_proj(self.embed_tokens(input_ids)), start, resets, reads_only)
         dtype = state_dtype(initial_memory.dtype)  # as the student's: a half-precision pointer stops at 256
         memories = torch.cat([part.flatten(2).to(dtype) for part in parts], dim=-1)
         start = (start[:, -1:] if reads_only else start).to(dtype)

@@ -107,6 +107,11 @@ def tokenizer_of(name: str, revision: str | None = None, gguf_file: str | None =
         return None
 
 
+def vocabulary_size(tokenizer) -> int:
+    """How many embeddings the tokens of a tokenizer need. Numbers may be left out, so that they are not its length."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def start_token_of(tokenizer) -> int | None:
     """The token that a tokenizer puts in front of every text (Llama's `<s>`), or `None`."""
     if tokenizer is None:
@@ -160,6 +165,17 @@ def load_trunk(
         return _trunk_of(AutoModelForCausalLM.from_pretrained(**words))
 
 
+def load_head(name: str, revision: str | None = None, gguf_file: str | None = None) -> torch.Tensor:
+    """The weight of the model's head, `(V, E)`, in the precision of its file; that of the embeddings if it has no head.
+
+    Raises:
+        InputError: the model cannot be loaded.
+    """
+    with _explained(name), whole_weights():
+        model = AutoModelForCausalLM.from_pretrained(**_where(name, revision, gguf_file), dtype="auto")
+    return (model.get_output_embeddings() or model.get_input_embeddings()).weight.detach()
+
+
 def empty_trunk(fields: dict[str, Any]) -> PreTrainedModel:
     """The model of a configuration from `describe` with random weights, or none on the meta device."""
     with whole_weights():
@@ -196,6 +212,9 @@ def add_lora(trunk: PreTrainedModel, rank: int, alpha: int) -> None:
     ]
     try:
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), trunk)
+        for name, parameter in trunk.named_parameters():
+            if "lora_" in name:  # what is trained is of full precision, whatever the model is
+                parameter.data = parameter.data.float()
     except ValueError as error:
         raise InputError(f"no LoRA layers fit the teacher's model: {error} Leave `teacher_lora_r` out.") from error
 

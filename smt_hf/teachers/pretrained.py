@@ -28,6 +28,7 @@ from .loading import (
     start_token_of,
     tokenizer_of,
     unreached_lora,
+    vocabulary_size,
 )
 from .protocol import SMTTeacher, register_teacher
 
@@ -169,7 +170,7 @@ class SMTPretrainedTeacherConfig(PreTrainedConfig):
         if tokenizer is None:
             return {"vocab_size": config_of(describe(*where)).get_text_config(decoder=True).vocab_size}
         special = ("bos_token_id", "eos_token_id", "pad_token_id")
-        return {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in special}}
+        return {"vocab_size": vocabulary_size(tokenizer), **{name: getattr(tokenizer, name) for name in special}}
 
 
 def _layer_numbers(layers: str | list[int] | None, depth: int) -> list[int]:
@@ -230,6 +231,8 @@ class SMTPretrainedTeacher(SMTTeacher):
             add_lora(self.model, config.lora_r, config.lora_alpha)
         if not is_empty:
             check_trunk(self.model.eval(), base.num_hidden_layers)
+            # A saved teacher is loaded in the precision that this one has, which `model_dtype` may have changed.
+            config.base_config = {**(config.base_config or {}), "dtype": str(self.model.dtype).removeprefix("torch.")}
             for module in self.model.modules():  # the composite's `post_init` is still to come
                 module._is_hf_initialized = True  # type: ignore[assignment]
         there = {type(module).__name__ for module in self.model.modules()}

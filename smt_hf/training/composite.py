@@ -221,7 +221,7 @@ class SMTForPreTraining(PreTrainedModel):
     @contextmanager
     def begun_as_teacher(self) -> Iterator[None]:
         """The student as it would begin now, and its own weights again afterwards: an evaluation changes nothing."""
-        parts = (self.student.model.updater, self.student.model.embed_tokens)
+        parts = (self.student.model.updater, self.student.model.embed_tokens, self.student.model.embed_proj)
         kept = [{name: tensor.clone() for name, tensor in part.state_dict().items()} for part in parts]
         self.hand_over()
         try:

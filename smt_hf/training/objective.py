@@ -247,6 +247,6 @@ def part_of(name: str) -> str:
     """The one of `PARTS` that a parameter of the composite belongs to, by its name."""
     if name.startswith("teacher."):
         return "teacher"
-    if "embed_tokens" in name:
+    if ".embed_" in name:
         return "embeddings"
-    return "readout" if ".readout." in name or ".lm_head." in name else "updater"
+    return "readout" if any(part in name for part in (".readout.", ".lm_head.", ".head_proj.")) else "updater"

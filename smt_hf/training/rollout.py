@@ -33,7 +33,7 @@ def rollout(student, starts, input_ids, attention_mask=None, document_ids=None) 
     new_document = None if document_ids is None else document_starts(document_ids)
     memories = student.model.unroll(
         starts.flatten(0, 1),
-        student.model.embed_tokens(chunked(input_ids)),
+        student.model.embed(chunked(input_ids)),
         chunked(attention_mask),
         chunked(new_document),
     )

@@ -41,7 +41,7 @@ def sparsely_supervised(model: "SMTForPreTraining", batch: TransitionBatch, obje
         is_first = batch.documents.gather(1, read) != earlier
         starts = torch.where(is_first[:, ::steps, None, None], student.start_memory().to(starts.dtype), starts)
     inside = None if is_first is None or steps == 1 else is_first.reshape(-1, steps)
-    embeds = student.embed_tokens(batch.inputs.gather(1, read)).unflatten(1, (-1, steps)).flatten(0, 1)
+    embeds = student.embed(batch.inputs.gather(1, read)).unflatten(1, (-1, steps)).flatten(0, 1)
     reached = student.unroll(starts.flatten(0, 1), embeds, None, inside).view(ends.shape)
     errors, weights, moments = compared(model, objective, reached, ends, is_real)
     targets = batch.labels.gather(1, positions)

@@ -34,7 +34,11 @@ KINDS = (
     "smt_fast",
     "dmt_fast",
     "bptt_fast",
+    "smt_lora",
+    "dmt_lora",
 )
+# DeepSpeed takes weights of float32 alone.
+HALF = ("smt_half", "dmt_half")
 TYPES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
 
 
@@ -52,7 +56,7 @@ def launch(folder, processes, batch, backend="ddp", accumulation=1, kinds=KINDS)
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed") / "one"
-    return folder, launch(folder, 1, 8, kinds=(*KINDS, "bptt_muon"))
+    return folder, launch(folder, 1, 8, kinds=(*KINDS, *HALF, "bptt_muon"))
 
 
 def compare(one_process, folder, report, accumulation=1):
@@ -61,11 +65,13 @@ def compare(one_process, folder, report, accumulation=1):
         costs = {"tokens", "sequential_steps"} if kind.endswith("_ragged") else set()  # they count the padding, too
         assert costs or found["tokens"] == expected[kind]["tokens"]
         first, second = (load_file(place / kind / "final" / "model.safetensors") for place in (expected_folder, folder))
-        is_half = kind.endswith("_bf16")  # gradients are exchanged in bfloat16, too; weights are float32
+        is_half = kind.endswith(("_bf16", "_half"))  # "_bf16": gradients are exchanged in it, too; weights are float32
         tolerance = {"rtol": 0, "atol": 2e-3} if is_half else TOLERANCES.get(kind, {"rtol": 1e-4, "atol": 2e-5})
         assert set(first) == set(second)
         for name in first:
-            assert second[name].dtype == first[name].dtype != torch.bfloat16
+            is_half_teacher = kind.endswith("_half") and name.startswith("teacher.model.") and "lora_" not in name
+            assert second[name].dtype == first[name].dtype
+            assert (first[name].dtype == torch.bfloat16) == is_half_teacher
             torch.testing.assert_close(first[name], second[name], msg=f"{kind} {name}", **tolerance)
         student = load_file(folder / kind / "final" / "student" / "model.safetensors")
         for name, value in student.items():
@@ -90,6 +96,7 @@ def test_two_processes_equal_one(one_process, tmp_path, backend):
     if backend.startswith("zero"):
         pytest.importorskip("deepspeed", reason='needs the extra: pip install -e ".[deepspeed]"')
     kinds = (*KINDS, "bptt_muon") if backend == "ddp" else KINDS
+    kinds += () if backend.startswith("zero") else HALF
     report = launch(tmp_path / "two", 2, 4, backend, kinds=kinds)
     for found in report.values():
         assert (found["world_size"], found["distributed_type"]) == (2, TYPES[backend])

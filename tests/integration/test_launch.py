@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -158,6 +159,11 @@ def test_a_pipeline(config, words, one_process, tmp_path):
 def test_fsdp_on_a_cpu_says_so(words, tmp_path):
     code, _, stderr = launched("fsdp2", *words, "--output_dir", "out", cwd=tmp_path, check=False)
     assert code != 0 and "the launch asked for FSDP, but this is MULTI_CPU with 2 process(es)" in stderr
+
+
+def test_a_conversion_is_launched_as_fsdp2_on_gpus():
+    own, plain = (yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in ("fsdp2_conversion", "fsdp2"))
+    assert own == {**plain, "num_processes": 8, "mixed_precision": "bf16", "use_cpu": False}
 
 
 def test_two_machines(words, one_process, tmp_path):

@@ -14,8 +14,9 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from smt_hf.data import byte_tokenizer
 from smt_hf.training.objective import part_of
 
 ROOT = Path(__file__).parents[2]
@@ -542,3 +543,85 @@ def test_the_default_run_small(tmp_path):
     command = [sys.executable, "-c", check]
     loaded = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert "[1, 9, 258]" in loaded.stdout and "continuation" in done.stdout, loaded.stderr[-2000:]
+
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+CONVERTED = """
+    --train_file text.txt --teacher_model_name_or_path llama --teacher_lora_r 2 --init_embeddings_from_teacher
+    --hidden_size 16 --embedding_size 8 --num_attention_heads 2 --phases smt,bptt --compare_bptt
+    --per_device_train_batch_size 4 --context_length 32 --max_steps 4 --save_steps 2 --num_threads 1
+""".split()  # noqa: SIM905
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """A run whose teacher is a Llama in bfloat16 with 264 embeddings, 258 bytes, a chat template and two ends."""
+    folder = tmp_path_factory.mktemp("converted")
+    lines = [f"line {number}: the quick brown fox counts {number * 7}\n" for number in range(300)]
+    (folder / "text.txt").write_text("".join(lines))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    llama = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=264, **sizes)).bfloat16()
+    llama.generation_config.eos_token_id = [256, 10]
+    llama.save_pretrained(folder / "llama")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder / "llama")
+    return folder, run(*CONVERTED, "--output_dir", "out", cwd=folder)
+
+
+@pytest.mark.processes
+def test_a_language_model_is_converted(converted):
+    folder, done = converted
+    out = folder / "out"
+    assert "(4,128 of them embeddings and head" in done.stdout  # 2 x 258 x 8
+    results = json.loads((out / "eval_results.json").read_text())
+    assert set(results["arms"]) >= {"smt8_bptt", "teacher", "bptt_truncated"}
+    assert results["init_embeddings_from_teacher"] is True
+    teacher = AutoModel.from_pretrained(out / "teacher")
+    assert teacher.model.dtype == torch.bfloat16 and teacher.memory_proj.weight.dtype == torch.float32
+    saved = load_file(out / "smt" / "checkpoint-4" / "model.safetensors")
+    assert {weight.dtype for name, weight in saved.items() if name.startswith("student.")} == {torch.float32}
+    trained = [name for name, weight in saved.items() if "lora_B" in name and weight.any()]
+    assert trained and all(saved[name].dtype == torch.float32 for name in trained)
+
+
+@pytest.mark.processes
+def test_a_converted_model_chats(converted):
+    """The exported student has the teacher's tokens, chat template and ends of a text."""
+    folder, _ = converted
+    tokenizer = AutoTokenizer.from_pretrained(folder / "out" / "student", trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(folder / "out" / "student", trust_remote_code=True)
+    assert model.config.vocab_size == len(tokenizer) == 258 and model.config.embedding_size == 8
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (256, 257)
+    assert model.generation_config.eos_token_id == [256, 10]
+    messages = [{"role": "user", "content": "hello"}]
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    assert tokenizer.decode(inputs["input_ids"][0]) == "user: hello\nassistant: "
+    written = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    assert written.shape[1] > inputs["input_ids"].shape[1]
+
+
+@pytest.mark.processes
+def test_a_converted_model_is_resumed(converted):
+    """Cut off in the first phase: the same weights. Without the flag that embeddings begin by, it is another run."""
+    folder, _ = converted
+    again = folder / "again"
+    subprocess.run(["cp", "-r", str(folder / "out"), str(again)], check=True)
+    for name in ("eval_results.json", "smt/scores.json", "smt/trainer_state.json"):
+        (again / name).unlink()
+    for name in ("smt/checkpoint-4", "bptt", "student", "teacher", "compare_bptt"):
+        subprocess.run(["rm", "-r", str(again / name)], check=True)
+    words = [word for word in CONVERTED if word != "--compare_bptt"]
+    words += ["--output_dir", "again", "--resume_from_checkpoint"]
+    others = [word for word in words if word != "--init_embeddings_from_teacher"]
+    message = "started with other arguments.*init_embeddings_from_teacher: True then, default now"
+    assert re.search(message, error_of(run(*others, cwd=folder, check=False)))
+    run(*words, cwd=folder)
+    for part in ("student", "teacher"):
+        whole, resumed = (load_file(folder / name / part / "model.safetensors") for name in ("out", "again"))
+        for name in whole:
+            torch.testing.assert_close(resumed[name], whole[name], rtol=1e-5, atol=1e-6, msg=name)

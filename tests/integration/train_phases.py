@@ -8,8 +8,15 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
-from tests.conftest import make_fast_weight_composite
+from tests.conftest import make_fast_weight_composite, make_pretrained_composite
 from tests.unit.training.test_trainers import PLAIN_STEPS, make_trainer, some_rows
+
+# End of a kind -> the composite that is trained. "_half" is a model in bfloat16 as the teacher.
+TEACHERS = {
+    "_fast": make_fast_weight_composite,
+    "_lora": make_pretrained_composite,
+    "_half": lambda: make_pretrained_composite("bfloat16"),
+}
 
 
 def backend_settings(backend: str) -> dict:
@@ -65,12 +72,14 @@ def main(folder: str, batch: str, backend: str, accumulation: str, *kinds: str) 
         settings = {"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0, **PLAIN_STEPS.get(kind, {})}
         if "muon" in kind:
             del settings["optim"]
-        if kind.endswith("_fast") and kind.startswith("smt"):
-            settings["teacher_weight"] = 0.0  # that teacher predicts no tokens itself
+        teacher = next((name for name in TEACHERS if kind.endswith(name)), None)
+        if teacher is not None and kind.startswith("smt"):
+            settings["teacher_weight"] = 0.0  # those teachers predict no tokens themselves
+        name = kind.removesuffix("_adamw").removesuffix("_bf16").removesuffix("_ragged")
         trainer = make_trainer(
-            kind.removesuffix("_adamw").removesuffix("_bf16").removesuffix("_ragged").removesuffix("_fast"),
+            name if teacher is None else name.removesuffix(teacher),
             f"{folder}/{kind}",
-            model=make_fast_weight_composite() if kind.endswith("_fast") else None,
+            model=None if teacher is None else TEACHERS[teacher](),
             rows=ragged_rows() if kind.endswith("_ragged") else None,
             per_device_train_batch_size=int(batch),
             gradient_accumulation_steps=int(accumulation),

@@ -16,6 +16,7 @@ MAY_IMPORT = {
         "errors",
         "student.configuration_smt_recurrent",
         "student.fast_weight_smt_recurrent",
+        "student.layers_smt_recurrent",
         "student.recurrence_smt_recurrent",
     },
     "data": {"errors", "student.configuration_smt_recurrent"},

@@ -7,7 +7,8 @@ What an updater computes and keeps is known to its class. The counts of FLOPs an
 ones at small sizes
 (`tests/integration/test_cost_model.py`).
 
-Symbols: B rows, T transitions per row, K memory tokens, D width, k `transition_steps`, N GPUs.
+Symbols: B rows, T transitions per row, K memory tokens, D width, E width of the embeddings, k `transition_steps`,
+N GPUs.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 from smt_hf.command_line import argument
 from smt_hf.student import SMTRecurrentConfig
 from smt_hf.student.layers_smt_recurrent import UPDATERS, SMTRecurrentBlock
-from smt_hf.teachers import SMTTeacherConfig
+from smt_hf.teachers import SMTPretrainedTeacherConfig, SMTTeacherConfig
 from smt_hf.training.objective import Objective
 
 from .arguments import BenchmarkArguments
@@ -43,11 +44,20 @@ class CostModelArguments(BenchmarkArguments):
     memory_tokens: int = argument(16, "Memory tokens of every size. Paper: 16.")
     vocabulary: int = argument(32_000, "Tokens of every size.")
     window: int = argument(512, "Tokens that the teacher's attention sees.")
+    gpu_gb: int = argument(80, "Memory of a GPU that a language model is converted on.")
+    embedding_size: int = argument(128, "`embedding_size` of the students of language models.")
+    cached_logits: int = argument(64, "Logits per token in a cache of what a language model predicts.")
+
+
+def projection_flops(config: SMTRecurrentConfig) -> float:
+    """Forward of the map between the width of the embeddings and that of the model, if they differ."""
+    width = config.embedding_size or config.hidden_size
+    return 0 if width == config.hidden_size else 2 * width * config.hidden_size
 
 
 def updater_flops(config: SMTRecurrentConfig) -> float:
-    """Forward of one transition."""
-    return 2 * UPDATERS[config.updater_type].multiply_adds(config)
+    """Forward of one transition, its token embedded."""
+    return 2 * UPDATERS[config.updater_type].multiply_adds(config) + projection_flops(config)
 
 
 def readout_flops(config: SMTRecurrentConfig, future: int = 1) -> float:
@@ -55,7 +65,29 @@ def readout_flops(config: SMTRecurrentConfig, future: int = 1) -> float:
     positions = UPDATERS[config.updater_type].num_read_tokens(config) + future - 1
     blocks = (config.num_readout_layers - 1) * SMTRecurrentBlock.multiply_adds(config, positions, positions)
     blocks += SMTRecurrentBlock.multiply_adds(config, positions, future)
-    return 2 * (blocks + future * config.hidden_size * config.vocab_size)
+    head = 2 * (config.embedding_size or config.hidden_size) * config.vocab_size + projection_flops(config)
+    return 2 * blocks + future * head + (future - 1) * projection_flops(config)
+
+
+def trunk_flops(config: SMTPretrainedTeacherConfig, length: int) -> float:
+    """Forward of a Llama without its head over one row of `length` tokens."""
+    base: Any = config.base
+    width, heads = base.hidden_size, base.num_attention_heads
+    inner = heads * (getattr(base, "head_dim", None) or width // heads)
+    keys = base.num_key_value_heads * inner // heads
+    layer = 4 * width * (inner + keys) + 4 * length * inner + 6 * width * base.intermediate_size
+    return length * base.num_hidden_layers * layer
+
+
+def label_flops(
+    config: SMTTeacherConfig | SMTPretrainedTeacherConfig, length: int, with_logits: bool
+) -> tuple[float, float]:
+    """Forward of one row of `length` tokens, a memory at each: of what is not trained, and of what is."""
+    if isinstance(config, SMTTeacherConfig):
+        return 0.0, teacher_flops(config, length, with_logits)
+    assert isinstance(config.layers, list)
+    mapped = 2 * len(config.layers) * config.base.hidden_size * config.num_memory_tokens * config.memory_size
+    return trunk_flops(config, length), (length + 1) * mapped
 
 
 def teacher_flops(config: SMTTeacherConfig, length: int, with_logits: bool) -> float:
@@ -70,7 +102,7 @@ def teacher_flops(config: SMTTeacherConfig, length: int, with_logits: bool) -> f
 
 def step_flops(
     student: SMTRecurrentConfig,
-    teacher: SMTTeacherConfig | None,
+    teacher: SMTTeacherConfig | SMTPretrainedTeacherConfig | None,
     objective: Objective,
     length: int,
     on_gpu: bool = False,
@@ -89,10 +121,10 @@ def step_flops(
     flops = 3 * (updates + read)
     if objective.phase == "bptt" or teacher is None:
         return flops
-    labels = teacher_flops(teacher, length, objective.phase == "smt" and objective.weight("teacher") > 0)
+    fixed, labels = label_flops(teacher, length, objective.phase == "smt" and objective.weight("teacher") > 0)
     if objective.phase == "dmt":
-        return flops + labels + (updates if on_gpu else 0)
-    flops += 3 * labels
+        return flops + fixed + labels + (updates if on_gpu else 0)
+    flops += fixed + 3 * labels
     if objective.weight("predictive"):
         flops += 3 * objective.num_predictive_positions * readout_flops(student, objective.future_length)
     if objective.on_policy_mode == "parallel":
@@ -107,6 +139,8 @@ def saved_bytes(student: SMTRecurrentConfig, length: int) -> float:
     update, tokens = updater.saved_numbers(student), updater.num_read_tokens(student)
     read = (layers - 1) * SMTRecurrentBlock.saved_numbers(student, tokens, tokens)
     read += SMTRecurrentBlock.saved_numbers(student, tokens, 1) + 2 * student.hidden_size + student.vocab_size
+    if student.embedding_size not in (None, student.hidden_size):
+        read += 2 * student.embedding_size  # the embedding, and what the head reads
     return FLOAT * length * (update + read)
 
 

@@ -76,6 +76,6 @@ class PixelSubject(Subject):
         for _ in range(self.difficulty):
             weights = student.read_logits(memory).softmax(-1).cpu()
             drawn.append(torch.multinomial(weights, 1, generator=generator)[:, 0].to(memory.device))
-            memory = student.model.updater(memory, student.model.embed_tokens(drawn[-1]))
+            memory = student.model.updater(memory, student.model.embed(drawn[-1]))
         images = torch.stack(drawn, dim=1).view(num, self.pixels.height, self.pixels.width)
         return images.tolist()

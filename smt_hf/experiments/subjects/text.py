@@ -15,6 +15,7 @@ from smt_hf.data.sources import Files
 from smt_hf.errors import InputError
 from smt_hf.evaluation import NGramModel, Scores
 from smt_hf.evaluation.text import count_bytes, document_symbols, stream_labels, stream_symbols, uniform_bits
+from smt_hf.teachers.loading import vocabulary_size
 from smt_hf.training.arguments import PhaseArguments
 
 from .subject import Subject, refuse_curriculum
@@ -69,7 +70,7 @@ class TextSubject(Subject):
         if tokenizer_name is not None:
             tokenizer = _tokenizer(tokenizer_name)
         self.tokenizer = byte_tokenizer() if tokenizer is None else tokenizer
-        self.vocab_size = len(self.tokenizer)
+        self.vocab_size = vocabulary_size(self.tokenizer)
         phases = list(phases)
         named: dict[str, Any] = {"train_file": train_file, "validation_file": validation_file, **source}
         self.corpus = stream_corpus(num_ranks=phases[0].world_size, **named) if streaming else load_corpus(**named)

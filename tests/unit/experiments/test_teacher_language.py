@@ -1,16 +1,22 @@
 """The language of a run whose teacher is a model that exists: from the command line to the sizes of the composite."""
 
+import json
+import shutil
+
 import pytest
-from transformers import AutoModelForCausalLM, LlamaConfig
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from smt_hf.data import byte_tokenizer
 from smt_hf.data.packing import number_tokenizer
 from smt_hf.errors import InputError
 from smt_hf.experiments.composition import model_config
-from smt_hf.experiments.pretraining import make_subject
+from smt_hf.experiments.pretraining import make_subject, pretrain
 from smt_hf.experiments.run_arguments import parse_run, typed_teacher
-from smt_hf.experiments.teacher_language import check_tokenizer, teacher_tokenizer
+from smt_hf.experiments.teacher_language import check_tokenizer, end_tokens, teacher_tokenizer
 from smt_hf.teachers import teacher_config
+from smt_hf.teachers.loading import vocabulary_size
+from smt_hf.training import SMTPreTrainingConfig
 
 PRETRAINED = "smt_pretrained_teacher"
 
@@ -94,6 +100,63 @@ def test_tokens_behind_the_models_own_are_free_up_to_its_embeddings(folder):
     check_tokenizer(tokenizer, config_of(folder, len(tokenizer)))
     with pytest.raises(InputError, match=r"the student has 321 tokens, the teacher's model .* knows 320"):
         config_of(folder, 321)
+
+
+def test_the_student_has_the_tokens_of_the_tokenizer_or_more(folder, text_file):
+    """320 embeddings, 258 tokens: the rest are no tokens of the student, unless it is to have as many."""
+    _, config = configured(parsed(folder, text_file, "--vocab_size", "320"))
+    assert (config.student.vocab_size, config.teacher.vocab_size) == (320, 320)
+    with pytest.raises(InputError, match=r"321 tokens, the teacher's model .* knows 320"):
+        configured(parsed(folder, text_file, "--vocab_size", "321"))
+
+
+def test_numbers_that_no_token_has(folder, text_file, tmp_path):
+    """A tokenizer may leave numbers out: the last one counts, not how many there are."""
+    tokenizer = byte_tokenizer()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"]["vocab"]["far"] = 300
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<|endoftext|>", pad_token="<|pad|>"
+    )
+    assert len(tokenizer) == 259 and vocabulary_size(tokenizer) == 301
+    shutil.copytree(folder, tmp_path / "gaps")
+    tokenizer.save_pretrained(tmp_path / "gaps")
+    _, config = configured(parsed(str(tmp_path / "gaps"), text_file))
+    assert config.student.vocab_size == 301
+    teacher = {"model_name_or_path": str(tmp_path / "gaps")}
+    assert SMTPreTrainingConfig(student={}, teacher=teacher).student.vocab_size == 301
+
+
+def test_what_ends_a_text(folder, tmp_path):
+    """Several tokens of the model's generation settings, if the tokenizer's is one of them and they are its tokens."""
+    tokenizer = byte_tokenizer()
+    assert end_tokens(tokenizer, None) == end_tokens(tokenizer, config_of(folder, 258)) == 256
+    shutil.copytree(folder, tmp_path / "chat")
+    for ends, expected in (([10, 256, 319], [10, 256]), ([10, 11], 256), ([256, 319], 256), (2, 256), (None, 256)):
+        GenerationConfig(eos_token_id=ends).save_pretrained(tmp_path / "chat")
+        assert end_tokens(tokenizer, config_of(str(tmp_path / "chat"), 258)) == expected
+    (tmp_path / "chat" / "generation_config.json").unlink()
+    config = config_of(str(tmp_path / "chat"), 258)
+    config.base_config["eos_token_id"] = [256, 11]
+    assert end_tokens(tokenizer, config) == [256, 11]
+
+
+def test_embeddings_of_a_teacher_that_is_no_language_model(folder, text_file, tmp_path):
+    words = ["--init_embeddings_from_teacher", "--output_dir", str(tmp_path / "out")]
+    plain = ["--train_file", str(text_file), "--use_cpu", "--report_to", "none", "--updater_type", "mlp", *words]
+    for run in (parse_run(plain), parsed(folder, text_file, "--phases", "bptt", *words)):
+        with pytest.raises(InputError, match="needs a phase with a language model as the teacher"):
+            pretrain(run)
+    assert not (tmp_path / "out").exists()
+
+
+def test_deepspeed_takes_no_model_in_half_precision(folder, text_file, tmp_path, monkeypatch):
+    words = ["--teacher_model_dtype", "bfloat16", "--hidden_size", "8", "--num_attention_heads", "2"]
+    run = parsed(folder, text_file, *words, "--output_dir", str(tmp_path / "out"))
+    monkeypatch.setattr("smt_hf.experiments.pretraining.launched_with_deepspeed", lambda: True)
+    with pytest.raises(InputError, match="pass `--teacher_model_dtype float32`"):
+        pretrain(run)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_without_a_tokenizer(folder, text_file, tmp_path):

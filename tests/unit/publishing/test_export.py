@@ -5,7 +5,7 @@ import re
 import subprocess
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from smt_hf.data import byte_tokenizer
 from smt_hf.publishing import provenance
@@ -44,6 +44,17 @@ def test_a_student_is_exported_whole_before_there_are_results(tmp_path, monkeypa
     export_student(make_student(vocab_size=260), tokenizer, folder)
     assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == 260
     assert [entry.name for entry in tmp_path.iterdir()] == ["student"] and not (folder / "stale.txt").exists()
+
+
+def test_several_tokens_that_end_a_text_are_kept(tmp_path):
+    """Those of a chat model, through a second export of the loaded student; others than the tokenizer's are not."""
+    tokenizer, student = byte_tokenizer(), make_student(vocab_size=258)
+    for given, expected in (([256, 10], [256, 10]), ([7, 10], 256), (7, 256)):
+        student.generation_config.eos_token_id = given
+        export_student(student, tokenizer, tmp_path / "first")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+        export_student(loaded, tokenizer, tmp_path / "second")
+        assert GenerationConfig.from_pretrained(tmp_path / "second").eos_token_id == expected
 
 
 def test_provenance(tmp_path, monkeypatch):

@@ -100,9 +100,24 @@ def naive_fast_weight_row(updater, memory, embeds, eps):
     return torch.cat([token, traces, matrices.flatten(), naive_rms(stream, eps)]).view(memory.shape)
 
 
+def naive_embeds(model, token):
+    """Rows of the table, and the map to the model's width if there is one."""
+    rows = torch.stack([model.embed_tokens.weight[number] for number in token])
+    if model.config.embedding_size in (None, model.config.hidden_size):
+        return rows
+    return torch.stack([model.embed_proj.weight @ row for row in rows])
+
+
+def naive_head(student, states):
+    """Logits of each state, a token's row of the head after the other."""
+    if student.config.embedding_size not in (None, student.config.hidden_size):
+        states = torch.stack([student.head_proj.weight @ state for state in states])
+    return torch.stack([(states * row).sum(-1) for row in student.lm_head.weight], -1)
+
+
 def naive_step(model, memory, token):
     """One transition, written from the definition."""
-    updater, embeds = model.updater, model.embed_tokens(token)
+    updater, embeds = model.updater, naive_embeds(model, token)
     if model.config.updater_type == "fast_weight":
         rows = zip(memory, embeds)
         return torch.stack([naive_fast_weight_row(updater, *row, model.config.rms_norm_eps) for row in rows])
@@ -138,7 +153,7 @@ def naive_logits(student, input_ids):
         states = memory[:, -len(model.readout.slot_embeddings) :] + model.readout.slot_embeddings
         for layer in model.readout.layers:
             states = naive_block(layer, states, causal=True, rotary_theta=model.config.rope_theta)
-        logits.append(student.lm_head(model.readout.norm(states[:, -1])))
+        logits.append(naive_head(student, model.readout.norm(states[:, -1])))
     return torch.stack(logits, 1)
 
 

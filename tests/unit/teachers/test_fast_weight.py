@@ -71,7 +71,10 @@ def test_gated_sums(length):
         torch.testing.assert_close(own[:, t], total)
 
 
-@pytest.mark.parametrize("fields", [{}, {"num_hidden_layers": 1}, {"num_memory_tokens": 6, "num_matrix_heads": 2}])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"num_hidden_layers": 1}, {"num_memory_tokens": 6, "num_matrix_heads": 2}, {"embedding_size": 6}],
+)
 @pytest.mark.parametrize("extra", ["plain", "mask", "documents", "both"])
 def test_the_student_begins_as_this_teacher(extra, fields):
     """Error of the student's dynamics 0 at birth, values and gradients, over rows of more than one block."""
@@ -88,7 +91,7 @@ def test_the_student_begins_as_this_teacher(extra, fields):
     start = model.student.model.start_memory()
     labels = model.teacher(input_ids, torch.arange(length + 1), start, mask, documents)
     resets = None if documents is None else document_starts(documents)
-    embeds = model.student.model.embed_tokens(input_ids)
+    embeds = model.student.model.embed(input_ids)
     own = model.student.model.unroll(start.expand(3, -1, -1), embeds, mask, resets)
     assert torch.equal(labels[:, 0], start.expand(3, -1, -1))
     torch.testing.assert_close(labels[:, 1:], own, atol=2e-4, rtol=2e-4)
@@ -132,16 +135,17 @@ def test_reads_only_is_the_last_token():
     torch.testing.assert_close(model.student.read_logits(last), logits, atol=1e-5, rtol=1e-5)
 
 
-def test_hand_over_after_the_teacher_has_learned():
+@pytest.mark.parametrize("embedding_size", [None, 6])
+def test_hand_over_after_the_teacher_has_learned(embedding_size):
     """A student that has drifted apart begins again as the teacher; the readout is the student's own and stays."""
-    model = make_composite()
+    model = make_composite(embedding_size=embedding_size)
     for parameter in model.teacher.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     torch.nn.init.normal_(model.student.model.updater.control_proj.weight)
     readout = {name: tensor.clone() for name, tensor in model.student.model.readout.state_dict().items()}
     model.hand_over()
     input_ids, start = torch.randint(VOCAB, (2, 20)), model.student.model.start_memory()
-    own = model.student.model.unroll(start.expand(2, -1, -1), model.student.model.embed_tokens(input_ids))
+    own = model.student.model.unroll(start.expand(2, -1, -1), model.student.model.embed(input_ids))
     torch.testing.assert_close(model.teacher(input_ids, torch.arange(1, 21), start), own, atol=1e-4, rtol=1e-4)
     assert all(torch.equal(readout[name], tensor) for name, tensor in model.student.model.readout.state_dict().items())
 

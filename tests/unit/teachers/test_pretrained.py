@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     BertConfig,
     BertLMHeadModel,
@@ -335,6 +336,30 @@ def test_one_argument_in_python(llama, tmp_path):
         ).teacher.vocab_size
         == 300
     )
+
+
+@pytest.mark.parametrize("lora_r", [0, 2])
+@pytest.mark.parametrize(("of_file", "given"), [("bfloat16", "auto"), ("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_precision_survives_saving_and_loading(of_file, given, lora_r, tmp_path):
+    """The model's own weights in the precision that was chosen, everything else in full: made anew from a saved
+    configuration, loaded as a composite, and as the teacher alone."""
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(FAMILIES["llama"]).to(getattr(torch, of_file)).save_pretrained(tmp_path / "base")
+    model = composite(str(tmp_path / "base"), model_dtype=given, lora_r=lora_r)
+    wanted = getattr(torch, of_file if given == "auto" else given)
+    for name, weight in model.named_parameters():
+        is_theirs = name.startswith("teacher.model.") and "lora_" not in name
+        assert weight.dtype == (wanted if is_theirs else torch.float32), name
+    model.save_pretrained(tmp_path / "composite")
+    model.teacher.save_pretrained(tmp_path / "teacher")
+    loaded = SMTForPreTraining.from_pretrained(tmp_path / "composite")
+    alone = AutoModel.from_pretrained(tmp_path / "teacher")
+    again = SMTForPreTraining(SMTPreTrainingConfig.from_pretrained(tmp_path / "composite"))
+    again.load_state_dict(model.state_dict())  # as a resumed run does
+    expected = model.state_dict()
+    for found in (loaded.state_dict(), again.state_dict(), {f"teacher.{k}": v for k, v in alone.state_dict().items()}):
+        for name, weight in found.items():
+            assert weight.dtype == expected[name].dtype and torch.equal(weight, expected[name]), name
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -22,6 +22,8 @@ def test_every_parameter_has_a_part():
     parts = {name: part_of(name) for name, _ in model.named_parameters()}
     assert parts["student.model.initial_memory"] == "updater" and parts["student.lm_head.weight"] == "readout"
     assert parts["teacher.embed_tokens.weight"] == "teacher"
+    assert part_of("student.model.embed_proj.weight") == "embeddings"
+    assert part_of("student.head_proj.weight") == "readout"
     places = {"teacher.": "teacher", "student.model.embed_tokens.": "embeddings", "student.model.updater.": "updater"}
     for place, part in {**places, "student.model.readout.": "readout"}.items():
         assert {parts[name] for name in parts if name.startswith(place)} == {part}

@@ -1,0 +1,58 @@
+"""How a student's embeddings and head begin where its teacher is a language model with the same tokens.
+
+Shapes: V vocabulary, E width of the student's embeddings, X width of the model's.
+"""
+
+import torch
+from transformers import PreTrainedModel
+
+from smt_hf.errors import InputError
+from smt_hf.student import SMTRecurrentForCausalLM
+from smt_hf.teachers import SMTPretrainedTeacher
+from smt_hf.teachers.loading import load_head
+
+
+@torch.no_grad()
+def init_embeddings_from_teacher(student: SMTRecurrentForCausalLM, teacher: PreTrainedModel | None) -> None:
+    """Embeddings and head of a new student become those of its teacher's model, projected to the student's width.
+
+    The projection is on the directions in which the rows of the model's table vary most, and the result is scaled to
+    the variance that the student's own table has. Where the model is narrower than the student, the further
+    coordinates stay as they are. A head that is tied to the embeddings, the student's or the model's, has the
+    embeddings' projection. Rows of the model behind the student's last token are not used.
+
+    The model is read from its folder once more if its head is a table of its own.
+
+    Raises:
+        InputError: the teacher is no language model, its model has no folder, or it has fewer tokens than the student.
+    """
+    if not isinstance(teacher, SMTPretrainedTeacher):
+        raise InputError("embeddings begin as those of a language model: give the teacher a `model_name_or_path`.")
+    table = teacher.get_input_embeddings().weight
+    _begin_as(student.get_input_embeddings().weight, table)
+    if student.get_output_embeddings().weight is student.get_input_embeddings().weight:
+        return
+    if not teacher.config.base.tie_word_embeddings:
+        if teacher.config.model_name_or_path is None:
+            raise InputError("the head of the teacher's model cannot be read: give `model_name_or_path`.")
+        table = load_head(teacher.config.model_name_or_path, teacher.config.revision, teacher.config.gguf_file)
+    _begin_as(student.get_output_embeddings().weight, table)
+
+
+def _begin_as(weight: torch.Tensor, table: torch.Tensor) -> None:
+    """Give `weight`, `(V, E)`, in place, the first V rows of `table`, `(V or more, X)`."""
+    if len(table) < len(weight):
+        raise InputError(f"the student has {len(weight)} tokens, the teacher's model {len(table)}: lower `vocab_size`.")
+    found = principal_coordinates(table[: len(weight)], weight.shape[1]).to(weight)
+    own = weight[:, : found.shape[1]]
+    own.copy_(found * (own.square().mean() / found.square().mean()).sqrt())
+
+
+def principal_coordinates(rows: torch.Tensor, size: int) -> torch.Tensor:
+    """Coordinates of the rows along the directions of their largest variance: `(V, X)` -> `(V, min(size, X))`, float32.
+
+    The mean of the rows is taken out: it tells no tokens apart, and in a head no softmax sees it.
+    """
+    centred = rows.float() - rows.float().mean(0)
+    directions = torch.linalg.eigh(centred.T @ centred).eigenvectors  # the last has the largest variance
+    return centred @ directions[:, -size:].flip(1)
