@@ -13,6 +13,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from smt_hf.command_line import names_of
 from smt_hf.errors import InputError
 from smt_hf.student import SMTRecurrentConfig
+from smt_hf.teachers import TEACHERS, teacher_config_class, teacher_type
 from smt_hf.training.arguments import BPTTTrainingArguments, PhaseArguments
 from smt_hf.training.composite import SMTPreTrainingConfig
 from smt_hf.training.launch import LAUNCHED_PRECISION
@@ -47,8 +48,10 @@ def model_config(
         )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         fields.setdefault(name, getattr(subject.tokenizer, name))
+    has_teacher = any(arguments.phase != "bptt" for arguments in phases)
+    if any(getattr(arguments, "distillation_weight", 0.0) for arguments in phases):
+        teacher_fields = _predicting(teacher_fields)
     try:
-        has_teacher = any(arguments.phase != "bptt" for arguments in phases)
         student, teacher = SMTRecurrentConfig(**fields), teacher_fields if has_teacher else None
         config = SMTPreTrainingConfig(student=student, teacher=teacher)
     except (ValueError, TypeError, StrictDataclassError) as error:
@@ -56,6 +59,23 @@ def model_config(
     assert not isinstance(config.teacher, dict)
     check_tokenizer(subject.tokenizer, config.teacher)
     return config
+
+
+def _predicting(teacher_fields: dict) -> dict:
+    """The fields of a teacher whose own predictions a student is distilled from.
+
+    Raises:
+        InputError: this kind of teacher makes none.
+    """
+    name = teacher_type(teacher_fields)
+    if "keeps_head" in names_of(teacher_config_class(name)):
+        return {**teacher_fields, "keeps_head": True}
+    if not getattr(TEACHERS[name], "has_next_token_head", False):
+        raise InputError(
+            f"the teacher {name} predicts no tokens for `distillation_weight`: leave it out, or name a language model "
+            "by `teacher_model_name_or_path`."
+        )
+    return teacher_fields
 
 
 def resolve(phases: list[PhaseArguments], subject: Subject, rival: BPTTTrainingArguments | None = None) -> list[str]:
