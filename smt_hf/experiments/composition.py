@@ -28,7 +28,7 @@ _WRITTEN_DOWN = (
     "per_device_eval_batch_size", "prediction_loss_only", "batch_eval_metrics", "bf16", "seed", "save_", "push_to_hub",
     "enable_jit_checkpoint", "hub_", "resume_from_checkpoint", "restore_", "use_cpu", "dataloader_num_workers",
     "dataloader_p", "dataloader_multiprocessing_context", "ddp_", "debug", "skip_memory_metrics", "local_rank",
-    "label_cache_dir", "evaluates_by_seconds", "drift_",
+    "label_cache_dir", "teacher_cache_dir", "evaluates_by_seconds", "drift_",
 )  # fmt: skip
 
 
@@ -48,11 +48,17 @@ def model_config(
         )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         fields.setdefault(name, getattr(subject.tokenizer, name))
-    has_teacher = any(arguments.phase != "bptt" for arguments in phases)
-    if any(getattr(arguments, "distillation_weight", 0.0) for arguments in phases):
+    taught = [arguments for arguments in phases if arguments.phase != "bptt"]
+    if any(arguments.distillation_weight for arguments in taught):
         teacher_fields = _predicting(teacher_fields)
+    cached = [arguments for arguments in taught if arguments.teacher_cache_dir is not None]
+    if cached:
+        if len(cached) < len(taught):
+            raise InputError("a phase without `teacher_cache_dir` needs the teacher's model: give all phases one.")
+        if "holds_model" in names_of(teacher_config_class(teacher_type(teacher_fields))):
+            teacher_fields = {**teacher_fields, "holds_model": False}
     try:
-        student, teacher = SMTRecurrentConfig(**fields), teacher_fields if has_teacher else None
+        student, teacher = SMTRecurrentConfig(**fields), teacher_fields if taught else None
         config = SMTPreTrainingConfig(student=student, teacher=teacher)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise InputError(str(error)) from error

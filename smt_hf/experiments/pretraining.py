@@ -27,6 +27,7 @@ from smt_hf.publishing.scores import drift_of, results_table
 from smt_hf.training.adapters import LoraSettings
 from smt_hf.training.argument_checks import words_of
 from smt_hf.training.arguments import UNBOUNDED, PhaseArguments
+from smt_hf.training.cached_teacher import fill_teacher_caches
 from smt_hf.training.checkpoints import step_of
 from smt_hf.training.composite import SMTForPreTraining, SMTPreTrainingConfig
 from smt_hf.training.launch import launched_sharded
@@ -275,6 +276,7 @@ def _train(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subject, nu
         # What is trained anew must not look finished if it is cut off again.
         (Path(run.output_dir) / RESULTS).unlink(missing_ok=True)
         shutil.rmtree(Path(run.output_dir) / "compare_bptt", ignore_errors=True)
+    fill_teacher_caches(config.teacher, phases, subject.rows, subject.eval_rows)
     set_seed(run.seed)
     model = SMTForPreTraining(config)
     if phases[0].process_index == 0:

@@ -16,6 +16,8 @@ its configuration (`vocab_size`, `num_memory_tokens` [K], `memory_size` [D]), by
 - `can_go_on` (false where it is missing): whether `initial_memory` may be memories `(B, K, D)` to go on from, and
   whether `forward` takes `returns_last=True` and then returns the memory after all tokens, too.
 - `is_fixed(name)` (false where it is missing): whether no phase trains the teacher's parameter of this name.
+- `reads_rows` (true where it is missing): whether it can read rows. One that was trained from a cache without its model
+  cannot.
 - `has_embedding_gradients` (true where it is missing): whether gradients can reach the embeddings of the tokens.
 - `hand_over(student)`: called before the first phase that trains the updater; where the student can begin as this
   teacher, it does.
@@ -270,11 +272,15 @@ class SMTTeacher(PreTrainedModel):
         if return_logits:
             assert logits is not None
             extra.insert(0, logits.masked_fill((positions == 0)[..., None], 0.0))
-        # Under autocast the layers are of half precision; a memory is not.
-        memories = memories.view(batch, -1, *initial_memory.shape).to(initial_memory.dtype)
-        memories = F.rms_norm(memories, memories.shape[-1:], eps=self.config.rms_norm_eps)
-        memories = torch.where((positions == 0)[..., None, None], initial_memory, memories)
+        memories = self.normalised(memories, positions, initial_memory)
         return (memories, *extra) if extra else memories
+
+    def normalised(self, memories: torch.Tensor, positions: torch.Tensor, initial_memory: torch.Tensor) -> torch.Tensor:
+        """Memories `(B, S, K, D)` from what `encode` returns; that of an empty prefix (position 0) is the given one."""
+        # Under autocast the layers are of half precision; a memory is not.
+        memories = memories.view(*positions.shape, *initial_memory.shape).to(initial_memory.dtype)
+        memories = F.rms_norm(memories, memories.shape[-1:], eps=self.config.rms_norm_eps)
+        return torch.where((positions == 0)[..., None, None], initial_memory, memories)
 
     @torch.no_grad()
     def _init_weights(self, module):

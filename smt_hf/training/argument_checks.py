@@ -74,6 +74,25 @@ def check_distillation(args: Any) -> None:
     refuse(
         args.distillation_weight and args.label_cache_dir,
         "`label_cache_dir` keeps memories alone, and `distillation_weight` needs the teacher's distribution as well: "
+        "leave it out, or use `teacher_cache_dir` for a language model.",
+    )
+
+
+def check_cache(args: Any) -> None:
+    """Of smt and dmt: rows are found again in a cache."""
+    if args.teacher_cache_dir is None:
+        return
+    refuse(
+        args.label_cache_dir,
+        "`teacher_cache_dir` and `label_cache_dir` keep the same in two ways: leave `label_cache_dir` out.",
+    )
+    refuse(
+        args.on_policy_mode == "aggregate",
+        "`teacher_cache_dir` does not fit `on_policy_mode=aggregate`, which exchanges rows.",
+    )
+    refuse(
+        args.carries_teacher_memory,
+        "`teacher_cache_dir` keeps what is said of whole rows, and `carries_teacher_memory` reads windows of them: "
         "leave one of the two out.",
     )
 

@@ -15,6 +15,7 @@ from smt_hf.command_line import argument
 from smt_hf.errors import InputError
 
 from .argument_checks import (
+    check_cache,
     check_carried,
     check_curriculum,
     check_distillation,
@@ -27,6 +28,7 @@ from .argument_checks import (
     refuse,
     words_of,
 )
+from .cached_teacher import TeacherCacheArguments
 from .distillation import DistillationArguments
 from .drift_watch import DriftArguments
 from .launch import applied_launch, launched_sharded, launched_with_deepspeed
@@ -268,7 +270,7 @@ class PhaseArguments(DriftArguments):
 
 
 @dataclass
-class SupervisedArguments(DistillationArguments, PhaseArguments):
+class SupervisedArguments(TeacherCacheArguments, DistillationArguments, PhaseArguments):
     """What smt and dmt share: chunks of transitions between memory labels. Not used by itself."""
 
     readout_trains_updater: bool = argument(
@@ -310,6 +312,7 @@ class SupervisedArguments(DistillationArguments, PhaseArguments):
         check_own_memories(self)
         check_curriculum(self)
         check_distillation(self)
+        check_cache(self)
         check_transitions(self)
 
     def _check_counts(self, *names: str) -> None:

@@ -22,15 +22,8 @@ from smt_hf.teachers.protocol import SMTTeacherSizes, check_distribution
 from .adapters import has_lora
 from .objective import PHASES, Objective, part_of, terms_of, trained_parts
 from .sparse import sparsely_supervised
-from .supervision import (
-    Supervision,
-    TeacherLabels,
-    TransitionBatch,
-    backpropagated,
-    rollout_scores,
-    supervised,
-    teacher_alone,
-)
+from .supervision import Supervision, TransitionBatch, backpropagated, rollout_scores, supervised, teacher_alone
+from .teacher_labels import CachedRows, TeacherLabels
 
 
 class SMTPreTrainingConfig(PreTrainedConfig):
@@ -247,6 +240,12 @@ class SMTForPreTraining(PreTrainedModel):
         """Whether a parameter of the teacher takes a gradient."""
         return self.teacher is not None and any(parameter.requires_grad for parameter in self.teacher.parameters())
 
+    def labels_rows(self, batch: TransitionBatch) -> bool:
+        """Whether there is a teacher that says what stands at all positions of the rows in one pass."""
+        if self.teacher is None or not self.teacher.labels_all_positions:
+            return False
+        return batch.cached is not None or getattr(self.teacher, "reads_rows", True)
+
     def memory_labels(
         self,
         batch: TransitionBatch,
@@ -279,6 +278,8 @@ class SMTForPreTraining(PreTrainedModel):
         with torch.set_grad_enabled(trains_teacher and torch.is_grad_enabled()):
             m_0 = m_0 if trains_teacher else m_0.detach()
             input_ids, mask, documents = batch.read(length=batch.length)
+            if batch.cached is not None:
+                return batch.cached.labels(self.teacher, positions, m_0, mask, bool(likeliest))
             found = self.teacher(input_ids, positions, m_0, mask, documents, **words)
         return TeacherLabels(**dict(zip(names, found if len(names) > 1 else [found])))
 
@@ -309,6 +310,7 @@ class SMTForPreTraining(PreTrainedModel):
         memory: torch.Tensor | None = None,
         stored_starts: torch.Tensor | None = None,
         memory_labels: torch.Tensor | None = None,
+        cached: CachedRows | None = None,
         progress: float = 1.0,
         dynamics_scale: float = 1.0,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -330,6 +332,7 @@ class SMTForPreTraining(PreTrainedModel):
             stored_starts: `(B, C, K, D)`, memories of an earlier student (dmt, `aggregate`), NaN where there is none.
             memory_labels: `(B, S, K, D)`, the frozen teacher's, of every `label_stride`-th position (dmt); default: the
                 teacher makes them.
+            cached: what a frozen model that is the teacher says of the rows; default: the teacher reads them.
             progress: share of the steps of the phase that are done, for the warm-ups.
             dynamics_scale: factor on the weights of the dynamics terms, for a warm-up that waits for the teacher.
             num_items_in_batch: labels of the whole optimiser step on all ranks; default: of this batch.
@@ -343,10 +346,10 @@ class SMTForPreTraining(PreTrainedModel):
         numbers = numbers if example_ids is None else example_ids
         length = input_ids.shape[1] - 1
         steps = length if objective.phase == "bptt" else min(objective.transition_steps, length)
-        batch = TransitionBatch(input_ids, attention_mask, targets, document_ids, numbers, steps)
+        batch = TransitionBatch(input_ids, attention_mask, targets, document_ids, numbers, steps, cached)
         if measures_free_run:
             memories = None
-            if objective.phase != "bptt" and self.teacher is not None and self.teacher.labels_all_positions:
+            if objective.phase != "bptt" and self.labels_rows(batch):
                 positions = torch.arange(length + 1, device=input_ids.device)
                 memories = self.memory_labels(batch, positions, trains_teacher=False).memories
             read = (input_ids, targets, memories, attention_mask, document_ids, measures_exponent)

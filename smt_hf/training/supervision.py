@@ -28,6 +28,7 @@ from .losses import (
 from .objective import Objective
 from .positions import STREAM_AGES, STREAM_ON_POLICY, chunk_ends, picked_positions, transition_weights, window_ends
 from .rollout import example_uniforms, parallel_starts, rollout, sequential_starts, truncated_rollout
+from .teacher_labels import CachedRows, TeacherLabels
 
 if TYPE_CHECKING:
     from .composite import SMTForPreTraining
@@ -40,6 +41,7 @@ class TransitionBatch:
         input_ids, attention_mask, labels, document_ids: `(B, T + 1)`, as in `SMTForPreTraining.forward`.
         example_ids: `(B,)`.
         steps: k, transitions per chunk.
+        cached: what the teacher's model says of the rows, where that is known already.
 
     Attributes:
         inputs, mask, documents: `(B, C k)`, what the rollout reads.
@@ -47,7 +49,10 @@ class TransitionBatch:
         lengths: `(B,)`, number of tokens up to the last real one.
     """
 
-    def __init__(self, input_ids, attention_mask, labels, document_ids, example_ids, steps: int):
+    def __init__(
+        self, input_ids, attention_mask, labels, document_ids, example_ids, steps: int, cached: CachedRows | None = None
+    ):
+        self.cached = cached
         self.size, self.length = input_ids.shape[0], input_ids.shape[1] - 1
         self.steps = steps
         self.input_ids, self.labels, self.example_ids = input_ids, labels, example_ids
@@ -80,16 +85,6 @@ class TransitionBatch:
     def read(self, rows=slice(None), length: int | None = None) -> tuple:
         """`input_ids`, mask and documents of some rows, up to `length` tokens, as the rollout takes them."""
         return tuple(None if part is None else part[rows, :length] for part in (self.inputs, self.mask, self.documents))
-
-
-@dataclass
-class TeacherLabels:
-    """What a teacher says at S positions; `None` for what it was not asked."""
-
-    memories: torch.Tensor  # (B, S, K, D)
-    logits: torch.Tensor | None = None  # (B, S, V), of its own head
-    last: torch.Tensor | None = None  # (B, K, D), the memory after all tokens
-    next_tokens: NextTokens | None = None  # of (B, S)
 
 
 @dataclass
@@ -416,7 +411,7 @@ def rollout_scores(model: "SMTForPreTraining", batch: TransitionBatch, with_teac
         "rollout": next_token_loss(logits, batch.labels),
         "accuracy": hits / batch.labels.ne(-100).sum(1).clamp(min=1),
     }
-    if with_teacher and model.teacher is not None and model.teacher.labels_all_positions:
+    if with_teacher and model.labels_rows(batch):
         positions = torch.arange(1, batch.length + 1, device=memories.device)
         labels = model.memory_labels(batch, positions, trains_teacher=False).memories
         mask = batch.transition_mask
