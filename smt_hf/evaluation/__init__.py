@@ -22,6 +22,7 @@ import numpy as np
 
 from .drift import drift_by_position, geometry_of, gradient_norm_by_distance, memory_geometry, teacher_gradient_norm
 from .free_run import largest_lyapunov, loss_by_age
+from .memories import reading_teacher
 from .scores import Scores, score_student, score_teacher
 from .text import NGramModel
 
@@ -78,11 +79,11 @@ EVALUATIONS: dict[str, Callable[[Any, np.ndarray, np.ndarray], Any]] = {
     "geometry": _geometry,
     "teacher_gradient_norm": lambda model, ids, labels: (
         _thinned(teacher_gradient_norm(model, ids, labels))
-        if model.teacher is not None and getattr(model.teacher, "has_embedding_gradients", True)
+        if reading_teacher(model) is not None and getattr(model.teacher, "has_embedding_gradients", True)
         else None
     ),
     "drift": lambda model, ids, labels: (
-        _thinned(drift_by_position(model, ids[:, :-1]), first=1) if model.teacher is not None else None
+        _thinned(drift_by_position(model, ids[:, :-1]), first=1) if reading_teacher(model) is not None else None
     ),
     "loss_by_age": _loss_by_age,
     "lyapunov": lambda model, ids, labels: _finite(largest_lyapunov(model.student, ids)),
@@ -113,6 +114,7 @@ __all__ = [
     "loss_by_age",
     "memory_geometry",
     "metric_path",
+    "reading_teacher",
     "score_student",
     "score_teacher",
     "teacher_gradient_norm",

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from .memories import own_memories, teacher_memories
+from .memories import own_memories, reading_teacher, teacher_memories
 from .scores import check_aligned
 
 
@@ -180,7 +180,7 @@ def geometry_of(
         for first, memories in own_memories(model.student, rows):
             inside = positions[(positions >= first) & (positions < first + memories.shape[1])]
             taken["student"].append(memories[:, inside - first].flatten(0, 1).cpu())
-        if model.teacher is not None:
+        if reading_teacher(model) is not None:
             taken["teacher"].append(teacher_memories(model, rows, positions).flatten(0, 1).cpu())
     return {name: memory_geometry(torch.cat(parts)) for name, parts in taken.items()}
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from smt_hf.student.modeling_smt_recurrent import document_starts
 from smt_hf.student.recurrence_smt_recurrent import state_dtype
 
-from .memories import teacher_memories
+from .memories import reading_teacher, teacher_memories
 from .scores import check_aligned
 
 # Name of a mean -> (2,) float64: the sum and the number of what was added up. Sums of batches and ranks can be added.
@@ -53,7 +53,8 @@ def loss_by_age(model, input_ids: np.ndarray, labels: np.ndarray, batch_size: in
         ValueError: the shapes differ.
     """
     check_aligned(input_ids, labels)
-    if model.teacher is None or not model.teacher.labels_all_positions:
+    teacher = reading_teacher(model)
+    if teacher is None or not teacher.labels_all_positions:
         return None
     sums: Sums = {}
     with torch.inference_mode():

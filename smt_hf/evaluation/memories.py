@@ -1,4 +1,4 @@
-"""Walks over rows: the memories that a student and a teacher make of them. Every evaluation goes through these two.
+"""Walks over rows: the memories that a student and a teacher make of them. Every evaluation goes through these.
 
 Shapes: B rows of a batch, T tokens, W tokens of a window, S positions, K memory tokens, D width.
 """
@@ -32,6 +32,12 @@ def own_memories(student, tokens: torch.Tensor, window: int = 32) -> Iterator[tu
         memories = student.model.unroll(memory, student.model.embed(tokens[:, start : start + window]))
         memory = memories[:, -1]
         yield start + 1, memories
+
+
+def reading_teacher(model):
+    """The teacher of an `SMTForPreTraining` if it can read rows, else `None`. One that was trained from a cache without
+    its model cannot."""
+    return model.teacher if getattr(model.teacher, "reads_rows", True) else None
 
 
 def teacher_memories(model, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from smt_hf.command_line import names_of
 from smt_hf.errors import InputError
 from smt_hf.student import SMTRecurrentConfig
+from smt_hf.teachers import TEACHERS, teacher_config_class, teacher_type
 from smt_hf.training.arguments import BPTTTrainingArguments, PhaseArguments
 from smt_hf.training.composite import SMTForPreTraining, SMTPreTrainingConfig
 from smt_hf.training.launch import LAUNCHED_PRECISION
@@ -27,7 +28,7 @@ _WRITTEN_DOWN = (
     "per_device_eval_batch_size", "prediction_loss_only", "batch_eval_metrics", "bf16", "seed", "save_", "push_to_hub",
     "enable_jit_checkpoint", "hub_", "resume_from_checkpoint", "restore_", "use_cpu", "dataloader_num_workers",
     "dataloader_p", "dataloader_multiprocessing_context", "ddp_", "debug", "skip_memory_metrics", "local_rank",
-    "label_cache_dir", "evaluates_by_seconds", "drift_",
+    "label_cache_dir", "teacher_cache_dir", "evaluates_by_seconds", "drift_",
 )  # fmt: skip
 
 
@@ -47,15 +48,40 @@ def model_config(
         )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         fields.setdefault(name, getattr(subject.tokenizer, name))
+    taught = [arguments for arguments in phases if arguments.phase != "bptt"]
+    if any(arguments.distillation_weight for arguments in taught):
+        teacher_fields = _predicting(teacher_fields)
+    cached = [arguments for arguments in taught if arguments.teacher_cache_dir is not None]
+    if cached:
+        if len(cached) < len(taught):
+            raise InputError("a phase without `teacher_cache_dir` needs the teacher's model: give all phases one.")
+        if "holds_model" in names_of(teacher_config_class(teacher_type(teacher_fields))):
+            teacher_fields = {**teacher_fields, "holds_model": False}
     try:
-        has_teacher = any(arguments.phase != "bptt" for arguments in phases)
-        student, teacher = SMTRecurrentConfig(**fields), teacher_fields if has_teacher else None
+        student, teacher = SMTRecurrentConfig(**fields), teacher_fields if taught else None
         config = SMTPreTrainingConfig(student=student, teacher=teacher)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise InputError(str(error)) from error
     assert not isinstance(config.teacher, dict)
     check_tokenizer(subject.tokenizer, config.teacher)
     return config
+
+
+def _predicting(teacher_fields: dict) -> dict:
+    """The fields of a teacher whose own predictions a student is distilled from.
+
+    Raises:
+        InputError: this kind of teacher makes none.
+    """
+    name = teacher_type(teacher_fields)
+    if "keeps_head" in names_of(teacher_config_class(name)):
+        return {**teacher_fields, "keeps_head": True}
+    if not getattr(TEACHERS[name], "has_next_token_head", False):
+        raise InputError(
+            f"the teacher {name} predicts no tokens for `distillation_weight`: leave it out, or name a language model "
+            "by `teacher_model_name_or_path`."
+        )
+    return teacher_fields
 
 
 def resolve(phases: list[PhaseArguments], subject: Subject, rival: BPTTTrainingArguments | None = None) -> list[str]:

@@ -39,6 +39,7 @@ from smt_hf.publishing.export import export_student
 from smt_hf.publishing.provenance import run_facts
 from smt_hf.publishing.scores import metric_of
 from smt_hf.training.arguments import PhaseArguments
+from smt_hf.training.cached_teacher import fill_teacher_caches
 from smt_hf.training.composite import SMTForPreTraining
 from smt_hf.training.phases import ARGUMENTS, PhaseResult, lay_out, run_phases
 
@@ -113,6 +114,7 @@ def train_run(run: Run, students: Path | None = None) -> list[dict]:
     subject = subject_of(run, arguments)
     resolve(arguments, subject)
     config = model_config(subject, arguments, run.student, run.teacher)
+    fill_teacher_caches(config.teacher, arguments, subject.rows, subject.eval_rows)
     set_seed(run.seed)
     model = SMTForPreTraining(config)
     facts = run_facts(run.num_threads, arguments[0])

@@ -29,6 +29,7 @@ from smt_hf.teachers import SMTPretrainedTeacherConfig
 from smt_hf.training.adapters import LoraSettings
 from smt_hf.training.argument_checks import words_of
 from smt_hf.training.arguments import UNBOUNDED, PhaseArguments
+from smt_hf.training.cached_teacher import fill_teacher_caches
 from smt_hf.training.checkpoints import step_of
 from smt_hf.training.composite import SMTForPreTraining, SMTPreTrainingConfig
 from smt_hf.training.embeddings import init_embeddings_from_teacher
@@ -287,6 +288,7 @@ def _train(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subject, nu
         # What is trained anew must not look finished if it is cut off again.
         (Path(run.output_dir) / RESULTS).unlink(missing_ok=True)
         shutil.rmtree(Path(run.output_dir) / "compare_bptt", ignore_errors=True)
+    fill_teacher_caches(config.teacher, phases, subject.rows, subject.eval_rows)
     set_seed(run.seed)
     model = SMTForPreTraining(config)
     under_deepspeed = launched_with_deepspeed() or any(arguments.deepspeed for arguments in phases)

@@ -1,6 +1,7 @@
 """Who makes memory labels, one file per teacher; `protocol` says what a teacher is."""
 
 from .causal import SMTTeacherConfig, SMTTeacherEncoder
+from .distribution import NextTokens
 from .fast_weight import SMTFastWeightTeacher, SMTFastWeightTeacherConfig
 from .pretrained import SMTPretrainedTeacher, SMTPretrainedTeacherConfig
 from .protocol import (
@@ -17,6 +18,7 @@ from .windowed import SMTWindowedTeacher, SMTWindowedTeacherConfig
 __all__ = [
     "DEFAULT_TEACHER",
     "TEACHERS",
+    "NextTokens",
     "SMTFastWeightTeacher",
     "SMTFastWeightTeacherConfig",
     "SMTPretrainedTeacher",

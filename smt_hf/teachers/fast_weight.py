@@ -273,6 +273,8 @@ class SMTFastWeightTeacher(SMTTeacher):
         document_ids=None,
         return_logits=False,
         reads_only=False,
+        top_k=None,
+        temperature=1.0,
         returns_last=False,
     ) -> Any:
         """As [`SMTTeacher.forward`], with the student's normalisation: of the last token and of what was read alone.
@@ -281,8 +283,8 @@ class SMTFastWeightTeacher(SMTTeacher):
         `initial_memory` may be `(B, K, D)`, memories to go on from. `returns_last`: return also the memory after all
         tokens, `(B, K, D)`, of rows without padding.
         """
-        if return_logits:
-            return super().forward(input_ids, positions, initial_memory, return_logits=True)  # refused
+        if return_logits or top_k is not None:  # refused
+            return super().forward(input_ids, positions, initial_memory, return_logits=return_logits, top_k=top_k)
         batch, length = input_ids.shape
         positions = positions.expand(batch, -1) if positions.dim() == 1 else positions
         if attention_mask is not None:

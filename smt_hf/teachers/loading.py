@@ -1,8 +1,9 @@
 """Language models of transformers as the lower part of a teacher: how they are found, loaded and checked.
 
-A model is loaded without its language-model head: what a teacher needs of it are its hidden states. `describe` reads
-the configuration and the tokenizer, `load_trunk` and `empty_trunk` make the model, and `check_trunk` refuses models
-whose states are no states of prefixes. Every refusal names what to use instead.
+A teacher needs hidden states of a model, and its language-model head only where a student is distilled from it.
+`describe` reads the configuration and the tokenizer, `load_model` and `empty_model` make the model with or without its
+head, `trunk_of` is the part that makes the states, and `check_trunk` refuses models whose states are no states of
+prefixes. Every refusal names what to use instead.
 """
 
 import contextlib
@@ -61,7 +62,7 @@ def _explained(name: str) -> Iterator[None]:
 
 
 def describe(name: str, revision: str | None = None, gguf_file: str | None = None) -> dict[str, Any]:
-    """The configuration of a model as JSON can hold it, which [`empty_trunk`] rebuilds the model from.
+    """The configuration of a model as JSON can hold it, which [`empty_model`] rebuilds the model from.
 
     Args:
         name: a folder or a repository of the Hub.
@@ -129,27 +130,29 @@ def check_dtype(name: str) -> None:
         raise InputError(f"unknown `model_dtype` {name!r} of the teacher: choose one of {', '.join(_DTYPES)}.")
 
 
-def _trunk_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without its head."""
+def trunk_of(model: PreTrainedModel) -> PreTrainedModel:
+    """A causal language model without its head."""
     trunk = model.get_decoder()
     return trunk if isinstance(trunk, PreTrainedModel) else model.base_model
 
 
-def load_trunk(
+def load_model(
     name: str,
     revision: str | None,
     gguf_file: str | None,
     dtype: str,
     device_map: str | dict[str, Any] | None,
     bits: int | None,
+    with_head: bool,
 ) -> PreTrainedModel:
-    """The model with its weights, without its head.
+    """The model with its weights.
 
     Args:
         name, revision, gguf_file: as in `describe`.
         dtype: precision of its weights; `auto`: that of the file.
         device_map: as in transformers; `None`: the CPU, from where the Trainer moves it.
         bits: 4 or 8: quantise the weights by bitsandbytes as they are loaded.
+        with_head: a causal language model that makes logits, too, rather than its trunk.
 
     Raises:
         InputError: it cannot be loaded.
@@ -162,24 +165,31 @@ def load_trunk(
             from transformers import BitsAndBytesConfig  # which may ask for a package
 
             words["quantization_config"] = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
-        return _trunk_of(AutoModelForCausalLM.from_pretrained(**words))
+        model = AutoModelForCausalLM.from_pretrained(**words)
+    return model if with_head else trunk_of(model)
 
 
-def load_head(name: str, revision: str | None = None, gguf_file: str | None = None) -> torch.Tensor:
-    """The weight of the model's head, `(V, E)`, in the precision of its file; that of the embeddings if it has no head.
+def load_tables(
+    name: str, revision: str | None = None, gguf_file: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights of the model's embeddings and of its head, `(V, E)` each, in the precision of their file; those of the
+    embeddings twice if it has no head.
 
     Raises:
         InputError: the model cannot be loaded.
     """
     with _explained(name), whole_weights():
         model = AutoModelForCausalLM.from_pretrained(**_where(name, revision, gguf_file), dtype="auto")
-    return (model.get_output_embeddings() or model.get_input_embeddings()).weight.detach()
+    embeddings = model.get_input_embeddings()
+    head = model.get_output_embeddings() or embeddings
+    return embeddings.weight.detach(), head.weight.detach()
 
 
-def empty_trunk(fields: dict[str, Any]) -> PreTrainedModel:
+def empty_model(fields: dict[str, Any], with_head: bool) -> PreTrainedModel:
     """The model of a configuration from `describe` with random weights, or none on the meta device."""
     with whole_weights():
-        return _trunk_of(AutoModelForCausalLM.from_config(config_of(fields)))
+        model = AutoModelForCausalLM.from_config(config_of(fields))
+    return model if with_head else trunk_of(model)
 
 
 @contextlib.contextmanager
@@ -219,23 +229,34 @@ def add_lora(trunk: PreTrainedModel, rank: int, alpha: int) -> None:
         raise InputError(f"no LoRA layers fit the teacher's model: {error} Leave `teacher_lora_r` out.") from error
 
 
-def hidden_states(trunk: PreTrainedModel, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """All hidden states, each `(N, L, E)`, of rows that begin at their first column: of the embeddings, then after
     every layer.
+
+    Raises:
+        InputError: the model returns none.
+    """
+    return states_and_logits(model, input_ids)[0]
+
+
+def states_and_logits(
+    model: PreTrainedModel, input_ids: torch.Tensor
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+    """`hidden_states`, and of a model with its head the logits `(N, L, V)` of the same pass, else `None`.
 
     There is no mask. Whatever stands behind the tokens that count changes nothing about a causal model's states, and
     some models (Mamba) take none.
 
     Raises:
-        InputError: the model returns none.
+        InputError: the model returns no states.
     """
-    outputs = trunk(input_ids=input_ids, output_hidden_states=True, use_cache=False, return_dict=True)
+    outputs = model(input_ids=input_ids, output_hidden_states=True, use_cache=False, return_dict=True)
     states = getattr(outputs, "hidden_states", None)
     if not states or any(state is None or state.shape[:2] != input_ids.shape for state in states):
         raise InputError(
-            f"{type(trunk).__name__} returns no hidden states of its tokens, which memories are made of: {_INSTEAD}."
+            f"{type(model).__name__} returns no hidden states of its tokens, which memories are made of: {_INSTEAD}."
         )
-    return tuple(states)
+    return tuple(states), getattr(outputs, "logits", None)
 
 
 def _few_tokens(trunk: PreTrainedModel) -> torch.Tensor:

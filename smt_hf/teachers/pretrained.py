@@ -16,23 +16,27 @@ from transformers import initialization as init
 from smt_hf.errors import InputError
 from smt_hf.student.recurrence_smt_recurrent import document_starts
 
+from .distribution import NextTokens
 from .loading import (
     add_lora,
     check_dtype,
     check_trunk,
     config_of,
     describe,
-    empty_trunk,
-    hidden_states,
-    load_trunk,
+    empty_model,
+    load_model,
     start_token_of,
+    states_and_logits,
     tokenizer_of,
+    trunk_of,
     unreached_lora,
     vocabulary_size,
 )
-from .protocol import SMTTeacher, register_teacher
+from .protocol import SMTTeacher, register_teacher, without_padding
 
 NO_START_TOKEN = -1
+# Logits that the model makes at once: a quarter of a GB in float32. More rows than that are read one after the other.
+_MOST_LOGITS = 2**26
 
 
 @strict
@@ -56,6 +60,10 @@ class SMTPretrainedTeacherConfig(PreTrainedConfig):
         model_dtype: precision of the model's weights: auto (that of its files), float32, bfloat16 or float16.
         device_map: passed on to `from_pretrained`.
         load_in_4bit, load_in_8bit: quantise the model's weights by bitsandbytes as it is loaded.
+        keeps_head: keep the language-model head as well, whose predictions `distillation_weight` needs. The recipes set
+            it where a phase has that weight.
+        holds_model: false: the model stays out of memory and out of checkpoints, and memories are made of states that a
+            cache has (`teacher_cache_dir`). The recipes set it.
         vocab_size: the student's number of tokens; the model may know more.
         num_memory_tokens, memory_size: shape of a memory [K, D]; must be the student's.
         rms_norm_eps: as in `SMTRecurrentConfig`.
@@ -80,6 +88,8 @@ class SMTPretrainedTeacherConfig(PreTrainedConfig):
     device_map: str | dict | None = None
     load_in_4bit: bool = False
     load_in_8bit: bool = False
+    keeps_head: bool = False
+    holds_model: bool = True
     vocab_size: int = 258
     num_memory_tokens: int = 4
     memory_size: int = 64
@@ -89,7 +99,7 @@ class SMTPretrainedTeacherConfig(PreTrainedConfig):
     # A teacher with this field and without a `model_type` is of this kind.
     named_by: ClassVar[str] = "model_name_or_path"
     # Fields that no flag sets.
-    derived: ClassVar[tuple[str, ...]] = ("base_config",)
+    derived: ClassVar[tuple[str, ...]] = ("base_config", "keeps_head", "holds_model")
 
     def __post_init__(self, **kwargs):
         self.validate_sizes()
@@ -221,20 +231,38 @@ class SMTPretrainedTeacher(SMTTeacher):
         memory_width = config.num_memory_tokens * config.memory_size
         self.memory_proj = nn.Linear(len(config.layers) * width, memory_width, bias=False)
         self.post_init()
-        # After `post_init`, which would give new weights to what it finds.
+        self.model: Any = None
+        self._unreached: set[str] | None = None
+        if config.holds_model:
+            self._take_model()  # after `post_init`, which would give new weights to what it finds
+
+    def attach_model(self) -> None:
+        """Load the model into a teacher that was made without it (`holds_model` false).
+
+        Raises:
+            InputError: the model cannot be loaded.
+        """
+        self.config.holds_model = True
+        self._take_model()
+        self.model.to(self.memory_proj.weight.device)
+
+    def _take_model(self) -> None:
+        config = self.config
         is_empty = torch.empty(0).device.type == "meta"  # `from_pretrained` fills it
         self.model = self._made_model(is_empty)
         self.model.requires_grad_(False)
-        self._unreached: set[str] | None = None
+        tied = self.model.all_tied_weights_keys
+        self.all_tied_weights_keys.update({f"model.{name}": f"model.{source}" for name, source in tied.items()})
         if config.lora_r:
             assert config.lora_alpha is not None
-            add_lora(self.model, config.lora_r, config.lora_alpha)
+            add_lora(self.trunk, config.lora_r, config.lora_alpha)
         if not is_empty:
-            check_trunk(self.model.eval(), base.num_hidden_layers)
+            self.model.eval()
+            check_trunk(self.trunk, config.base.num_hidden_layers)
             # A saved teacher is loaded in the precision that this one has, which `model_dtype` may have changed.
             config.base_config = {**(config.base_config or {}), "dtype": str(self.model.dtype).removeprefix("torch.")}
             for module in self.model.modules():  # the composite's `post_init` is still to come
-                module._is_hf_initialized = True  # type: ignore[assignment]
+                module._is_hf_initialized = True
         there = {type(module).__name__ for module in self.model.modules()}
         self._no_split_modules = [name for name in self.model._no_split_modules or () if name in there]
         self.train(self.training)
@@ -243,10 +271,25 @@ class SMTPretrainedTeacher(SMTTeacher):
         config = self.config
         assert config.base_config is not None
         if is_empty or config.model_name_or_path is None:
-            return empty_trunk(config.base_config)
+            return empty_model(config.base_config, config.keeps_head)
         bits = 4 if config.load_in_4bit else 8 if config.load_in_8bit else None
         where = (config.model_name_or_path, config.revision, config.gguf_file)
-        return load_trunk(*where, config.model_dtype, config.device_map, bits)
+        return load_model(*where, config.model_dtype, config.device_map, bits, config.keeps_head)
+
+    @property
+    def trunk(self):
+        """The part of the model that makes the hidden states."""
+        return trunk_of(self.model) if self.config.keeps_head else self.model
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether the model is there."""
+        return self.model is not None
+
+    @property
+    def has_distribution(self) -> bool:
+        """Whether the model's language-model head is there."""
+        return self.config.keeps_head
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -256,7 +299,7 @@ class SMTPretrainedTeacher(SMTTeacher):
             init.ones_(module.weight)
 
     def get_input_embeddings(self):
-        return self.model.get_input_embeddings()
+        return None if self.model is None else self.model.get_input_embeddings()
 
     def is_fixed(self, name: str) -> bool:
         """Whether no phase trains the parameter of this name: the model's own weights, and LoRA layers without effect
@@ -267,40 +310,96 @@ class SMTPretrainedTeacher(SMTTeacher):
             return True
         if self._unreached is None:  # now, since `from_pretrained` has filled the model by now
             assert isinstance(self.config.layers, list)
-            self._unreached = unreached_lora(self.model, self.config.layers)
-        return name.removeprefix("model.") in self._unreached
+            trunk = self.trunk
+            (place,) = [place for place, module in self.named_modules() if module is trunk]
+            self._unreached = {f"{place}.{own}" for own in unreached_lora(trunk, self.config.layers)}
+        return name in self._unreached
 
     def train(self, mode: bool = True):
         """As in torch, but for the model, whose dropout stays off."""
         super().train(mode)
-        if hasattr(self, "model"):
+        if getattr(self, "model", None) is not None:
             self.model.eval()
         return self
 
     def encode(self, input_ids, positions, document_ids, with_states):
         """As in [`SMTTeacher`]: one pass of the model over all windows that a position needs."""
-        if not input_ids.shape[1]:
-            width = self.memory_proj.out_features
-            return self.memory_proj.weight.new_zeros(*positions.shape, width), None
-        rows, row_of, place_of = self._windows(input_ids, positions, document_ids)
-        trains = any(parameter.requires_grad for parameter in self.model.parameters())
-        device = self.model.get_input_embeddings().weight.device  # a `device_map` may have put it elsewhere
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
-            states = hidden_states(self.model, rows.to(device))
+        return self._mapped(self._read(input_ids, positions, document_ids)[0]), None
+
+    def predict(self, input_ids, positions, document_ids, top_k, temperature):
+        """As in [`SMTTeacher`], by the model's own head and from the same pass.
+
+        After an empty prefix there is a distribution if the model has a start token. Tokens that only the model knows
+        are as if they were not there.
+        """
+        states, next_tokens = self._read(input_ids, positions, document_ids, (top_k, temperature))
+        return self._mapped(states), None, next_tokens
+
+    @torch.no_grad()
+    def read(self, input_ids, positions, attention_mask=None, document_ids=None, likeliest=None):
+        """What a cache keeps of rows, with arguments as in `forward`.
+
+        Args:
+            likeliest: `top_k` and `temperature` as a pair; `None`: no next tokens.
+
+        Returns:
+            The hidden states that memories are made of, `(B, S, E)` with those of all layers side by side, and
+            `NextTokens` of `(B, S)` or `None`.
+        """
+        if attention_mask is not None:
+            input_ids, positions, document_ids = without_padding(input_ids, positions, attention_mask, document_ids)
+        return self._read(input_ids, positions, document_ids, likeliest)
+
+    def memories_of(self, states, positions, initial_memory, attention_mask=None):
+        """What `forward` returns for the states that `read` has returned."""
+        if attention_mask is not None:
+            positions = F.pad(attention_mask.long().cumsum(1), (1, 0)).gather(1, positions)
+        return self.normalised(self._mapped(states), positions, initial_memory)
+
+    def _mapped(self, states):
         weight = self.memory_proj.weight
-        chosen = []
-        for norm, number in zip(self.norms, self.config.layers):
-            state = states[number]
-            state = state[row_of.to(state.device), place_of.to(state.device)]
-            chosen.append(norm(state.to(weight.device, weight.dtype)))
-        return self.memory_proj(torch.cat(chosen, dim=-1)), None
+        parts = states.to(weight.device, weight.dtype).chunk(len(self.norms), dim=-1)
+        return self.memory_proj(torch.cat([norm(part) for norm, part in zip(self.norms, parts)], dim=-1))
+
+    def _read(self, input_ids, positions, document_ids, likeliest: tuple[int, float] | None = None):
+        """As `read`, of rows without padding, and with gradients where the model has LoRA layers that are trained."""
+        if self.model is None:
+            raise InputError(
+                "this teacher was trained from a cache and holds no model to read rows with: load the model by "
+                f"`attach_model()` of the teacher, from {self.config.model_name_or_path}."
+            )
+        if not input_ids.shape[1]:  # nothing has been read, and nothing is known
+            input_ids, document_ids = positions.new_zeros(len(positions), 1), None
+        rows, row_of, place_of = self._windows(input_ids, positions, document_ids)
+        device, own = self.memory_proj.weight.device, self.model.get_input_embeddings().weight.device
+        rows = rows.to(own)  # a `device_map` may have put it elsewhere
+        model = self.trunk if likeliest is None else self.model
+        size = max(_MOST_LOGITS // (rows.shape[1] * self.config.base.vocab_size), 1)
+        parts, expected = [], []
+        trains = any(parameter.requires_grad for parameter in self.model.parameters())
+        assert isinstance(self.config.layers, list)
+        layers: list[int] = self.config.layers
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+            for some in rows.split(len(rows) if likeliest is None else size):
+                states, logits = states_and_logits(model, some)
+                parts.append(torch.cat([states[number].to(device) for number in layers], dim=-1))
+                if likeliest is not None:
+                    assert logits is not None
+                    found = NextTokens.of_logits(logits[..., : self.config.vocab_size], *likeliest)
+                    expected.append(found.map(lambda tensor: tensor.to(device)))
+        chosen = torch.cat(parts)[row_of, place_of]
+        if likeliest is None:
+            return chosen, None
+        next_tokens = NextTokens.cat(expected)[row_of, place_of]
+        return chosen, next_tokens.only(positions > 0) if self.config.start_token == NO_START_TOKEN else next_tokens
 
     def _windows(self, input_ids, positions, document_ids):
         """The rows that the model reads, and where in them every position is.
 
         Returns:
             Tokens `(N, L)`, and for every position the number of its row and the place in it of the last token read,
-            both `(B, S)`. What stands in a row behind all places that are asked for does not count.
+            both `(B, S)`; for position 0 that of the start token, if there is one. What stands in a row behind all
+            places that are asked for does not count.
         """
         batch, length = input_ids.shape
         numbers = torch.arange(batch, device=input_ids.device)[:, None]
@@ -321,7 +420,8 @@ class SMTPretrainedTeacher(SMTTeacher):
         index = (first + torch.arange(longest, device=input_ids.device)).clamp(max=length - 1)
         rows = input_ids[windows[:, None] // length, index]
         if self.config.start_token != NO_START_TOKEN:
-            rows, place_of = F.pad(rows, (1, 0), value=self.config.start_token), place_of + 1
+            rows = F.pad(rows, (1, 0), value=self.config.start_token)
+            place_of = torch.where(positions == 0, 0, place_of + 1)
         return rows, row_of, place_of
 
 

@@ -6,7 +6,9 @@ Shapes: B sequences, T tokens, S supervised positions, K memory tokens, D width 
 A teacher is a `PreTrainedModel` that carries the decorator [`register_teacher`]. The rest of the package knows it by
 its configuration (`vocab_size`, `num_memory_tokens` [K], `memory_size` [D]), by two attributes and by one call:
 
-- `has_next_token_head`: whether it predicts tokens itself. The head is then `get_output_embeddings()`.
+- `has_next_token_head`: whether it learns to predict tokens itself. The head is then `get_output_embeddings()`.
+- `has_distribution` (false where it is missing): whether `forward` takes `top_k` and `temperature`, and then also
+  returns its own next-token distribution, from which students are distilled.
 - `labels_all_positions`: whether one pass makes the memories of all positions. Where it is false, every position costs
   tokens of its own, so that callers ask for few positions at a time.
 - `can_read_only` (false where it is missing): whether `forward` takes `reads_only=True`. It then returns, for less
@@ -14,12 +16,14 @@ its configuration (`vocab_size`, `num_memory_tokens` [K], `memory_size` [D]), by
 - `can_go_on` (false where it is missing): whether `initial_memory` may be memories `(B, K, D)` to go on from, and
   whether `forward` takes `returns_last=True` and then returns the memory after all tokens, too.
 - `is_fixed(name)` (false where it is missing): whether no phase trains the teacher's parameter of this name.
+- `reads_rows` (true where it is missing): whether it can read rows. One that was trained from a cache without its model
+  cannot.
 - `has_embedding_gradients` (true where it is missing): whether gradients can reach the embeddings of the tokens.
 - `hand_over(student)`: called before the first phase that trains the updater; where the student can begin as this
   teacher, it does.
 - `teacher(input_ids, positions, initial_memory, attention_mask=None, document_ids=None, return_logits=False)` returns
   memories `(B, S, K, D)`, normalised as the student's are, and with `return_logits` also next-token logits
-  `(B, S, V)`. [`SMTTeacher.forward`] describes the arguments.
+  `(B, S, V)`. [`SMTTeacher.forward`] describes the arguments, and those for what only some teachers can do.
 
 A subclass of [`SMTTeacher`] sets the two attributes and `_no_split_modules` (the names of its block classes, for FSDP),
 implements `encode`, and returns its embeddings of tokens from `get_input_embeddings()`.
@@ -37,6 +41,8 @@ from transformers import initialization as init
 
 from smt_hf.errors import InputError
 from smt_hf.student.configuration_smt_recurrent import check_layer_sizes, derive_sizes, share_weights
+
+from .distribution import NextTokens
 
 # The teacher that is meant where no `model_type` is given.
 DEFAULT_TEACHER = "smt_teacher"
@@ -93,6 +99,17 @@ def make_teacher(config: PreTrainedConfig) -> PreTrainedModel:
     splits the whole.
     """
     return TEACHERS[config.model_type](config)
+
+
+def check_distribution(teacher: PreTrainedModel) -> None:
+    """Raises:
+    InputError: the teacher has no next-token distribution to distil a student from.
+    """
+    if not getattr(teacher, "has_distribution", False):
+        raise InputError(
+            f"the teacher ({teacher.config.model_type}) predicts no tokens for `distillation_weight`: set it to 0, or "
+            "take a language model as the teacher (`teacher_model_name_or_path`, in Python with `keeps_head` true)."
+        )
 
 
 def without_padding(input_ids, positions, attention_mask, document_ids=None):
@@ -158,6 +175,11 @@ class SMTTeacher(PreTrainedModel):
     # Arguments of the smt phase that a run takes where it is given none: name -> value.
     smt_defaults: ClassVar[dict[str, Any]] = {}
 
+    @property
+    def has_distribution(self) -> bool:
+        """Whether there is a next-token distribution to distil from."""
+        return self.has_next_token_head
+
     def hand_over(self, student: PreTrainedModel) -> None:
         """Let a student whose updater has not been trained begin as this teacher. The default does nothing."""
 
@@ -181,6 +203,20 @@ class SMTTeacher(PreTrainedModel):
         """
         raise NotImplementedError
 
+    def predict(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        document_ids: torch.Tensor | None,
+        top_k: int,
+        temperature: float,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, NextTokens]:
+        """As `encode`, with what the teacher expects next: memories, logits `(B, S, V)` of a head that is trained or
+        `None`, and the distributions `(B, S)`."""
+        memories, states = self.encode(input_ids, positions, document_ids, True)
+        logits = self.get_output_embeddings()(states)
+        return memories, logits, NextTokens.of_logits(logits, top_k, temperature).only(positions > 0)
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -190,7 +226,9 @@ class SMTTeacher(PreTrainedModel):
         document_ids: torch.Tensor | None = None,
         return_logits: bool = False,
         reads_only: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        top_k: int | None = None,
+        temperature: float = 1.0,
+    ) -> Any:
         """Memory labels of prefixes.
 
         Args:
@@ -202,31 +240,47 @@ class SMTTeacher(PreTrainedModel):
             document_ids: `(B, T)`, constant inside a document; labels hold nothing of earlier documents in the row.
             return_logits: also return the teacher's own next-token logits.
             reads_only: a teacher that `can_read_only` may leave out the memory tokens that the readout does not see.
+            top_k, temperature: of a teacher that `has_distribution`: also return what it expects next, see
+                [`NextTokens.of_logits`].
 
         Returns:
-            `(B, S, K, D)`, each memory token RMS-normalised (a subclass may differ); with `return_logits` also
-            `(B, S, V)`, whose row at a position 0 is all zeros (the teacher predicts nothing from nothing).
+            `(B, S, K, D)`, each memory token RMS-normalised (a subclass may differ). With `return_logits` also
+            `(B, S, V)`, whose row at a position 0 is all zeros (the teacher predicts nothing from nothing). With
+            `top_k` also `NextTokens` of `(B, S)`, last.
 
         Raises:
-            InputError: logits of a teacher without a next-token head.
+            InputError: logits of a teacher without a next-token head, or a distribution of one that has none.
         """
         if return_logits and not self.has_next_token_head:
             raise InputError(
                 f"a {self.config.model_type} has no next-token head to return logits of; set `teacher_weight` to 0, as "
                 "the published method does."
             )
+        if top_k is not None:
+            check_distribution(self)
         batch = input_ids.shape[0]
         positions = positions.expand(batch, -1) if positions.dim() == 1 else positions
         if attention_mask is not None:
             input_ids, positions, document_ids = without_padding(input_ids, positions, attention_mask, document_ids)
-        memories, states = self.encode(input_ids, positions, document_ids, return_logits)
+        extra: list[Any] = []
+        if top_k is not None:
+            memories, logits, next_tokens = self.predict(input_ids, positions, document_ids, top_k, temperature)
+            extra = [next_tokens]
+        else:
+            memories, states = self.encode(input_ids, positions, document_ids, return_logits)
+            logits = self.get_output_embeddings()(states) if return_logits else None
+        if return_logits:
+            assert logits is not None
+            extra.insert(0, logits.masked_fill((positions == 0)[..., None], 0.0))
+        memories = self.normalised(memories, positions, initial_memory)
+        return (memories, *extra) if extra else memories
+
+    def normalised(self, memories: torch.Tensor, positions: torch.Tensor, initial_memory: torch.Tensor) -> torch.Tensor:
+        """Memories `(B, S, K, D)` from what `encode` returns; that of an empty prefix (position 0) is the given one."""
         # Under autocast the layers are of half precision; a memory is not.
-        memories = memories.view(batch, -1, *initial_memory.shape).to(initial_memory.dtype)
+        memories = memories.view(*positions.shape, *initial_memory.shape).to(initial_memory.dtype)
         memories = F.rms_norm(memories, memories.shape[-1:], eps=self.config.rms_norm_eps)
-        memories = torch.where((positions == 0)[..., None, None], initial_memory, memories)
-        if states is None:
-            return memories
-        return memories, self.get_output_embeddings()(states).masked_fill((positions == 0)[..., None], 0.0)
+        return torch.where((positions == 0)[..., None, None], initial_memory, memories)
 
     @torch.no_grad()
     def _init_weights(self, module):

@@ -1,5 +1,6 @@
 """What the arguments of the phases refuse because it does not fit together. Every message names the way to mend it."""
 
+import math
 from typing import Any
 
 from smt_hf.errors import InputError
@@ -63,6 +64,39 @@ def check_curriculum(args: Any) -> None:
     )
 
 
+def check_distillation(args: Any) -> None:
+    """Of smt and dmt: the distribution that the student is distilled from."""
+    refuse(
+        not (math.isfinite(args.distillation_temperature) and args.distillation_temperature > 0),
+        f"`distillation_temperature` must be a finite number above 0, got {args.distillation_temperature}.",
+    )
+    refuse(args.distillation_top_k < 1, f"`distillation_top_k` must be at least 1, got {args.distillation_top_k}.")
+    refuse(
+        args.distillation_weight and args.label_cache_dir,
+        "`label_cache_dir` keeps memories alone, and `distillation_weight` needs the teacher's distribution as well: "
+        "leave it out, or use `teacher_cache_dir` for a language model.",
+    )
+
+
+def check_cache(args: Any) -> None:
+    """Of smt and dmt: rows are found again in a cache."""
+    if args.teacher_cache_dir is None:
+        return
+    refuse(
+        args.label_cache_dir,
+        "`teacher_cache_dir` and `label_cache_dir` keep the same in two ways: leave `label_cache_dir` out.",
+    )
+    refuse(
+        args.on_policy_mode == "aggregate",
+        "`teacher_cache_dir` does not fit `on_policy_mode=aggregate`, which exchanges rows.",
+    )
+    refuse(
+        args.carries_teacher_memory,
+        "`teacher_cache_dir` keeps what is said of whole rows, and `carries_teacher_memory` reads windows of them: "
+        "leave one of the two out.",
+    )
+
+
 def check_transitions(args: Any) -> None:
     """Of smt and dmt: there is an error whose hardest transitions are to count more."""
     weights = (args.dynamics_weight, args.normalized_dynamics_weight, args.readout_match_weight)
@@ -105,9 +139,9 @@ def check_sparse(args: Any) -> None:
 def check_teacher_alone(args: Any) -> None:
     """Of smt: a phase that does not train the updater."""
     refuse(
-        not (args.teacher_readout_weight or args.predictive_weight or args.teacher_weight),
-        "an smt phase that does not train the updater needs a `teacher_readout_weight`, `predictive_weight` or "
-        "`teacher_weight` above 0.",
+        not (args.teacher_readout_weight or args.predictive_weight or args.teacher_weight or args.distillation_weight),
+        "an smt phase that does not train the updater needs a `teacher_readout_weight`, `predictive_weight`, "
+        "`teacher_weight` or `distillation_weight` above 0.",
     )
     for name in (
         "normalized_dynamics_weight",
@@ -136,7 +170,7 @@ def check_carried(args: Any) -> None:
         args.trains_updater,
         "`carries_teacher_memory` is for a teacher that is trained alone: set `trains_updater` to false.",
     )
-    for name in ("predictive_weight", "teacher_weight", "uniformity_weight"):
+    for name in ("predictive_weight", "teacher_weight", "uniformity_weight", "distillation_weight"):
         refuse(
             getattr(args, name),
             f"`carries_teacher_memory` trains the readout of the teacher's memories: set `{name}` to 0.",

@@ -15,8 +15,10 @@ from smt_hf.command_line import argument
 from smt_hf.errors import InputError
 
 from .argument_checks import (
+    check_cache,
     check_carried,
     check_curriculum,
+    check_distillation,
     check_own_memories,
     check_sparse,
     check_strided,
@@ -26,6 +28,8 @@ from .argument_checks import (
     refuse,
     words_of,
 )
+from .cached_teacher import TeacherCacheArguments
+from .distillation import DistillationArguments
 from .drift_watch import DriftArguments
 from .launch import applied_launch, launched_sharded, launched_with_deepspeed
 from .objective import Objective, loss_weights, terms_of, trained_parts
@@ -266,7 +270,7 @@ class PhaseArguments(DriftArguments):
 
 
 @dataclass
-class SupervisedArguments(PhaseArguments):
+class SupervisedArguments(TeacherCacheArguments, DistillationArguments, PhaseArguments):
     """What smt and dmt share: chunks of transitions between memory labels. Not used by itself."""
 
     readout_trains_updater: bool = argument(
@@ -307,6 +311,8 @@ class SupervisedArguments(PhaseArguments):
         self._check_counts("on_policy_sweeps")
         check_own_memories(self)
         check_curriculum(self)
+        check_distillation(self)
+        check_cache(self)
         check_transitions(self)
 
     def _check_counts(self, *names: str) -> None:

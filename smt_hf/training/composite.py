@@ -17,12 +17,13 @@ from smt_hf.errors import InputError
 from smt_hf.evaluation.free_run import Sums, free_run_sums
 from smt_hf.student import SMTRecurrentConfig, SMTRecurrentForCausalLM
 from smt_hf.teachers import make_teacher, teacher_config, teacher_config_class, teacher_type
-from smt_hf.teachers.protocol import SMTTeacherSizes
+from smt_hf.teachers.protocol import SMTTeacherSizes, check_distribution
 
 from .adapters import has_lora
 from .objective import PHASES, Objective, part_of, terms_of, trained_parts
 from .sparse import sparsely_supervised
 from .supervision import Supervision, TransitionBatch, backpropagated, rollout_scores, supervised, teacher_alone
+from .teacher_labels import CachedRows, TeacherLabels
 
 
 class SMTPreTrainingConfig(PreTrainedConfig):
@@ -182,7 +183,8 @@ class SMTForPreTraining(PreTrainedModel):
             objective: also freeze the heads that none of its losses reaches; a sharded optimiser would decay them.
 
         Raises:
-            InputError: the phase is unknown, the model has no teacher for it, or a part is not trained by it.
+            InputError: the phase is unknown, the model has no teacher for it or none that predicts tokens to distil
+                from, or a part is not trained by it.
         """
         if phase not in PHASES:
             raise InputError(f"unknown phase {phase!r}: choose one of {', '.join(PHASES)}.")
@@ -200,6 +202,9 @@ class SMTForPreTraining(PreTrainedModel):
             self.student.model.initial_memory.requires_grad_(not adapted)
         if objective is None:
             return
+        if objective.weight("distillation"):
+            assert self.teacher is not None
+            check_distribution(self.teacher)
         predicts = objective.weight("teacher") and not objective.num_supervised_transitions
         if self.teacher is not None and self.teacher.has_next_token_head and not predicts:
             self.teacher.get_output_embeddings().requires_grad_(False)
@@ -235,6 +240,12 @@ class SMTForPreTraining(PreTrainedModel):
         """Whether a parameter of the teacher takes a gradient."""
         return self.teacher is not None and any(parameter.requires_grad for parameter in self.teacher.parameters())
 
+    def labels_rows(self, batch: TransitionBatch) -> bool:
+        """Whether there is a teacher that says what stands at all positions of the rows in one pass."""
+        if self.teacher is None or not self.teacher.labels_all_positions:
+            return False
+        return batch.cached is not None or getattr(self.teacher, "reads_rows", True)
+
     def memory_labels(
         self,
         batch: TransitionBatch,
@@ -243,31 +254,34 @@ class SMTForPreTraining(PreTrainedModel):
         with_logits: bool = False,
         reads_only: bool = False,
         start: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The teacher's memories at `positions` (`(S,)` or `(B, S)` numbers of tokens read), `(B, S, K, D)`.
+        likeliest: dict[str, Any] | None = None,
+    ) -> TeacherLabels:
+        """What the teacher says at `positions` (`(S,)` or `(B, S)` numbers of tokens read): memories, and what else is
+        asked for.
 
         Args:
             trains_teacher: whether gradients reach the teacher.
-            with_logits: also return its own next-token logits `(B, S, V)`, else `None`.
+            with_logits: also its own next-token logits.
             reads_only: what the readout sees of the memories is enough, where the teacher can tell it apart.
-            start: `(B, K, D)`, memories to go on from, for a teacher that can: the second value is then the memory
-                after all tokens.
+            start: `(B, K, D)`, memories to go on from, for a teacher that can: also the memory after all tokens.
+            likeliest: `top_k` and `temperature`: also its next-token distribution, if they are given.
         """
         assert self.teacher is not None  # refused by freeze_for
         m_0 = self.student.model.start_memory() if start is None else start
-        input_ids, mask, documents = batch.read(length=batch.length)
+        words: dict[str, Any] = {"return_logits": with_logits, **(likeliest or {})}
+        if reads_only and getattr(self.teacher, "can_read_only", False):
+            words["reads_only"] = True
+        if start is not None:
+            words["returns_last"] = True
+        asked = (("logits", with_logits), ("last", start is not None), ("next_tokens", likeliest))
+        names = ["memories", *(name for name, is_asked in asked if is_asked)]
         with torch.set_grad_enabled(trains_teacher and torch.is_grad_enabled()):
-            labels = self.teacher(
-                input_ids,
-                positions,
-                m_0 if trains_teacher else m_0.detach(),
-                mask,
-                documents,
-                return_logits=with_logits,
-                **({"reads_only": True} if reads_only and getattr(self.teacher, "can_read_only", False) else {}),
-                **({} if start is None else {"returns_last": True}),
-            )
-        return labels if with_logits or start is not None else (labels, None)
+            m_0 = m_0 if trains_teacher else m_0.detach()
+            input_ids, mask, documents = batch.read(length=batch.length)
+            if batch.cached is not None:
+                return batch.cached.labels(self.teacher, positions, m_0, mask, bool(likeliest))
+            found = self.teacher(input_ids, positions, m_0, mask, documents, **words)
+        return TeacherLabels(**dict(zip(names, found if len(names) > 1 else [found])))
 
     @torch.no_grad()
     def update_label_moments(self, moments: torch.Tensor, momentum: float = 0.9) -> None:
@@ -296,6 +310,7 @@ class SMTForPreTraining(PreTrainedModel):
         memory: torch.Tensor | None = None,
         stored_starts: torch.Tensor | None = None,
         memory_labels: torch.Tensor | None = None,
+        cached: CachedRows | None = None,
         progress: float = 1.0,
         dynamics_scale: float = 1.0,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -317,6 +332,7 @@ class SMTForPreTraining(PreTrainedModel):
             stored_starts: `(B, C, K, D)`, memories of an earlier student (dmt, `aggregate`), NaN where there is none.
             memory_labels: `(B, S, K, D)`, the frozen teacher's, of every `label_stride`-th position (dmt); default: the
                 teacher makes them.
+            cached: what a frozen model that is the teacher says of the rows; default: the teacher reads them.
             progress: share of the steps of the phase that are done, for the warm-ups.
             dynamics_scale: factor on the weights of the dynamics terms, for a warm-up that waits for the teacher.
             num_items_in_batch: labels of the whole optimiser step on all ranks; default: of this batch.
@@ -330,12 +346,12 @@ class SMTForPreTraining(PreTrainedModel):
         numbers = numbers if example_ids is None else example_ids
         length = input_ids.shape[1] - 1
         steps = length if objective.phase == "bptt" else min(objective.transition_steps, length)
-        batch = TransitionBatch(input_ids, attention_mask, targets, document_ids, numbers, steps)
+        batch = TransitionBatch(input_ids, attention_mask, targets, document_ids, numbers, steps, cached)
         if measures_free_run:
             memories = None
-            if objective.phase != "bptt" and self.teacher is not None and self.teacher.labels_all_positions:
+            if objective.phase != "bptt" and self.labels_rows(batch):
                 positions = torch.arange(length + 1, device=input_ids.device)
-                memories, _ = self.memory_labels(batch, positions, trains_teacher=False)
+                memories = self.memory_labels(batch, positions, trains_teacher=False).memories
             read = (input_ids, targets, memories, attention_mask, document_ids, measures_exponent)
             return SMTForPreTrainingOutput(free_run=free_run_sums(self.student, *read))
         if objective.phase == "bptt":

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from smt_hf.command_line import argument
 from smt_hf.data.batching import rows_at
 from smt_hf.errors import InputError
 from smt_hf.evaluation.free_run import means_of
+
+from .cached_teacher import CachedTeacherTrainer
 
 # What mends drift, by phase. The flags are those of `recipes/pretrain.py`.
 _REMEDIES = {
@@ -54,7 +56,7 @@ class DriftArguments(TrainingArguments):
         super().__post_init__()
 
 
-class DriftWatchingTrainer(Trainer):
+class DriftWatchingTrainer(CachedTeacherTrainer):
     """A Trainer of an `SMTForPreTraining` whose evaluations measure drift and exponent on the first `drift_rows` rows.
 
     Metrics, for rows that are scored: `eval_drift_by_age` (a dict: age as a string -> nats per label, see
@@ -102,7 +104,7 @@ class DriftWatchingTrainer(Trainer):
         batch = self._prepare_inputs(self.data_collator(rows_at(rows, list(range(num_rows)))))
         inputs = {
             name: batch[name] for name in ("input_ids", "attention_mask", "labels", "document_ids") if name in batch
-        }
+        } | self.first_cached(num_rows)
         plugin = arguments.deepspeed_plugin if self.is_deepspeed_enabled else None
         in_half = plugin is not None and "torch_autocast" in plugin.hf_ds_config.config
         with torch.no_grad(), self.compute_loss_context_manager():

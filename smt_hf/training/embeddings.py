@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from smt_hf.errors import InputError
 from smt_hf.student import SMTRecurrentForCausalLM
 from smt_hf.teachers import SMTPretrainedTeacher
-from smt_hf.teachers.loading import load_head
+from smt_hf.teachers.loading import load_tables
 
 
 @torch.no_grad()
@@ -21,22 +21,25 @@ def init_embeddings_from_teacher(student: SMTRecurrentForCausalLM, teacher: PreT
     coordinates stay as they are. A head that is tied to the embeddings, the student's or the model's, has the
     embeddings' projection. Rows of the model behind the student's last token are not used.
 
-    The model is read from its folder once more if its head is a table of its own.
+    The model is read from its folder once more if its head is a table of its own, or if the teacher holds no model
+    (`teacher_cache_dir`).
 
     Raises:
         InputError: the teacher is no language model, its model has no folder, or it has fewer tokens than the student.
     """
     if not isinstance(teacher, SMTPretrainedTeacher):
         raise InputError("embeddings begin as those of a language model: give the teacher a `model_name_or_path`.")
-    table = teacher.get_input_embeddings().weight
-    _begin_as(student.get_input_embeddings().weight, table)
-    if student.get_output_embeddings().weight is student.get_input_embeddings().weight:
-        return
-    if not teacher.config.base.tie_word_embeddings:
-        if teacher.config.model_name_or_path is None:
-            raise InputError("the head of the teacher's model cannot be read: give `model_name_or_path`.")
-        table = load_head(teacher.config.model_name_or_path, teacher.config.revision, teacher.config.gguf_file)
-    _begin_as(student.get_output_embeddings().weight, table)
+    config, own = teacher.config, teacher.get_input_embeddings()
+    is_tied = student.get_output_embeddings().weight is student.get_input_embeddings().weight
+    if own is not None and (is_tied or config.base.tie_word_embeddings):
+        embeddings = head = own.weight
+    elif config.model_name_or_path is None:
+        raise InputError("the tables of the teacher's model cannot be read: give `model_name_or_path`.")
+    else:
+        embeddings, head = load_tables(config.model_name_or_path, config.revision, config.gguf_file)
+    _begin_as(student.get_input_embeddings().weight, embeddings)
+    if not is_tied:
+        _begin_as(student.get_output_embeddings().weight, head)
 
 
 def _begin_as(weight: torch.Tensor, table: torch.Tensor) -> None:

@@ -6,6 +6,10 @@ How examples are added up is the composite's business (`SMTForPreTraining`).
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+# Logits that are compared at once: 64 MB in float32.
+MOST_COMPARED = 2**24
 
 
 def next_token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -58,6 +62,45 @@ def divergence(logits: torch.Tensor, label_logits: torch.Tensor) -> torch.Tensor
     """`KL(softmax(label_logits) || softmax(logits))`, `(..., V)` twice -> `(...)`. The labels carry no gradient."""
     wanted = label_logits.detach().float().log_softmax(-1)
     return (wanted.exp() * (wanted - logits.float().log_softmax(-1))).sum(-1)
+
+
+def distillation_errors(
+    logits: torch.Tensor,
+    probabilities: torch.Tensor,
+    tokens: torch.Tensor | None,
+    temperature: float,
+    most: int = MOST_COMPARED,
+) -> torch.Tensor:
+    """`T^2 KL(teacher || student)` of next-token distributions at temperature T (Hinton et al. 2015).
+
+    Many are compared in pieces, which are computed again in the backward pass: what is kept of the student is its
+    logits alone.
+
+    Args:
+        logits: `(N, V)`, the student's.
+        probabilities, tokens: `(N, k + 1)` and `(N, k)`, or `(N, V)` and `None`, the teacher's at T: see `NextTokens`.
+        most: number of logits in a piece.
+
+    Returns:
+        `(N,)`; 0 where all probabilities are 0.
+    """
+    size = max(most // logits.shape[-1], 1)
+    if len(logits) <= size:
+        return _distillation_errors(logits, probabilities, tokens, temperature)
+    others = [[None] * len(logits)] if tokens is None else [tokens.split(size)]
+    pieces = zip(logits.split(size), probabilities.split(size), *others)
+    parts = [checkpoint(_distillation_errors, *piece, temperature, use_reentrant=False) for piece in pieces]
+    return torch.cat(parts)
+
+
+def _distillation_errors(logits, probabilities, tokens, temperature: float) -> torch.Tensor:
+    own = logits.float() / temperature
+    if tokens is None:
+        expected = own.log_softmax(-1)
+    else:
+        others = own.scatter(-1, tokens, -torch.inf).logsumexp(-1, keepdim=True)
+        expected = torch.cat([own.gather(-1, tokens), others], dim=-1) - own.logsumexp(-1, keepdim=True)
+    return temperature**2 * (torch.xlogy(probabilities, probabilities) - probabilities * expected).sum(-1)
 
 
 def predictive_loss(logits: torch.Tensor, future: torch.Tensor) -> torch.Tensor:

@@ -49,7 +49,7 @@ LOSS_TERMS = {
         LossTerm(
             "readout",
             "the next-token loss of the readout on the student's memories",
-            lambda student, seen, _: seen.readout_loss(student, seen.read, seen.read_targets),
+            lambda student, seen, _: seen.readout_loss(student, "read"),
             needs="read",
             weights={phase: (1.0, "Ours.") for phase in PHASES},
             trains=PARTS,
@@ -120,10 +120,19 @@ LOSS_TERMS = {
         LossTerm(
             "teacher_readout",
             "the next-token loss of the student's readout on all memories of the teacher",
-            lambda student, seen, _: seen.readout_loss(student, seen.labels, seen.label_targets),
+            lambda student, seen, _: seen.readout_loss(student, "labels"),
             needs="labels",
             weights={"smt": (0.0, "Ours.")},
             trains=("teacher", "updater", "readout"),
+        ),
+        LossTerm(
+            "distillation",
+            "the divergence of the readout of the student's memories (without the updater: of the teacher's) from the "
+            "teacher's own next-token distribution [T^2 KL(teacher || student) at `distillation_temperature` T]",
+            lambda student, seen, objective: seen.distillation(student, objective.distillation_temperature),
+            needs="next_tokens",
+            weights={phase: (0.0, "Ours, not measured yet.") for phase in ("smt", "dmt")},
+            trains=PARTS,
         ),
         LossTerm(
             "uniformity",
@@ -194,6 +203,8 @@ class Objective:
     on_policy_sweeps: int = 1
     teacher_forcing: float = 0.0
     teacher_forcing_ratio: float = 1.0
+    distillation_temperature: float = 1.0
+    distillation_top_k: int = 64
 
     def weight(self, name: str) -> float:
         """The full weight of a term."""
@@ -207,6 +218,13 @@ class Objective:
         """
         weight = warmed_up(self.weight(name), progress, self.warmup_ratios.get(name, 0.0))
         return weight * dynamics_scale if LOSS_TERMS[name].waits_for_teacher else weight
+
+    @property
+    def likeliest(self) -> dict[str, Any]:
+        """The arguments of a teacher's forward for the distribution that the student is distilled from, if it is."""
+        if not self.weight("distillation"):
+            return {}
+        return {"top_k": self.distillation_top_k, "temperature": self.distillation_temperature}
 
     def forcing_at(self, progress: float) -> float:
         """The share by which labels pull own memories at a share `progress` of the phase: linearly down to 0."""

@@ -125,8 +125,8 @@ class PhaseTrainer(DriftWatchingTrainer, StudentPushingTrainer, CheckpointingTra
         return DataLoader(self.train_dataset, self._train_batch_size, collate_fn=self.data_collator)
 
     def get_eval_dataloader(self, eval_dataset=None):
-        """As in transformers; with several processes the rows are numbered, to find those that are served twice."""
-        if self.args.world_size > 1:
+        """As in transformers; the rows are numbered, to find those that are served twice and those of a cache."""
+        if self.args.world_size > 1 or self.has_cache:
             rows = self.eval_dataset if eval_dataset is None else eval_dataset
             eval_dataset = self._numbered(self.eval_dataset[rows] if isinstance(rows, str) else rows, "row_ids")
         return super().get_eval_dataloader(eval_dataset)
@@ -273,7 +273,7 @@ class PhaseTrainer(DriftWatchingTrainer, StudentPushingTrainer, CheckpointingTra
         """
         if "row_ids" not in inputs:
             return inputs
-        own = inputs.pop("row_ids")
+        own = inputs["row_ids"]
         padded = self.accelerator.pad_across_processes(own, pad_index=-1)  # for `even_batches: false`
         is_new = []
         for number in self.accelerator.gather(padded).tolist():

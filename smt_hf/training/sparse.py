@@ -33,7 +33,8 @@ def sparsely_supervised(model: "SMTForPreTraining", batch: TransitionBatch, obje
     is_real = None if steps == 1 else ((before[..., None] + ahead) < transitions[..., None]).flatten(1)
     read = (before[..., None] + ahead).flatten(1).clamp(max=batch.length - 1)  # (B, S k) places of the tokens
     positions = torch.cat([before, read + 1], dim=1)
-    labels, _ = model.memory_labels(batch, positions, model.trains_teacher)
+    found = model.memory_labels(batch, positions, model.trains_teacher, likeliest=objective.likeliest)
+    labels = found.memories
     starts, ends = labels[:, : before.shape[1]], labels[:, before.shape[1] :]
     is_first = None
     if batch.documents is not None:  # the first token of a document is read by m_0
@@ -60,6 +61,7 @@ def sparsely_supervised(model: "SMTForPreTraining", batch: TransitionBatch, obje
         read_targets=targets[:, before.shape[1] :],
         labels=labels,
         label_targets=targets,
+        next_tokens=None if found.next_tokens is None else found.next_tokens[:, before.shape[1] :],
         picked=(starts, before, None),
         chunk_ends=_after(batch, objective, reached, before + steps, errors),
         label_moments=moments,

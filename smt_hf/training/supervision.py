@@ -8,16 +8,27 @@ tokens, D width, V vocabulary. "Own memories" are those that the student has rea
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
-from .losses import divergence, dynamics_loss, masked_mean, next_token_loss, normalized_errors, predictive_loss
+from smt_hf.teachers import NextTokens
+
+from .losses import (
+    distillation_errors,
+    divergence,
+    dynamics_loss,
+    masked_mean,
+    next_token_loss,
+    normalized_errors,
+    predictive_loss,
+)
 from .objective import Objective
 from .positions import STREAM_AGES, STREAM_ON_POLICY, chunk_ends, picked_positions, transition_weights, window_ends
 from .rollout import example_uniforms, parallel_starts, rollout, sequential_starts, truncated_rollout
+from .teacher_labels import CachedRows, TeacherLabels
 
 if TYPE_CHECKING:
     from .composite import SMTForPreTraining
@@ -30,6 +41,7 @@ class TransitionBatch:
         input_ids, attention_mask, labels, document_ids: `(B, T + 1)`, as in `SMTForPreTraining.forward`.
         example_ids: `(B,)`.
         steps: k, transitions per chunk.
+        cached: what the teacher's model says of the rows, where that is known already.
 
     Attributes:
         inputs, mask, documents: `(B, C k)`, what the rollout reads.
@@ -37,7 +49,10 @@ class TransitionBatch:
         lengths: `(B,)`, number of tokens up to the last real one.
     """
 
-    def __init__(self, input_ids, attention_mask, labels, document_ids, example_ids, steps: int):
+    def __init__(
+        self, input_ids, attention_mask, labels, document_ids, example_ids, steps: int, cached: CachedRows | None = None
+    ):
+        self.cached = cached
         self.size, self.length = input_ids.shape[0], input_ids.shape[1] - 1
         self.steps = steps
         self.input_ids, self.labels, self.example_ids = input_ids, labels, example_ids
@@ -91,6 +106,8 @@ class Supervision:
     labels: torch.Tensor | None = None  # (B, S, K, D), the teacher's memories at all positions that it computed
     label_targets: torch.Tensor | None = None  # (B, S), the tokens that follow them
     teacher_logits: torch.Tensor | None = None  # (B, T + 1, V), its own next-token logits there
+    # Of (B, S), what the teacher expects next where `read` has memories; without those, where `labels` has.
+    next_tokens: NextTokens | None = None
     # Memories whose future is decoded (B, S, K, D), number of tokens read there (B, S), whether they count (B, S) or
     # `None`: of the teacher, and of the student at the ends of chunks or windows.
     picked: tuple | None = None
@@ -99,16 +116,35 @@ class Supervision:
     starts: torch.Tensor | None = None  # (B, C, K, D), start states of the chunks
     own: torch.Tensor | None = None  # (B,) bool, rows that the student rolled out from `m_0` by itself
     label_moments: torch.Tensor | None = None  # see `SMTForPreTrainingOutput`
+    _logits: dict[str, torch.Tensor] = field(default_factory=dict)  # by the name of the memories; terms share them
 
-    @staticmethod
-    def readout_loss(student, memories: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Next-token loss of memories `(B, S, K, D)`, nats: `(B,)`. Only memories that have a target are read out."""
+    def _read_out(self, student, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits `(M, V)` of the memories `read` or `labels` that have a target, targets `(B, S)`, and which these are
+        `(B, S)`."""
+        memories, targets = {
+            "read": (self.read, self.read_targets),
+            "labels": (self.labels, self.label_targets),
+        }[name]
+        assert memories is not None and targets is not None
         is_labelled = targets != -100
-        if bool(is_labelled.all()):
-            return next_token_loss(student.read_logits(memories), targets)
-        losses = F.cross_entropy(student.read_logits(memories[is_labelled]), targets[is_labelled], reduction="none")
-        losses = losses.new_zeros(targets.shape).masked_scatter(is_labelled, losses)
-        return masked_mean(losses, is_labelled)
+        if name not in self._logits:
+            chosen = memories.flatten(0, 1) if bool(is_labelled.all()) else memories[is_labelled]
+            self._logits[name] = student.read_logits(chosen)
+        return self._logits[name], targets, is_labelled
+
+    def readout_loss(self, student, name: str) -> torch.Tensor:
+        """Next-token loss of the memories `read` or `labels`, nats: `(B,)`. Only those with a target are read out."""
+        logits, targets, is_labelled = self._read_out(student, name)
+        losses = F.cross_entropy(logits, targets[is_labelled], reduction="none")
+        return masked_mean(_spread(losses, is_labelled), is_labelled)
+
+    def distillation(self, student, temperature: float) -> torch.Tensor:
+        """How far the readout is from what the teacher expects next, nats: `(B,)`, where there is a target."""
+        assert self.next_tokens is not None
+        logits, _, is_labelled = self._read_out(student, "labels" if self.read is None else "read")
+        wanted = self.next_tokens[is_labelled]
+        errors = distillation_errors(logits, wanted.probabilities, wanted.tokens, temperature)
+        return masked_mean(_spread(errors, is_labelled), is_labelled & self.next_tokens.is_known)
 
     def readout_match(self, student) -> torch.Tensor:
         """How far the readout of the student's memories is from that of the labels there, nats: `(B,)`."""
@@ -120,9 +156,7 @@ class Supervision:
         with torch.no_grad():
             label_logits = student.read_logits(labels)
         errors = divergence(logits, label_logits)
-        if mask is not None:
-            errors = errors.new_zeros(mask.shape).masked_scatter(mask, errors)
-        return masked_mean(errors, self.reached_weights)
+        return masked_mean(errors if mask is None else _spread(errors, mask), self.reached_weights)
 
     def future_loss(self, student, decoded: tuple, future_length: int) -> torch.Tensor:
         """Cross-entropy of the tokens after some positions, decoded from the memories there: nats, `(B,)`.
@@ -147,6 +181,11 @@ class Supervision:
             targets = targets.flatten(0, 1).gather(1, wanted).view(*positions.shape, most)
         logits = student.decode_logits(memories.flatten(0, 1), future_ids.view(-1, future_length), wanted)
         return predictive_loss(logits.view(*targets.shape, -1), targets)
+
+
+def _spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`(M,)` values at the M places of a mask `(B, S)`, 0 elsewhere."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 def backpropagated(
@@ -186,23 +225,25 @@ def teacher_alone(
     positions = torch.arange(0, batch.length + 1, device=batch.inputs.device)
     trains_teacher = model.trains_teacher
     carries = objective.carries_teacher_memory
-    labels, other = model.memory_labels(
+    found = model.memory_labels(
         batch,
         positions,
         trains_teacher,
         with_logits=trains_teacher and objective.needs("teacher_logits"),
         reads_only=not objective.weight("uniformity"),  # the other terms read the memories out
         start=_start(model, batch, memory) if carries else None,
+        likeliest=objective.likeliest,
     )
     return Supervision(
         batch,
         depth=1,
         transitions=batch.num_transitions,
-        labels=labels,
+        labels=found.memories,
         label_targets=batch.labels,
-        teacher_logits=None if carries else other,
-        memory=other if carries else None,
-        picked=picked_positions(batch, objective, labels),
+        teacher_logits=found.logits,
+        next_tokens=found.next_tokens,
+        memory=found.last,
+        picked=picked_positions(batch, objective, found.memories),
         own=torch.ones_like(batch.lengths, dtype=torch.bool) if objective.weight("teacher_readout") else None,
     )
 
@@ -218,8 +259,8 @@ def supervised(
     """SMT and DMT: chunks from the teacher's or own memories, every transition supervised."""
     is_smt = objective.phase == "smt"
     first = model.student.model.start_memory().expand(batch.size, 1, -1, -1)
-    labels, teacher_logits = _labels_of_rows(model, batch, objective, memory_labels)
-    stride = objective.label_stride
+    found, stride = _labels_of_rows(model, batch, objective, memory_labels), objective.label_stride
+    labels = found.memories
     starts, own, memories, depth = _rolled_out(model, batch, objective, first, labels, stored_starts, progress)
     reached = memories[:, : batch.length][:, stride - 1 :: stride]
     mask = None if batch.transition_mask is None else batch.transition_mask[:, stride - 1 :: stride]
@@ -242,7 +283,8 @@ def supervised(
         read_targets=batch.labels,
         labels=labels if is_smt else None,
         label_targets=batch.labels if is_smt else None,
-        teacher_logits=teacher_logits,
+        teacher_logits=found.logits,
+        next_tokens=found.next_tokens,
         picked=picked_positions(batch, objective, labels) if is_smt else None,
         chunk_ends=decoded,
         memory=memories[:, -1],
@@ -269,16 +311,22 @@ def compared(model, objective: Objective, reached, labels, mask):
     return errors, weights, moments
 
 
-def _labels_of_rows(model, batch: TransitionBatch, objective: Objective, memory_labels: torch.Tensor | None):
-    """The teacher's memories at every `label_stride`-th position, 0 included, and its logits or `None`."""
+def _labels_of_rows(
+    model, batch: TransitionBatch, objective: Objective, memory_labels: torch.Tensor | None
+) -> TeacherLabels:
+    """The teacher's memories at every `label_stride`-th position, 0 included, and at all of them what else it says."""
     if memory_labels is not None:
-        m_0 = model.student.model.start_memory()
-        return torch.cat([m_0.detach().expand(batch.size, 1, -1, -1), memory_labels.to(m_0.dtype)], dim=1), None
-    positions = torch.arange(0, batch.length + 1, objective.label_stride, device=batch.inputs.device)
+        m_0 = model.student.model.start_memory().detach().expand(batch.size, 1, -1, -1)
+        return TeacherLabels(torch.cat([m_0, memory_labels.to(m_0.dtype)], dim=1))
+    stride = objective.label_stride
+    step = 1 if objective.likeliest else stride
+    positions = torch.arange(0, batch.length + 1, step, device=batch.inputs.device)
     trains_teacher = objective.phase == "smt" and model.trains_teacher
-    return model.memory_labels(
-        batch, positions, trains_teacher, with_logits=trains_teacher and objective.needs("teacher_logits")
+    with_logits = trains_teacher and objective.needs("teacher_logits")
+    found = model.memory_labels(
+        batch, positions, trains_teacher, with_logits=with_logits, likeliest=objective.likeliest
     )
+    return replace(found, memories=found.memories[:, :: stride // step])
 
 
 def _rolled_out(model, batch: TransitionBatch, objective: Objective, first, labels, stored_starts, progress: float):
@@ -363,9 +411,9 @@ def rollout_scores(model: "SMTForPreTraining", batch: TransitionBatch, with_teac
         "rollout": next_token_loss(logits, batch.labels),
         "accuracy": hits / batch.labels.ne(-100).sum(1).clamp(min=1),
     }
-    if with_teacher and model.teacher is not None and model.teacher.labels_all_positions:
+    if with_teacher and model.labels_rows(batch):
         positions = torch.arange(1, batch.length + 1, device=memories.device)
-        labels, _ = model.memory_labels(batch, positions, trains_teacher=False)
+        labels = model.memory_labels(batch, positions, trains_teacher=False).memories
         mask = batch.transition_mask
         counts = torch.ones_like(batch.inputs[:, : batch.length]) if mask is None else mask
         weights = (counts / counts.sum(1, keepdim=True).clamp(min=1))[..., None, None]

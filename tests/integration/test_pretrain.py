@@ -500,6 +500,34 @@ def test_any_tokenizer_and_a_dataset(tmp_path):
     )
 
 
+@pytest.mark.processes
+def test_a_language_model_is_read_once_for_all_seeds(tmp_path, text_file):
+    """The first run fills the cache, the second one under another seed loads no model; checkpoints hold none."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=300, **sizes)).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    words = ["--teacher_model_name_or_path", "model", "--train_file", text_file, "--phases", "smt,dmt"]
+    words += ["--teacher_cache_dir", "cache", "--distillation_weight", "1", "--distillation_top_k", "8"]
+    words += ["--num_threads", "1", "--max_steps", "4", "--context_length", "32"]
+    words += ["--hidden_size", "16", "--num_attention_heads", "2"]
+    first = run(*words, "--output_dir", "first", cwd=tmp_path)
+    assert first.stdout.count("teacher cache: ") == 4  # rows to train on and held-out ones, each in two folders
+    assert "caching teacher: rows" in first.stderr
+    files = sorted((tmp_path / "cache").rglob("*"))
+    second = run(*words, "--output_dir", "second", "--seed", "1", cwd=tmp_path)
+    assert "teacher cache: " not in second.stdout and "caching teacher" not in second.stderr
+    assert sorted((tmp_path / "cache").rglob("*")) == files
+    held = load_file(tmp_path / "second" / "dmt" / "checkpoint-4" / "model.safetensors")
+    assert "teacher.memory_proj.weight" in held and not any(name.startswith("teacher.model.") for name in held)
+    for folder in ("first", "second"):
+        results = json.loads((tmp_path / folder / "eval_results.json").read_text())
+        assert set(results["arms"]) == {"smt8", "smt8_dmt", "ngram1", "ngram2", "ngram3"}
+        log = json.loads((tmp_path / folder / "dmt" / "trainer_state.json").read_text())["log_history"]
+        assert any({"eval_distillation", "eval_drift_by_age"} <= line.keys() for line in log)
+    resumed = run(*words, "--output_dir", "second", "--seed", "1", "--resume_from_checkpoint", cwd=tmp_path)
+    assert "is finished already" in resumed.stdout
+
+
 def test_recipes_parse():
     """Every YAML in recipes/ is accepted, and the table lists it."""
     from smt_hf.experiments.grid_file import parse_grid

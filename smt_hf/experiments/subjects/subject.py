@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from smt_hf.errors import InputError
-from smt_hf.evaluation import Scores, score_student, score_teacher
+from smt_hf.evaluation import Scores, reading_teacher, score_student, score_teacher
 from smt_hf.training.arguments import PhaseArguments
 from smt_hf.training.composite import SMTForPreTraining
 
@@ -49,13 +49,13 @@ class Subject(ABC):
 
         Returns:
             `student`: of its own rollout, if the phase trained it; `teacher`: of the shared readout on its memories,
-            after an smt phase (later phases change the readout, or the memories that it reads).
+            after an smt phase (later phases change the readout, or the memories that it reads), if it can read.
         """
         ranks = {"process_index": arguments.process_index, "num_processes": arguments.world_size}
         scores = {}
         if arguments.trains_updater:
             scores["student"] = self.described_scores(score_student(model.student, *self.heldout, **ranks))
-        if arguments.phase == "smt":
+        if arguments.phase == "smt" and reading_teacher(model) is not None:
             scores["teacher"] = self.described_scores(score_teacher(model, *self.heldout, **ranks))
         return scores
 

@@ -69,6 +69,19 @@ def test_its_fields_are_flags(folder, text_file):
         parsed(folder, text_file, "--teacher_hidden_size", "8")
 
 
+def test_the_head_of_the_model_is_kept_where_a_phase_is_distilled(folder, text_file):
+    assert not configured(parsed(folder, text_file, "--distillation_weight", "0"))[1].teacher.keeps_head
+    run = parsed(folder, text_file, "--phases", "smt,dmt", "--dmt_distillation_weight", "0.5")
+    assert [arguments.distillation_weight for arguments in run.phases] == [0.0, 0.5]
+    assert configured(run)[1].teacher.keeps_head
+    assert not configured(parsed(folder, text_file, "--phases", "bptt", "--smt_distillation_weight", "1"))[1].teacher
+    with pytest.raises(InputError, match="keeps_head"):  # it follows from the weights
+        parsed(folder, text_file, "--teacher_keeps_head")
+    words = ["--train_file", str(text_file), "--use_cpu", "--report_to", "none", "--dmt_distillation_weight", "1"]
+    with pytest.raises(InputError, match="the teacher smt_fast_weight_teacher predicts no tokens"):
+        configured(parse_run(words))
+
+
 def test_bptt_alone_has_no_teacher_and_keeps_its_bytes(folder, text_file):
     run = parsed(folder, text_file, "--phases", "bptt")
     subject, config = configured(run)

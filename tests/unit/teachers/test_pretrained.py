@@ -30,7 +30,7 @@ from smt_hf import SMTForPreTraining
 from smt_hf.data import byte_tokenizer
 from smt_hf.errors import InputError
 from smt_hf.evaluation import evaluate_rows
-from smt_hf.teachers import SMTPretrainedTeacher, SMTPretrainedTeacherConfig, make_teacher, teacher_config
+from smt_hf.teachers import SMTPretrainedTeacher, SMTPretrainedTeacherConfig, make_teacher, pretrained, teacher_config
 from smt_hf.teachers.loading import start_token_of
 from smt_hf.training import SMTPreTrainingConfig
 from smt_hf.training.objective import Objective
@@ -125,6 +125,54 @@ def test_equals_the_model_on_every_prefix_alone(folder, extra):
                 kept = [index for index in kept if documents[row, index] == documents[row, kept[-1]]]
             expected = naive_label(teacher, model, tokens[row, kept], span=5) if kept else start
             torch.testing.assert_close(labels[row, position], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("extra", ["plain", "mask", "documents", "both", "start", "start and both"])
+@torch.no_grad()
+def test_expects_what_the_model_does_after_every_prefix_alone(folder, extra, monkeypatch):
+    """As above, of a student with fewer tokens than the model; the model reads its windows two at a time."""
+    monkeypatch.setattr(pretrained, "_MOST_LOGITS", 2 * 6 * VOCAB)
+    start_token = 7 if "start" in extra else -1
+    teacher = make(folder, model_context_length=5, keeps_head=True, vocab_size=VOCAB - 6, start_token=start_token)
+    model, length, generator = AutoModelForCausalLM.from_pretrained(folder).eval(), 13, torch.Generator().manual_seed(2)
+    tokens, start = text(3, length) % (VOCAB - 6), torch.randn(K, D)
+    mask = documents = None
+    if extra.endswith(("mask", "both")):
+        mask = torch.rand(3, length, generator=generator) > 0.3
+    if extra.endswith(("documents", "both")):
+        documents = (torch.rand(3, length, generator=generator) > 0.75).long().cumsum(1)
+    arguments = (tokens, torch.arange(length + 1), start, mask, documents)
+    memories, found = teacher(*arguments, top_k=4, temperature=1.5)
+    torch.testing.assert_close(memories, teacher(*arguments), **CLOSE)
+    seen = torch.tensor([] if start_token == -1 else [start_token], dtype=torch.long)
+    for row in range(3):
+        for position in range(length + 1):
+            kept = [index for index in range(position) if mask is None or mask[row, index]]
+            if documents is not None and kept:
+                kept = [index for index in kept if documents[row, index] == documents[row, kept[-1]]]
+            while len(kept) > 5:
+                kept = kept[3:]
+            prefix = torch.cat([seen, tokens[row, kept]])
+            own = found[row, position]
+            assert own.is_known == (len(prefix) > 0)
+            if len(prefix):
+                wanted = (model(prefix[None]).logits[0, -1, : VOCAB - 6] / 1.5).softmax(-1)
+                torch.testing.assert_close(own.probabilities[:4], wanted[own.tokens], **CLOSE)
+                torch.testing.assert_close(own.probabilities[:4], wanted.topk(4).values, **CLOSE)
+                torch.testing.assert_close(own.probabilities[4], 1 - wanted[own.tokens].sum(), **CLOSE)
+
+
+def test_states_and_expectations_come_from_one_pass(llama):
+    teacher = make(llama, keeps_head=True)
+    calls = []
+    teacher.trunk.register_forward_hook(lambda *call: calls.append(1))
+    teacher.model.lm_head.register_forward_hook(lambda *call: calls.append("head"))
+    teacher(text(2, 8), torch.arange(9), torch.zeros(K, D), top_k=3)
+    assert calls == [1, "head"]
+    teacher(text(2, 8), torch.arange(9), torch.zeros(K, D))  # no logits where nobody asks for them
+    assert calls == [1, "head", 1]
+    nothing = teacher(text(2, 0), torch.arange(1), torch.ones(K, D), top_k=3)
+    assert torch.equal(nothing[0], torch.ones(2, 1, K, D)) and not nothing[1].is_known.any()
 
 
 @torch.no_grad()
@@ -304,6 +352,36 @@ def test_a_checkpoint_needs_the_models_folder_no_more(tmp_path):
     # A new teacher from the same configuration would have random weights: it is refused instead.
     with pytest.raises(InputError, match=r"no causal language model could be loaded from .*model"):
         SMTForPreTraining(SMTPreTrainingConfig.from_pretrained(tmp_path / "composite"))
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("lora_r", [0, 2])
+def test_a_checkpoint_has_the_head_that_was_kept(is_tied, lora_r, tmp_path):
+    """A head of its own is saved, one that is tied to the embeddings is there without being saved."""
+    config = LlamaConfig(**SIZES, **HEADS, tie_word_embeddings=is_tied)
+    source = saved(tmp_path / "model", config)
+    model, plain = composite(source, keeps_head=True, lora_r=lora_r), composite(source, lora_r=lora_r)
+    sizes = [sum(parameter.numel() for parameter in one.teacher.parameters()) for one in (model, plain)]
+    assert sizes[0] - sizes[1] == (0 if is_tied else VOCAB * E)
+    arguments = (text(2, 8), torch.arange(9), torch.zeros(K, D))
+    memories, expected = model.teacher(*arguments, top_k=5)
+    torch.testing.assert_close(memories, plain.teacher(*arguments))
+    model.save_pretrained(tmp_path / "composite")
+    model.teacher.save_pretrained(tmp_path / "teacher")
+    held = load_file(tmp_path / "composite" / "model.safetensors")
+    assert ("teacher.model.lm_head.weight" in held) == (not is_tied)
+    (tmp_path / "model").rename(tmp_path / "moved")
+    again = SMTForPreTraining.from_pretrained(tmp_path / "composite")
+    for teacher in (again.teacher, SMTPretrainedTeacher.from_pretrained(tmp_path / "teacher")):
+        own, found = teacher(*arguments, top_k=5)
+        torch.testing.assert_close(own, memories)
+        torch.testing.assert_close(found.probabilities, expected.probabilities)
+        assert (teacher.model.lm_head.weight is teacher.get_input_embeddings().weight) == is_tied
+    again.freeze_for("smt")
+    trained = {name for name, parameter in again.teacher.named_parameters() if parameter.requires_grad}
+    assert all("lora_" in name for name in trained if name.startswith("model.")) and "memory_proj.weight" in trained
+    assert any("lora_" in name for name in trained) == bool(lora_r)
+    assert not any("lm_head" in name for name in trained)
 
 
 def test_weights_are_those_of_the_folder(folder):
@@ -508,6 +586,10 @@ def test_needs_a_model():
 
 
 def test_has_no_logits(llama):
+    with pytest.raises(InputError, match=r"predicts no tokens for `distillation_weight`.*`keeps_head` true"):
+        make(llama)(text(1, 4), torch.arange(5), torch.zeros(K, D), top_k=3)
+    with pytest.raises(InputError, match=r"predicts no tokens for `distillation_weight`"):
+        composite(llama).freeze_for("dmt", objective=Objective("dmt", 1, {"distillation": 1.0}))
     with pytest.raises(InputError, match="no next-token head"):
         make(llama)(text(1, 4), torch.arange(5), torch.zeros(K, D), return_logits=True)
 

@@ -44,6 +44,7 @@ OURS = {
 }
 FORCED = {"teacher_forcing": 0.6, "teacher_forcing_ratio": 0.8, "on_policy_warmup_ratio": 0.0}
 SPARSE = {**OURS, "num_supervised_transitions": 3, "readout_match_weight": 0.4, "hard_transition_fraction": 0.5}
+DISTILLED = {"distillation_weight": 0.6, "distillation_temperature": 1.5, "distillation_top_k": 5}
 # Of the terms alone: all of them, or what is named.
 NOTHING = {f"{name}_weight": 0.0 for name in LOSS_TERMS}
 
@@ -98,6 +99,11 @@ EVERYTHING = [
     ("dmt", {"consistency_weight": 0.7, "future_length": 4, "transition_steps": 3}),
     ("bptt", {"consistency_weight": 0.7, "future_length": 3}),
     ("bptt", {"consistency_weight": 0.7, "carries_memory": False, "transition_steps": 5}),
+    ("smt", {**OURS, **DISTILLED}),
+    ("smt", {**DISTILLED, "trains_updater": False}),
+    ("smt", {**SPARSE, **DISTILLED, "supervised_chunk_steps": 3}),
+    ("dmt", {**DISTILLED, "transition_steps": 3}),
+    ("dmt", {**DISTILLED, "label_stride": 3, "distillation_top_k": 100}),
 ]
 # Those that the variance of the labels goes into.
 NORMALIZED = ("normalized_dynamics_weight", "hard_transition_fraction")
@@ -215,6 +221,10 @@ def test_nothing_depends_on_the_width_of_the_batch(future_length, num_predictive
         ("bptt", {"consistency_weight": 1.0, "carries_memory": False, "transition_steps": 5}),
         ("dmt", {"label_stride": 4, "normalized_dynamics_weight": 1.0}),
         ("bptt", {"carries_memory": False, "transition_steps": 5}),
+        ("smt", {**NOTHING, **DISTILLED}),
+        ("smt", {**NOTHING, **DISTILLED, "trains_updater": False}),
+        ("smt", {**NOTHING, **DISTILLED, "num_supervised_transitions": 4, "supervised_chunk_steps": 3}),
+        ("dmt", {**NOTHING, **DISTILLED, "label_stride": 2}),
     ],
 )
 @pytest.mark.parametrize("companions", [(), (16,)])
@@ -308,7 +318,8 @@ def test_readout_of_labelled_memories_only(labelled):
         if is_dense:
             losses = next_token_loss(model.student.read_logits(memories), targets)
         else:
-            losses = supervision.Supervision.readout_loss(model.student, memories, targets)
+            seen = supervision.Supervision(None, 1, 1, read=memories, read_targets=targets)
+            losses = seen.readout_loss(model.student, "read")
         (losses * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum().backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
         results.append((losses, memories.grad, gradients))
@@ -944,6 +955,9 @@ def test_windowed_teacher_in_all_phases():
         ("bptt", {"max_seconds": 0.0}, "max_seconds"),
         ("bptt", {"max_seconds": 5.0, "warmup_steps": 10}, "warmup_steps"),
         ("bptt", {"transition_steps": 5}, "transition_steps"),
+        ("smt", {"distillation_temperature": 0.0}, "distillation_temperature"),
+        ("dmt", {"distillation_top_k": 0}, "distillation_top_k"),
+        ("dmt", {"distillation_weight": 1.0, "label_cache_dir": "x"}, "keeps memories alone"),
         ("smt", {"on_policy_fraction": 1.5}, "on_policy_fraction"),
         ("smt", {"on_policy_mode": "sideways"}, "on_policy_mode"),
         ("smt", {"on_policy_mode": "aggregate"}, "frozen teacher"),
@@ -973,6 +987,7 @@ def test_a_phase_has_no_argument_that_it_never_computes(kind):
     foreign = {"predictive_weight", "teacher_weight", "trains_updater", "num_supervised_transitions"}
     if kind is BPTTTrainingArguments:
         foreign |= {"hard_chunk_fraction", "hard_transition_fraction", "teacher_forcing", "readout_match_weight"}
+        foreign |= {"distillation_weight", "distillation_top_k"}
     assert not names & foreign
 
 
@@ -989,7 +1004,9 @@ def test_what_a_term_trains():
         assert reached == set(term.trains), name
 
 
-@pytest.mark.parametrize("name", ["normalized_dynamics", "readout_match", "consistency", "teacher_readout"])
+@pytest.mark.parametrize(
+    "name", ["normalized_dynamics", "readout_match", "consistency", "teacher_readout", "distillation"]
+)
 @pytest.mark.parametrize("steps", [1, 3])
 def test_what_a_sparse_term_trains(name, steps):
     """As in the dense phase, and no part is frozen that its gradient would reach."""

@@ -66,6 +66,18 @@ def test_tables_are_the_best_of_their_rank(model, student):
 
 
 @torch.no_grad()
+def test_a_teacher_without_its_model_gives_the_same(model):
+    """As one that is trained from a cache: the tables are read from the folder."""
+    path, _ = model
+    with_model, without = composite(path), composite(path)
+    without.teacher.model, without.teacher.config.holds_model = None, False
+    for made in (with_model, without):
+        init_embeddings_from_teacher(made.student, made.teacher)
+    for name, weight in with_model.student.state_dict().items():
+        assert torch.equal(weight, without.student.state_dict()[name]), name
+
+
+@torch.no_grad()
 def test_a_tied_student_stays_tied(model):
     path, language_model = model
     made = composite(path, tie_word_embeddings=True)

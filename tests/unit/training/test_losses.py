@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from smt_hf.training.losses import (
+    distillation_errors,
     divergence,
     dynamics_loss,
     masked_mean,
@@ -103,3 +104,50 @@ def test_uniformity_loss():
 def test_warmed_up(progress, expected):
     assert warmed_up(2.0, progress, 0.2) == pytest.approx(expected)
     assert warmed_up(2.0, progress, 0.0) == 2.0
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_distillation_errors(is_whole, temperature):
+    """Against distributions written out, and in pieces as at once; a row without a distribution is worth 0."""
+    logits = (2 * torch.randn(5, 7)).requires_grad_()
+    tokens = None if is_whole else torch.stack([torch.randperm(7)[:3] for _ in range(5)])
+    probabilities = torch.rand(5, 7 if is_whole else 4).softmax(-1)
+    probabilities[2] = 0.0
+    own = (logits / temperature).softmax(-1)
+    if tokens is not None:
+        own = torch.cat([own.gather(1, tokens), 1 - own.gather(1, tokens).sum(1, keepdim=True)], dim=1)
+    expected = temperature**2 * (probabilities * (probabilities.clamp(min=1e-30).log() - own.log())).sum(1)
+    (gradient,) = torch.autograd.grad(expected.sum(), logits, retain_graph=True)
+    for most in (10**6, 2 * 7, 1):  # at once, in pieces of two rows, row by row
+        errors = distillation_errors(logits, probabilities, tokens, temperature, most)
+        torch.testing.assert_close(errors, expected)
+        torch.testing.assert_close(torch.autograd.grad(errors.sum(), logits)[0], gradient, rtol=1e-4, atol=1e-6)
+    assert errors[2] == 0.0 and not gradient[2].any()
+
+
+def test_pieces_of_distillation_keep_the_logits_alone():
+    """For the backward pass: at once, copies of them too; in pieces, nothing else of their size."""
+    logits = torch.randn(64, 100, requires_grad=True)
+    probabilities, tokens = torch.full((64, 3), 1 / 3), torch.randint(2, (64, 2)) + torch.tensor([[0, 50]])
+    kept = []
+    for most in (10**6, 100):
+        sizes = {}
+
+        def keep(tensor, sizes=sizes):
+            sizes[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            distillation_errors(logits, probabilities, tokens, 2.0, most)
+        kept.append(sum(sizes.values()) / logits.numel())
+    assert kept[0] > 1.9 and kept[1] < 1.1
+
+
+def test_the_mass_of_unlikely_tokens_is_exact():
+    """What a sure student leaves to the others is far below the rounding of 1."""
+    logits = torch.zeros(1, 50)
+    logits[0, 0] = 40.0
+    error = distillation_errors(logits, torch.tensor([[0.5, 0.5]]), torch.tensor([[0]]), 1.0)
+    expected = 0.5 * (math.log(0.5) - 0) + 0.5 * (math.log(0.5) - (math.log(49) - 40))
+    assert error.item() == pytest.approx(expected, rel=1e-5)

@@ -16,8 +16,8 @@ ROWS = Dataset.from_dict({"input_ids": [[1 + (i + j) % 5 for j in range(17)] for
 SIZES = {"vocab_size": 11, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-@pytest.mark.parametrize("lora_r", [0, 2])
-def test_a_resumed_pipeline_is_the_whole_one(lora_r, tmp_path):
+@pytest.mark.parametrize("lora_r, distillation_weight", [(0, 0.0), (0, 1.0), (2, 1.0)])
+def test_a_resumed_pipeline_is_the_whole_one(lora_r, distillation_weight, tmp_path):
     torch.manual_seed(1)
     AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).save_pretrained(tmp_path / "model")
 
@@ -25,10 +25,12 @@ def test_a_resumed_pipeline_is_the_whole_one(lora_r, tmp_path):
         torch.manual_seed(0)
         student = {"hidden_size": 8, "num_attention_heads": 2}
         teacher = {"model_name_or_path": str(tmp_path / "model"), "lora_r": lora_r}
+        teacher["keeps_head"] = distillation_weight > 0
         return SMTForPreTraining(SMTPreTrainingConfig(student=student, teacher=teacher))
 
     def trained(model, folder, resume=False):
         settings = {"use_cpu": True, "context_length": 16, "save_steps": 2, "disable_tqdm": True, "report_to": []}
+        settings |= {"distillation_weight": distillation_weight, "distillation_top_k": 4}
         smt = SMTTrainingArguments(output_dir="x", max_steps=4, teacher_weight=0.0, future_length=4, **settings)
         phases = [smt, DMTTrainingArguments(output_dir="x", max_steps=4, **settings)]
         lay_out(phases, str(folder))

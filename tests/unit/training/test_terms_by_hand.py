@@ -392,3 +392,57 @@ def test_rows_without_a_place_for_the_future():
         setting = objective("bptt", consistency_weight=1.0, **settings)
         outputs = make_composite().train()(input_ids=torch.randint(30, (2, 7)), objective=setting)
         assert outputs.term_sums["consistency"] == 0 and outputs.loss.isfinite() and outputs.loss.requires_grad
+
+
+def taught_nats(model, memory, logits, top_k, temperature):
+    """T^2 KL(teacher || student) of two distributions over k tokens and all others together."""
+    wanted, own = (
+        (logits / temperature).softmax(-1),
+        (model.student.read_logits(memory[None])[0] / temperature).softmax(-1),
+    )
+    likeliest = sorted(range(len(wanted)), key=lambda token: -wanted[token].item())
+    groups = [[token] for token in likeliest[:top_k]] + [likeliest[top_k:]]
+    wanted, own = (torch.stack([part[group].sum() for group in groups if group]) for part in (wanted, own))
+    return temperature**2 * (wanted * (wanted.log() - own.log())).sum()
+
+
+@pytest.mark.parametrize("top_k", [4, 37])
+@pytest.mark.parametrize("way", ["smt", "dmt", "stride", "alone", "sparse"])
+def test_distillation(way, top_k):
+    """The readout at labelled positions against the teacher's own head there; after no token it has no opinion."""
+    model, inputs = composite(), ragged_rows(*LENGTHS)
+    torch.nn.init.normal_(model.teacher.lm_head.weight, std=0.5)
+    phase = "dmt" if way in ("dmt", "stride") else "smt"
+    settings = {"distillation_weight": 1.5, "distillation_top_k": top_k, "distillation_temperature": 1.7}
+    settings |= {
+        "smt": {"on_policy_fraction": 0.0},
+        "dmt": {},
+        "stride": {"label_stride": 3},
+        "alone": {"trains_updater": False},
+        "sparse": {"num_supervised_transitions": 3},
+    }[way]
+    setting = objective(phase, **{**NOTHING, **settings})
+    model.freeze_for(phase, trains_updater=way != "alone", objective=setting)
+    outputs = model(**inputs, objective=setting)
+    noise = example_uniforms(inputs["example_ids"], 3, setting.seed, STREAM_TRANSITIONS)
+    values = []
+    for row, length in enumerate(LENGTHS):
+        ids, targets = inputs["input_ids"][row], inputs["labels"][row]
+        labels, memory, found = labels_of(model, inputs, row, range(length)), None, {}
+        logits = model.teacher(ids[None, : length - 1], torch.arange(length), labels[0], return_logits=True)[1][0]
+        for at in range(length):
+            if at and (way == "sparse" or (way == "smt" and at % 4 == 1)):
+                memory = labels[at - 1]
+            memory = labels[at] if at == 0 or way == "alone" else stepped(model, memory, ids[at - 1])
+            if at and targets[at] != -100:
+                found[at] = taught_nats(model, memory, logits[at].detach(), top_k, 1.7)
+        if way == "sparse":
+            places = [1 + int(draw * (length - 1)) for draw in noise[row]]
+            values.append(mean([found[at] for at in places if at in found]))
+        else:
+            values.append(mean(list(found.values())))
+    expected = per_label(inputs, values)
+    torch.testing.assert_close(outputs.term_sums["distillation"], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs.loss, 1.5 * expected / outputs.num_items, rtol=1e-4, atol=1e-4)
+    outputs.loss.backward()
+    assert model.student.lm_head.weight.grad.any() and model.teacher.lm_head.weight.grad is None

@@ -1,0 +1,166 @@
+"""Training from a `TeacherCache`: its argument, the Trainer that reads it, and what fills it before a run."""
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import PreTrainedConfig, Trainer
+
+from smt_hf.command_line import argument
+from smt_hf.data.batching import IndexedExamples, Levels
+from smt_hf.errors import InputError
+from smt_hf.teachers import SMTPretrainedTeacher, make_teacher
+
+from .teacher_cache import TeacherCache
+
+
+@dataclass
+class TeacherCacheArguments:
+    """The argument of a phase that has a frozen language model as its teacher."""
+
+    teacher_cache_dir: str | None = argument(
+        None,
+        "Folder for what the teacher's model says of every row: hidden states of its `layers` and, with "
+        "`distillation_weight`, its likeliest next tokens. The rows are read before the training, which then goes "
+        "without the model. Later phases and runs, under any seed, take what is there. For "
+        "`teacher_model_name_or_path` without LoRA.",
+    )
+
+
+class CachedTeacherTrainer(Trainer):
+    """A Trainer of an `SMTForPreTraining` whose forwards get what a `TeacherCache` has of their rows.
+
+    Rows that are missing are read when training or an evaluation begins, by the model that the teacher holds.
+    """
+
+    args: Any
+    pace: Any
+
+    def __init__(self, *args, **kwargs):
+        self._train_caches: list[TeacherCache] = []  # one per level
+        self._eval_caches: dict[int, TeacherCache] = {}  # by the identity of the rows
+        super().__init__(*args, **kwargs)
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether the phase has a `teacher_cache_dir`."""
+        return getattr(self.args, "teacher_cache_dir", None) is not None
+
+    def _opened(self, rows) -> TeacherCache:
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return opened_caches(self.args, model.config.teacher, [rows], lambda: model.teacher)[0]
+
+    def train(self, *args, **kwargs):
+        """As in transformers, after the rows that the cache lacks have been read."""
+        if self.has_cache and not self._train_caches:
+            data: Any = self.train_dataset
+            if not isinstance(data, IndexedExamples):
+                raise InputError("`teacher_cache_dir` needs rows that are read again: leave it out with a stream.")
+            self._train_caches = [self._opened(rows) for rows in levels_of(data.rows)]
+        return super().train(*args, **kwargs)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs):
+        """As in transformers, with what is known of the rows."""
+        numbers = inputs.pop("row_ids", None)
+        if self.has_cache and model.training:
+            level = self.pace.level if len(self._train_caches) > 1 else 0
+            inputs["cached"] = self._train_caches[level].get(inputs["example_ids"], self.args.device)
+        elif self.has_cache:
+            inputs["cached"] = self._evaluated_cache.get(numbers, self.args.device)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        """As in transformers, after the rows that the cache lacks have been read."""
+        if self.has_cache:
+            rows = getattr(dataloader.dataset, "rows", None)
+            if rows is None:
+                raise InputError("`teacher_cache_dir` needs held-out rows that are read again: not a stream.")
+            if id(rows) not in self._eval_caches:
+                self._eval_caches[id(rows)] = self._opened(rows)
+            self._evaluated_cache = self._eval_caches[id(rows)]
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    def first_cached(self, num_rows: int) -> dict[str, Any]:
+        """What is known of the first rows that are evaluated now, as an argument of the composite's forward."""
+        if not self.has_cache:
+            return {}
+        return {"cached": self._evaluated_cache.get(torch.arange(num_rows), self.args.device)}
+
+
+def levels_of(rows) -> list:
+    """The datasets of a curriculum, or the one dataset."""
+    return list(rows.levels) if isinstance(rows, Levels) else [rows]
+
+
+def opened_caches(
+    arguments, config: PreTrainedConfig, datasets: Sequence, teacher: Callable[[], Any]
+) -> list[TeacherCache]:
+    """Caches of datasets for a phase, complete. A collective call: every process reads its share of what is missing.
+
+    Args:
+        arguments: of the phase.
+        config: of the teacher.
+        teacher: makes one that holds its model, if a row is missing.
+
+    Raises:
+        InputError: as [`TeacherCache`]; or rows are missing and the teacher holds no model.
+    """
+    state = PartialState()
+    objective = arguments.objective()
+    caches = [TeacherCache(arguments.teacher_cache_dir, config, rows, objective.likeliest) for rows in datasets]
+    for cache in caches:
+        if state.is_local_main_process:
+            cache.create()
+    state.wait_for_everyone()
+    for cache in caches:
+        cache.open()
+    missing = [cache.missing() for cache in caches]
+    state.wait_for_everyone()  # before a process writes: all have seen the same places, and share them out
+    if any(map(len, missing)):
+        reader = teacher()
+        if not reader.reads_rows:
+            raise InputError(
+                f"`teacher_cache_dir` {arguments.teacher_cache_dir} lacks rows, and the teacher holds no model to read "
+                "them with: call its `attach_model()` first, or `fill_teacher_caches` before it is made."
+            )
+        index, local_size = state.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+        for cache, places in zip(caches, missing):
+            cache.fill(reader, arguments.per_device_eval_batch_size, places[index::local_size], shows=index == 0)
+    state.wait_for_everyone()
+    return caches
+
+
+def fill_teacher_caches(config: PreTrainedConfig, phases: Sequence, rows_for: Callable[[Any], Any], eval_rows) -> None:
+    """Let the model of a teacher read what its caches lack, for a run whose teacher is made without the model.
+
+    The model is loaded if a row is missing, and let go of afterwards. A collective call.
+
+    Args:
+        config: of the teacher.
+        phases: arguments of all phases of the run.
+        rows_for: training rows of a phase.
+        eval_rows: held-out rows, which the evaluations in all phases read.
+
+    Raises:
+        InputError: as [`TeacherCache`], or the model cannot be loaded.
+    """
+    made: list[SMTPretrainedTeacher] = []
+    caching = [arguments for arguments in phases if getattr(arguments, "teacher_cache_dir", None) is not None]
+
+    def teacher() -> Any:
+        if not made:
+            full: Any = copy.deepcopy(config)
+            full.holds_model = True
+            made.append(make_teacher(full).eval())  # type: ignore[arg-type]
+            if full.device_map is None:
+                made[0].to(caching[0].device)
+        return made[0]
+
+    # Those that keep next tokens keep states as well.
+    for arguments in sorted(caching, key=lambda arguments: not arguments.objective().likeliest):
+        opened_caches(arguments, config, [*levels_of(rows_for(arguments)), eval_rows], teacher)
