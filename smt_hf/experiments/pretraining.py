@@ -103,6 +103,7 @@ def pretrain(parsed: ParsedRun) -> dict:
             "`init_embeddings_from_teacher` needs a phase with a language model as the teacher: give "
             "`teacher_model_name_or_path`, and smt or dmt among the phases, or leave it out."
         )
+    ends = end_tokens(subject.tokenizer, config.teacher)  # now, while the model's folder is there
     if is_main:
         print("\n".join([*notes, subject.describe()]), flush=True)
     output_dir = Path(run.output_dir)
@@ -117,7 +118,7 @@ def pretrain(parsed: ParsedRun) -> dict:
                 # Before anything that may take long or fail.
                 if trained.model.teacher is not None:
                     export_model(trained.model.teacher, subject.tokenizer, output_dir / "teacher")
-                trained.model.student.generation_config.eos_token_id = end_tokens(subject.tokenizer, config.teacher)
+                trained.model.student.generation_config.eos_token_id = ends
                 export_student(trained.model.student, subject.tokenizer, output_dir / "student")
             if parsed.rival is not None:
                 _train_rival(parsed, config, subject, trained)
