@@ -103,8 +103,8 @@ def _differences(scores: list[Score], against: str) -> str:
     rows = []
     for (_, task, length, unit, _), models in cells.items():
         if against in models and len(models) > 1:
-            compared = [_compared(models[name], models[against]) if name in models else "" for name in others]
-            rows.append([task, f"{length:,} {unit}", *compared])
+            verdicts = [compared(models[name], models[against]) if name in models else "" for name in others]
+            rows.append([task, f"{length:,} {unit}", *verdicts])
     if not rows:
         raise InputError(
             f"no other model has a score in a cell that {against!r} has one in, of samples of the same kind."
@@ -119,7 +119,8 @@ def _differences(scores: list[Score], against: str) -> str:
     return f"## Against {against}\n\n{legend}\n\n{markdown_table(['task', 'length', *others], rows)}"
 
 
-def _compared(score: Score, rival: Score) -> str:
+def compared(score: Score, rival: Score) -> str:
+    """How far a score is ahead of another of the same cell, in words and numbers."""
     ahead, error, needed = difference(score, rival)
     if not (score.standard_error()[0] and rival.standard_error()[0]):
         return f"{ahead:+.3f}"
