@@ -321,7 +321,7 @@ def test_a_transformer_trained_on_documents(window, run, tmp_path):
     pytest.importorskip("wonderwords")
     folder = tmp_path / "transformer"
     words = ["--documents", "niah_single_1", "--difficulty", "384", "--seconds", "1", "--folder", folder]
-    words += ["--batch_size", "2", "--num_layers", "3"] + ([] if window is None else ["--window", window])
+    words += ["--batch_size", "2", "--num_layers", "4"] + ([] if window is None else ["--window", window])
     (line,) = run("train_transformer.py", *words, "--vocab_size", "258")
     assert line.keys() >= FACTS and 0 <= line["accuracy"] <= 1 and line["steps"] >= 1 and line["seconds"] >= 1
     language_model = load_language_model(str(folder))
@@ -329,6 +329,6 @@ def test_a_transformer_trained_on_documents(window, run, tmp_path):
     assert getattr(language_model.model.config, "sliding_window", None) == window
     assert language_model.length_unit == "bytes" and language_model.ends == {256}
     assert count_parameters(language_model.model) == line["parameters"]
-    assert language_model.model.config.num_hidden_layers == line["layers"] == 3
+    assert language_model.model.config.num_hidden_layers == line["layers"] == 4  # the student has 3
     with pytest.raises(InputError, match="exists"):
         parse(AttentionArguments, [str(word) for word in words], "")
