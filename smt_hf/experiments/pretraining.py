@@ -381,6 +381,8 @@ def _describe(results: dict, subject: Subject, trained: Trained, output_dir: Pat
         losses = {arm: losses / subject.bytes_per_token for arm, losses in trained.losses.items()}
         ngrams = {arm: scores["bits_per_byte"] for arm, scores in trained.arms.items() if arm.startswith("ngram")}
         plot_loss_by_position(losses, ngrams, trained.phases, output_dir / "loss_by_position.png")
+    if isinstance(subject, DocumentSubject):
+        results["samples"] = subject.answered(trained.model.student, _ANSWERS)
     plot_curves(trained.histories, output_dir / "curves.png")
     plot_drift_by_age(results.get("drift", []), output_dir / "drift_by_age.png")
     write_card(output_dir / "student", trained.model.student, results)

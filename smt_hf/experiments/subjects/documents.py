@@ -13,6 +13,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
@@ -102,6 +103,25 @@ class DocumentSubject(LevelledSubject):
         """`input_ids` and `labels` `(num_rows, T + 1)` of the tasks, of words and stories that no training row has."""
         rows = self._sampled(difficulty, num_rows, "test", self.heldout_seed)
         return np.stack(rows["input_ids"][:]).astype(np.int64), np.stack(rows["labels"][:]).astype(np.int64)
+
+    @torch.inference_mode()
+    def answered(self, student, num_rows: int) -> list[dict[str, str]]:
+        """Held-out documents of the shortest level that has tasks, each with its answer and what the student writes.
+
+        Returns:
+            `prompt`, `answer` and `continuation` of each row. The most likely tokens are taken.
+        """
+        fitting = (level for level in self.level_names if self._fitting("test", level))
+        samples = []
+        for ids, labels in zip(*self.heldout_rows(next(fitting), num_rows)):
+            asked = np.flatnonzero(labels != -100)
+            prompt = torch.from_numpy(ids[None, : asked[0]]).to(student.device)
+            limits = {"max_new_tokens": len(asked) + 8, "do_sample": False, "synced_gpus": False}
+            written = student.generate(prompt, eos_token_id=self.tokenizer.eos_token_id, **limits)[0]
+            parts = {"prompt": prompt[0], "answer": ids[asked], "continuation": written[prompt.shape[1] :]}
+            decoded = {name: self.tokenizer.decode(part, skip_special_tokens=True) for name, part in parts.items()}
+            samples.append(decoded)
+        return samples
 
     def longer(self, factor: int) -> int:
         """The difficulty of rows `factor` times as long."""
