@@ -56,6 +56,7 @@ from .teacher_language import end_tokens, teacher_tokenizer
 # Settings that say what is read, where no hash of the documents does.
 _SOURCE = ("train_file", "validation_file", "dataset_name", "dataset_config_name", "text_column")
 _OF_A_STREAM = ("streaming", "shuffle_buffer_size", *_SOURCE)
+_ANSWERS = 4  # held-out documents that the card shows
 
 
 @dataclass
