@@ -121,7 +121,8 @@ def train_run(run: Run, students: Path | None = None) -> list[dict]:
     model = SMTForPreTraining(config)
     if run.init_embeddings_from_teacher:
         where = run.loaded_teacher or run.teacher
-        init_embeddings_from_model(model.student, *map(where.get, ("model_name_or_path", "revision", "gguf_file")))
+        name, revision, gguf_file = (where.get(key) for key in ("model_name_or_path", "revision", "gguf_file"))
+        init_embeddings_from_model(model.student, str(name), revision, gguf_file)
     facts = run_facts(run.num_threads, arguments[0])
     shared = {
         **{"task": subject.name, "difficulty": subject.difficulty, "chance": subject.chance, "seed": run.seed},
@@ -297,11 +298,10 @@ def run_grid(runs: list[Run], output: Path, jobs: int = 1, students: Path | None
 def _with_teachers(runs: list[Run], jobs: int) -> tuple[list[Run], list[dict]]:
     """The runs with their language models unpacked, and what it has cost to let these fill the caches: one line for
     every kind of rows. A process of its own does both, with all the threads that the grid may use."""
-    teachers = [run for run in runs if is_language_model(run.teacher)]
-    if not teachers:
+    if not any(is_language_model(run.teacher) for run in runs):
         return runs, []
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(1, context, _follow_parent) as pool:
         return pool.submit(read_ahead, runs, jobs).result()
 
 
@@ -312,7 +312,8 @@ def read_ahead(runs: list[Run], jobs: int = 1) -> tuple[list[Run], list[dict]]:
         The runs as `train_run` takes them, and a line for every set of rows that was asked for: what the caches hold
         and what filling them has cost, under `teacher_cache`.
     """
-    loaded, lines = [], {}
+    loaded: list[Run] = []
+    lines: dict[tuple, list[tuple[set[str], dict]]] = {}
     for run in runs:
         folder = next((of["teacher_cache_dir"] for _, of in run.phases if of.get("teacher_cache_dir")), None)
         if is_language_model(run.teacher):
@@ -393,13 +394,17 @@ def _trained(runs: list[Run], jobs: int, students: Path | None) -> Iterator[list
 
 def _settle(slots, jobs: int, num_threads: int) -> None:
     """Give a worker cores of its own, and let it end with the process that started it."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _follow_parent()
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         slot = slots.get()
         # A single worker is left to the scheduler: the first cores may be those of another grid.
         if jobs > 1 and jobs * num_threads <= len(cores):
             os.sched_setaffinity(0, cores[slot * num_threads : (slot + 1) * num_threads])
+
+
+def _follow_parent() -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:

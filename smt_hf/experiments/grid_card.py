@@ -37,6 +37,9 @@ def write_grid_card(
     if not isinstance(subject, TextSubject) or line[subject.metric] is None:
         return
     scores = ("bits_per_byte", "nats_per_token", "accuracy", "n", "wall_clock_s", "tokens", "sequential_steps")
+    phases = [phase_settings(one) for one in arguments]
+    if len(phases) == 1:  # which may have ended by its seconds
+        phases[0]["max_steps"] = line["optimizer_steps"]
     config = {"student": model.config.to_dict()["student"], "teacher": None if reading is None else language_model}
     results = {
         "arms": {line["arm"]: {name: line[name] for name in scores}},
@@ -45,7 +48,7 @@ def write_grid_card(
         "metric": subject.metric,
         "data": {**subject.facts(), "tokenizer_hash": tokenizer_hash(subject.tokenizer)},
         "config": config,
-        "phases": [phase_settings(one) for one in arguments],
+        "phases": phases,
         **({"init_embeddings_from_teacher": True} if line.get("init_embeddings_from_teacher") else {}),
         **({"language_model": {"name": language_model, **reading}} if reading is not None else {}),
         **{name: line[name] for name in _FACTS},
