@@ -9,7 +9,7 @@ import torch
 
 from smt_hf.errors import InputError
 
-from .loading import load_model, tokenizer_of
+from .loading import describe, empty_model, load_model, tokenizer_of
 
 
 def unpacked(name: str, gguf_file: str, folder: str | Path) -> str:
@@ -29,12 +29,14 @@ def unpacked(name: str, gguf_file: str, folder: str | Path) -> str:
     target = Path(folder) / f"{path.stem}-{_digest(path)}"
     if target.exists():
         return str(target)
-    model = load_model(name, None, gguf_file, "float32", None, None, with_head=True)
+    # transformers counts what it has loaded from such a file as quantised, and would not save it.
+    model = empty_model(describe(name, None, gguf_file), with_head=True).to(torch.float32)
+    model.load_state_dict(load_model(name, None, gguf_file, "float32", None, None, with_head=True).state_dict())
     tokenizer = tokenizer_of(name, None, gguf_file)
     aside = target.with_name(f"{target.name}.{os.getpid()}.new")
     try:
         aside.mkdir(parents=True)
-        model.to(torch.float32).save_pretrained(aside)
+        model.save_pretrained(aside)
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
         if not target.exists():  # another run may have been faster
