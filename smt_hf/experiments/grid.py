@@ -238,6 +238,8 @@ def subject_of(run: Run, arguments: list[PhaseArguments]) -> Subject:
         # The held-out streams are the same for all arms.
         settings: dict[str, Any] = {"stream_length": run.difficulty, "train_tokens": run.train_tokens}
         settings["tokenizer"] = teacher_tokenizer(run.loaded_teacher or run.teacher)
+        if is_language_model(run.teacher):  # which would have to read those rows besides the others
+            settings["document_start_fraction"] = 0.0
         return TextSubject(arguments, run.seed, run.sources.get("train_file"), **settings)
     if run.task == "pixels":
         return PixelSubject(run.sources.get("mnist_dir"), run.num_heldout)

@@ -104,8 +104,9 @@ def test_what_is_refused(tmp_path, change, words, message):
 def test_the_model_reads_once_and_is_told_with_its_cost(model, tmp_path, text_file, ready, monkeypatch):
     _, (line,) = ready
     cost = line["teacher_cache"]
-    # 40 rows to train on, the first tokens of the text, and those that are held out for the evaluations.
-    assert cost["tokens"] == cost["tokens_read"] >= TOKENS - LENGTH and cost["seconds"] > 0 and cost["load_seconds"] > 0
+    # Rows to train on and rows of 128 that are held out, none of them read twice.
+    assert cost["tokens"] == cost["tokens_read"] and (cost["tokens"] - 15 * 128) % LENGTH == 0
+    assert 15 * 128 < cost["tokens"] <= 15 * 128 + TOKENS - LENGTH and cost["seconds"] > 0 and cost["load_seconds"] > 0
     files = [path for path in (tmp_path / "cache").rglob("*.npy") if path.stem != "filled"]
     assert 0 < sum(path.stat().st_size for path in files) - cost["bytes"] < 128 * len(files) + 1
     assert line["task"] == "text" and line["difficulty"] == 32 and line["teacher"] == {"model_name_or_path": "tiny"}
