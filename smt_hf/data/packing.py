@@ -66,6 +66,21 @@ def token_ids(texts: list[str], tokenizer) -> dict[str, list[list[int]]]:
     return {"input_ids": [ids + [tokenizer.eos_token_id] for ids in encoded]}
 
 
+def first_tokens(documents: Dataset, most: int) -> Dataset:
+    """The first `most` tokens: whole documents, and the beginning of the one in which the number is reached.
+
+    Args:
+        documents: as from `tokenize`.
+    """
+    kept: list[np.ndarray] = []
+    for row in documents.with_format("numpy"):
+        kept.append(row["input_ids"][:most])
+        most -= len(kept[-1])
+        if not most:
+            break
+    return Dataset.from_dict({"input_ids": kept}, features=_TOKENS)
+
+
 def pack(documents: Dataset, context_length: int, document_start_fraction: float = 0.0, seed: int = 0) -> Dataset:
     """Rows of `context_length + 1` tokens, cut from the concatenated documents.
 

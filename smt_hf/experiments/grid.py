@@ -20,7 +20,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,13 @@ from smt_hf.publishing.export import export_student
 from smt_hf.publishing.provenance import run_facts
 from smt_hf.publishing.scores import metric_of
 from smt_hf.training.arguments import PhaseArguments
-from smt_hf.training.cached_teacher import fill_teacher_caches
-from smt_hf.training.composite import SMTForPreTraining
+from smt_hf.training.composite import SMTForPreTraining, SMTPreTrainingConfig
+from smt_hf.training.embeddings import init_embeddings_from_model
 from smt_hf.training.phases import ARGUMENTS, PhaseResult, lay_out, run_phases
 
 from .composition import changed_settings, cost_of, model_config, resolve
+from .grid_card import write_grid_card
+from .grid_teacher import cache_dir_of, is_language_model, name_of, read_for, reading_line, told, unpacked_teacher
 from .run_folder import check_writable, locked
 from .subjects import (
     HELDOUT_SEED,
@@ -54,10 +56,13 @@ from .subjects import (
     TextSubject,
     check_rows,
 )
+from .teacher_language import teacher_tokenizer
 
 # What the data of figures is computed from: rows, tokens of a stream of text, rows of several times the length, rows of
 # documents.
 _FIGURE_ROWS, _STREAM_TOKENS, _LONGER_ROWS, _DOCUMENT_ROWS = 64, 256 + 1, 256, 16
+# Logits of those rows at most, 256 MB: a language model's vocabulary leaves few rows.
+_FIGURE_LOGITS = 2**26
 _CURVE_POINTS = 24
 _QUIET: dict[str, Any] = {"disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no", "report_to": "none"}
 
@@ -81,6 +86,9 @@ class Run:
     num_heldout: int = 4096  # labels of a task, or images, that are scored
     documents: tuple[str, ...] = ()  # what the rows are made of, where they are documents
     sources: dict = field(default_factory=dict)  # files that the subject is read from
+    train_tokens: int | None = None  # of the text, where it is not all of it
+    init_embeddings_from_teacher: bool = False  # begin embeddings and head as those of the teacher's model
+    loaded_teacher: dict | None = None  # `teacher`, where the model has been unpacked to another folder
 
     def key(self) -> tuple:
         """What tells the run from others in a file of lines."""
@@ -93,9 +101,11 @@ class Run:
 
     def digest(self) -> str:
         """A hash of the settings; the same key with another digest is another experiment."""
-        names = ("phases", "student", "teacher", "curriculum", "num_threads", "num_heldout")
-        settings = [getattr(self, name) for name in names]
-        settings += [given for given in (self.sources, self.documents) if given]
+        # Where the cache of a teacher and its model lie changes nothing.
+        phases = [(name, {key: of[key] for key in of if key != "teacher_cache_dir"}) for name, of in self.phases]
+        settings = [phases, self.student, told(self.teacher), self.curriculum, self.num_threads, self.num_heldout]
+        optional = (self.sources, self.documents, self.train_tokens, self.init_embeddings_from_teacher)
+        settings += [given for given in optional if given]
         return f"{zlib.crc32(json.dumps(settings, sort_keys=True, default=str).encode()):08x}"
 
 
@@ -105,18 +115,14 @@ def train_run(run: Run, students: Path | None = None) -> list[dict]:
     Args:
         students: folder in which the student is kept, in a folder of its own.
     """
-    fixed = {"output_dir": "unused", "seed": run.seed, **_QUIET}  # every run gets a folder of its own
-    arguments = [ARGUMENTS[name](**{**fixed, **settings}) for name, settings in run.phases]
-    torch.set_num_threads(run.num_threads)
-    logging.disable_progress_bar()
-    disable_progress_bars()
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")
-    subject = subject_of(run, arguments)
-    resolve(arguments, subject)
-    config = model_config(subject, arguments, run.student, run.teacher)
-    fill_teacher_caches(config.teacher, arguments, subject.rows, subject.eval_rows)
+    arguments, subject, config = _prepared(run, run.num_threads)
+    cost = read_for(config, arguments, subject, run.num_threads)
     set_seed(run.seed)
     model = SMTForPreTraining(config)
+    if run.init_embeddings_from_teacher:
+        where = run.loaded_teacher or run.teacher
+        name, revision, gguf_file = (where.get(key) for key in ("model_name_or_path", "revision", "gguf_file"))
+        init_embeddings_from_model(model.student, str(name), revision, gguf_file)
     facts = run_facts(run.num_threads, arguments[0])
     shared = {
         **{"task": subject.name, "difficulty": subject.difficulty, "chance": subject.chance, "seed": run.seed},
@@ -143,7 +149,8 @@ def train_run(run: Run, students: Path | None = None) -> list[dict]:
                 arm = result.arm if part == "student" else part
                 known = {name: _finite(scores[name]) for name in scores if name != "losses"}
                 lines.append({**shared, "arm": arm, **known, **spent, "phases": naming})
-        given = {"student": run.student, "teacher": run.teacher, "curriculum": list(run.curriculum)}
+        given = {"student": run.student, "teacher": told(run.teacher), "curriculum": list(run.curriculum)}
+        given |= {name: getattr(run, name) for name in ("train_tokens", "init_embeddings_from_teacher")}
         last = lines[-1]
         last |= {"settings_digest": run.digest(), "phases": phases}
         last |= {name: value for name, value in given.items() if value}
@@ -154,8 +161,24 @@ def train_run(run: Run, students: Path | None = None) -> list[dict]:
             last |= data_of_figures(model, subject)
     if students is not None:
         export_student(model.student, subject.tokenizer, students / run.folder())
+        if is_language_model(run.teacher):
+            reading = None if cost is None else reading_line(cost, str(cache_dir_of(arguments)))
+            write_grid_card(students / run.folder(), model, subject, arguments, last, name_of(run.teacher), reading)
     last |= {"is_last": True, "total_seconds": round(time.perf_counter() - started, 1)}
     return lines
+
+
+def _prepared(run: Run, num_threads: int) -> tuple[list[PhaseArguments], Subject, SMTPreTrainingConfig]:
+    """Arguments, data and sizes of a run, in a process with so many threads."""
+    fixed = {"output_dir": "unused", "seed": run.seed, **_QUIET}  # every run gets a folder of its own
+    arguments = [ARGUMENTS[name](**{**fixed, **settings}) for name, settings in run.phases]
+    torch.set_num_threads(num_threads)
+    logging.disable_progress_bar()
+    disable_progress_bars()
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    subject = subject_of(run, arguments)
+    resolve(arguments, subject)
+    return arguments, subject, model_config(subject, arguments, run.student, run.loaded_teacher or run.teacher)
 
 
 def _finite(value):
@@ -191,6 +214,8 @@ def data_of_figures(model: SMTForPreTraining, subject: Subject) -> dict[str, Any
     most = _STREAM_TOKENS if isinstance(subject, TextSubject) else None
     num_rows = _DOCUMENT_ROWS if isinstance(subject, DocumentSubject) else _FIGURE_ROWS  # documents are long
     rows, labels = (part[:num_rows, :most] for part in subject.heldout)
+    fewer = max(_FIGURE_LOGITS // (rows.shape[1] * subject.vocab_size), 2)
+    rows, labels = rows[:fewer], labels[:fewer]
     shown = evaluate_rows(model, rows, labels)
     if isinstance(subject, TextSubject):
         shown["samples"] = [subject.tokenizer.decode(torch.cat(subject.continuation(model.student, 96, 160)))]
@@ -211,7 +236,11 @@ def subject_of(run: Run, arguments: list[PhaseArguments]) -> Subject:
     """The subject of a run."""
     if run.task == "text":
         # The held-out streams are the same for all arms.
-        return TextSubject(arguments, run.seed, run.sources.get("train_file"), stream_length=run.difficulty)
+        settings: dict[str, Any] = {"stream_length": run.difficulty, "train_tokens": run.train_tokens}
+        settings["tokenizer"] = teacher_tokenizer(run.loaded_teacher or run.teacher)
+        if is_language_model(run.teacher):  # which would have to read those rows besides the others
+            settings["document_start_fraction"] = 0.0
+        return TextSubject(arguments, run.seed, run.sources.get("train_file"), **settings)
     if run.task == "pixels":
         return PixelSubject(run.sources.get("mnist_dir"), run.num_heldout)
     assert run.difficulty is not None
@@ -257,12 +286,61 @@ def run_grid(runs: list[Run], output: Path, jobs: int = 1, students: Path | None
         _check_students(runs, waiting, students)
         for documents, levels, haystack in {_rows_of(run) for run in waiting if run.documents}:
             check_rows(documents, levels, haystack)
+        waiting, readings = _with_teachers(waiting, jobs)
+        told_before = {json.dumps(line["teacher_cache"]) for line in done if "teacher_cache" in line}
+        append_lines([line for line in readings if json.dumps(line["teacher_cache"]) not in told_before], output)
         with tqdm(total=len(runs), initial=len(runs) - len(waiting), desc=output.stem, dynamic_ncols=True) as bar:
             for lines in _trained(waiting, jobs, students):
                 append_lines(lines, output)
                 bar.update()
                 tqdm.write("; ".join(_short(line) for line in lines))
                 yield lines
+
+
+def _with_teachers(runs: list[Run], jobs: int) -> tuple[list[Run], list[dict]]:
+    """The runs with their language models unpacked, and what it has cost to let these fill the caches: one line for
+    every kind of rows. A process of its own does both, with all the threads that the grid may use."""
+    if not any(is_language_model(run.teacher) for run in runs):
+        return runs, []
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, context, _follow_parent) as pool:
+        return pool.submit(read_ahead, runs, jobs).result()
+
+
+def read_ahead(runs: list[Run], jobs: int = 1) -> tuple[list[Run], list[dict]]:
+    """Let the language models of runs read what their caches lack, before these runs are trained side by side.
+
+    Returns:
+        The runs as `train_run` takes them, and a line for every set of rows that was asked for: what the caches hold
+        and what filling them has cost, under `teacher_cache`.
+    """
+    loaded: list[Run] = []
+    lines: dict[tuple, list[tuple[set[str], dict]]] = {}
+    for run in runs:
+        folder = next((of["teacher_cache_dir"] for _, of in run.phases if of.get("teacher_cache_dir")), None)
+        if is_language_model(run.teacher):
+            run = replace(run, loaded_teacher=unpacked_teacher(run.teacher, folder))
+        loaded.append(run)
+    # Those that keep next tokens keep states as well.
+    caching = [run for run in loaded if any(of.get("teacher_cache_dir") for _, of in run.phases)]
+    asked: set[str] = set()
+    for run in sorted(caching, key=lambda run: not any(of.get("distillation_weight") for _, of in run.phases)):
+        num_threads = jobs * run.num_threads
+        arguments, subject, config = _prepared(run, num_threads)
+        taught = [one for one in arguments if one.phase != "bptt"]
+        wants = [(one.context_length, sorted(one.objective().likeliest.items())) for one in taught]
+        key = json.dumps([run.teacher, run.sources, run.train_tokens, run.difficulty, sorted(set(map(str, wants)))])
+        if key in asked:
+            continue
+        asked.add(key)
+        cost = read_for(config, arguments, subject, num_threads)
+        assert cost is not None
+        line = {"task": run.task, "difficulty": subject.difficulty, "teacher": told(run.teacher)}
+        reading = reading_line(cost, str(cache_dir_of(arguments)))
+        cells = lines.setdefault((run.task, subject.difficulty), [])
+        if not any(set(cost.folders) <= known for known, _ in cells):  # states alone are a part of what is told
+            cells.append((set(cost.folders), {**line, "teacher_cache": reading}))
+    return loaded, [line for cells in lines.values() for _, line in cells]
 
 
 def _check_students(runs: list[Run], waiting: list[Run], students: Path | None) -> None:
@@ -318,13 +396,17 @@ def _trained(runs: list[Run], jobs: int, students: Path | None) -> Iterator[list
 
 def _settle(slots, jobs: int, num_threads: int) -> None:
     """Give a worker cores of its own, and let it end with the process that started it."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _follow_parent()
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         slot = slots.get()
         # A single worker is left to the scheduler: the first cores may be those of another grid.
         if jobs > 1 and jobs * num_threads <= len(cores):
             os.sched_setaffinity(0, cores[slot * num_threads : (slot + 1) * num_threads])
+
+
+def _follow_parent() -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:

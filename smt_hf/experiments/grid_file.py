@@ -18,11 +18,13 @@ from smt_hf.errors import InputError
 from smt_hf.training.phases import ARGUMENTS
 
 from .grid import Run
+from .grid_teacher import is_language_model
 from .run_arguments import PHASE_NAMES, STUDENT_FIELDS, read_phases, typed_teacher
 from .subjects import DOCUMENTS
 
 _GRID_KEYS = {"output", "jobs", "num_threads", "seeds", "num_heldout", "student", "teacher", "tasks", "arms"}
-_TASK_KEYS = {"difficulties", "seconds", "curriculum", "arms", "documents"}
+_GRID_KEYS |= {"init_embeddings_from_teacher"}
+_TASK_KEYS = {"difficulties", "seconds", "curriculum", "arms", "documents", "train_tokens"}
 _ARM_KEYS = {"phases", "student", "teacher", "only", "sweep", "variants", "group"}
 _ONLY_KEYS = ("task", "difficulty", "arm", "seed", "variant")
 _SOURCES = ("train_file", "mnist_dir")  # flags that name files, besides `haystack` of documents
@@ -41,6 +43,16 @@ class GridArguments:
     jobs: int | None = argument(None, "Runs side by side; default: those of the grid.")
     report: bool = argument(False, "Train nothing; write tables and figures of the output next to it.")
     train_file: str | None = argument(None, "Text for the task text; default: the embedded corpus.")
+    teacher_model_name_or_path: str | None = argument(
+        None,
+        "Folder or repository of the language model that is the teacher of the grid, whose tokens text is read in.",
+    )
+    teacher_gguf_file: str | None = argument(None, "Name of a GGUF file in that folder; it needs the extra `gguf`.")
+    teacher_cache_dir: str | None = argument(
+        None,
+        "Folder for what that model says of the rows: it reads them once, before the first run. A GGUF file is "
+        "unpacked there, too.",
+    )
     mnist_dir: str | None = argument(None, "Folder of MNIST's files for the task pixels; default: the 8 x 8 digits.")
     haystack: list[str] | None = argument(
         None,
@@ -82,6 +94,7 @@ def parse_grid(argv: list[str]) -> ParsedGrid:
     only = _read_only(given.only, grid)
     sources = {name: value for name in _SOURCES if (value := getattr(given, name)) is not None}
     of_documents = sources | ({} if given.haystack is None else {"haystack": given.haystack})
+    grid = _with_teacher(grid, given)
     runs = [
         run
         for task, settings in grid["tasks"].items()
@@ -99,6 +112,22 @@ def parse_grid(argv: list[str]) -> ParsedGrid:
     return ParsedGrid(runs, output, jobs, given.report, None if given.students is None else Path(given.students))
 
 
+def _with_teacher(grid: dict, given: GridArguments) -> dict:
+    """The grid with the teacher's model of the command line.
+
+    Raises:
+        InputError: what is asked for needs a language model, and none is named.
+    """
+    flags = {"model_name_or_path": given.teacher_model_name_or_path, "gguf_file": given.teacher_gguf_file}
+    teacher = {**(grid.get("teacher") or {}), **{name: value for name, value in flags.items() if value is not None}}
+    asks = {"teacher_gguf_file": given.teacher_gguf_file, "teacher_cache_dir": given.teacher_cache_dir}
+    asks["init_embeddings_from_teacher"] = grid.get("init_embeddings_from_teacher")
+    asked = next((name for name, value in asks.items() if value), None)
+    if asked and not is_language_model(teacher):
+        raise InputError(f"`{asked}` needs a language model: name it by `--teacher_model_name_or_path`.")
+    return {**grid, "teacher": teacher, "teacher_cache_dir": given.teacher_cache_dir}
+
+
 def _check_grid(grid: dict, path: str) -> None:
     """Refuse keys and names that belong to nothing in the grid: they would have no effect."""
     check_keys(grid, _GRID_KEYS, f"key of {path}")
@@ -111,11 +140,14 @@ def _check_grid(grid: dict, path: str) -> None:
         if whole_number(name, grid.get(name, 1)) < 1:
             raise InputError(f"`{name}` of {path} must be at least 1, got {grid[name]}.")
     _check_numbers(grid.get("seeds", [0]), f"`seeds` of {path}")
+    if not isinstance(grid.get("init_embeddings_from_teacher", False), bool):
+        raise InputError(f"`init_embeddings_from_teacher` of {path} must be true or false.")
     for arm, spec in grid["arms"].items():
         _check_arm(str(arm), spec, set(map(str, grid["tasks"])))
     for task, settings in grid["tasks"].items():
         check_keys(settings or {}, _TASK_KEYS, f"key of task {task}")
         _check_documents(str(task), settings or {})
+        _check_train_tokens(str(task), settings or {})
         for name in ("difficulties", "curriculum"):
             _check_numbers((settings or {}).get(name) or [0], f"`{name}` of task {task}")
         seconds = (settings or {}).get("seconds", 1)
@@ -141,6 +173,15 @@ def _check_documents(task: str, settings: dict) -> None:
         raise InputError(
             f"`documents` of task {task} must be a list of {', '.join(DOCUMENTS)}, under a name that no other task "
             f"has; got {names!r}."
+        )
+
+
+def _check_train_tokens(task: str, settings: dict) -> None:
+    if "train_tokens" not in settings:
+        return
+    if task != "text" or whole_number("train_tokens", settings["train_tokens"]) < 1:
+        raise InputError(
+            f"`train_tokens` is a number of tokens of the task text, above 0; task {task} has no use for it."
         )
 
 
@@ -215,9 +256,11 @@ def _runs_of_task(grid: dict, task: str, settings: dict, only: dict, sources: di
                 difficulty=difficulty,
                 arm=str(arm),
                 seed=int(seed),
-                phases=_phases_of_arm(spec, of_task, changes, _seconds(settings, difficulty)),
+                phases=_cached(
+                    _phases_of_arm(spec, of_task, changes, _seconds(settings, difficulty)), grid["teacher_cache_dir"]
+                ),
                 student=typed(STUDENT_FIELDS, student),
-                teacher=typed_teacher(grid.get("teacher", {}), spec.get("teacher", {}), changes.get("teacher", {})),
+                teacher=typed_teacher(grid["teacher"], spec.get("teacher", {}), changes.get("teacher", {})),
                 curriculum=tuple(settings.get("curriculum", ())),
                 group=spec.get("group"),
                 variant=variant,
@@ -225,7 +268,16 @@ def _runs_of_task(grid: dict, task: str, settings: dict, only: dict, sources: di
                 num_heldout=int(grid.get("num_heldout", 4096)),
                 sources=sources,
                 documents=documents,
+                train_tokens=settings.get("train_tokens"),
+                init_embeddings_from_teacher=grid.get("init_embeddings_from_teacher", False),
             )
+
+
+def _cached(phases: tuple[tuple[str, dict], ...], folder: str | None) -> tuple[tuple[str, dict], ...]:
+    """The phases, those with a teacher reading from its cache."""
+    if folder is None:
+        return phases
+    return tuple((name, of if name == "bptt" else {**of, "teacher_cache_dir": folder}) for name, of in phases)
 
 
 def _seconds(settings: dict, difficulty: int | None) -> float | None:

@@ -19,7 +19,7 @@ from smt_hf.errors import InputError
 from .arms import YARDSTICKS, arm_order, by_arm, display_name, is_whole_run, kind_of, natural_order
 from .evidence import cells_with, hardest_cells, split_by
 from .export import write_text
-from .figures import looks_of
+from .figures import looks_of, save_figures
 from .report_figures import draw_figures
 from .scores import (
     MARGIN,
@@ -35,6 +35,7 @@ from .scores import (
     score_of,
 )
 from .tables import markdown_table
+from .teacher_cost_report import CAPTION, FIGURE, split_readings, teacher_cost_figure, teacher_cost_section
 
 _SAME_TIME = 1.1  # seconds of the longer over those of the shorter training
 _NUM_TEXTS = 2  # samples shown per arm
@@ -65,6 +66,7 @@ def render_report(lines: list[dict], name: str, folder: Path) -> list[Path]:
         InputError: no lines; a line of a grid without task, difficulty, arm, seed or metric, or in a group without
             `variant`; a task whose lines have different metrics.
     """
+    lines, readings = split_readings(lines)
     if not lines:
         raise InputError("there are no lines to report: run the grid first.")
     _check(lines)
@@ -75,12 +77,14 @@ def render_report(lines: list[dict], name: str, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.md"
     figures = draw_figures(main, name, folder)
+    figures |= save_figures({FIGURE: (CAPTION, teacher_cost_figure(lines, readings))}, name, folder)
     pictures = [f"### {caption}\n\n![{caption}]({figure.name})" for figure, caption in figures.items()]
     parts = [
         f"# {name}",
         f"Made by `smt_hf.publishing.report` from {len(lines)} lines: numbers are changed there, not here.",
         f"{num_stages} more lines, of stages that are also arms of their own, are left out." if num_stages else "",
         _results(main),
+        teacher_cost_section(lines, readings),
         _costs(main),
         _sweeps([line for line in lines if line.get("group") is not None]),
         _section("Figures", pictures),

@@ -53,7 +53,7 @@ def _explained(name: str) -> Iterator[None]:
     except ImportError as error:
         message = str(error).strip()
         if "gguf" in message.lower():
-            raise InputError("`teacher_gguf_file` needs the package gguf: `pip install gguf`.") from error
+            raise InputError('`teacher_gguf_file` needs the package gguf: `pip install "smt_hf[gguf]"`.') from error
         raise InputError(f"{name} needs a package that is missing: {message}") from error
     except Exception as error:  # whatever transformers meets in a damaged file
         raise InputError(

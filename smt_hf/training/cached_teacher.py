@@ -2,6 +2,7 @@
 
 import copy
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,20 @@ class TeacherCacheArguments:
         "without the model. Later phases and runs, under any seed, take what is there. For "
         "`teacher_model_name_or_path` without LoRA.",
     )
+
+
+@dataclass(frozen=True)
+class ReadingCost:
+    """What it has cost this process to let a language model read rows for caches."""
+
+    folders: tuple[str, ...]  # names of the caches, whether they had everything before or not
+    rows: int  # in the caches, those that were there before included
+    tokens: int  # of these rows, without the last of each, which is only a target
+    bytes: int  # on the disk
+    rows_read: int  # now
+    tokens_read: int  # now
+    seconds: float  # of reading
+    load_seconds: float  # of making the model
 
 
 class CachedTeacherTrainer(Trainer):
@@ -135,7 +150,9 @@ def opened_caches(
     return caches
 
 
-def fill_teacher_caches(config: PreTrainedConfig, phases: Sequence, rows_for: Callable[[Any], Any], eval_rows) -> None:
+def fill_teacher_caches(
+    config: PreTrainedConfig, phases: Sequence, rows_for: Callable[[Any], Any], eval_rows
+) -> ReadingCost:
     """Let the model of a teacher read what its caches lack, for a run whose teacher is made without the model.
 
     The model is loaded if a row is missing, and let go of afterwards. A collective call.
@@ -151,16 +168,33 @@ def fill_teacher_caches(config: PreTrainedConfig, phases: Sequence, rows_for: Ca
     """
     made: list[SMTPretrainedTeacher] = []
     caching = [arguments for arguments in phases if getattr(arguments, "teacher_cache_dir", None) is not None]
+    load_seconds = 0.0
 
     def teacher() -> Any:
+        nonlocal load_seconds
         if not made:
+            began = time.perf_counter()
             full: Any = copy.deepcopy(config)
             full.holds_model = True
             made.append(make_teacher(full).eval())  # type: ignore[arg-type]
             if full.device_map is None:
                 made[0].to(caching[0].device)
+            load_seconds = time.perf_counter() - began
         return made[0]
 
+    caches: list[TeacherCache] = []
     # Those that keep next tokens keep states as well.
     for arguments in sorted(caching, key=lambda arguments: not arguments.objective().likeliest):
-        opened_caches(arguments, config, [*levels_of(rows_for(arguments)), eval_rows], teacher)
+        caches += opened_caches(arguments, config, [*levels_of(rows_for(arguments)), eval_rows], teacher)
+    parts = {part.folder.name: part for cache in caches for part in cache.parts}
+    whole = {cache.parts[0].folder.name: cache for cache in caches}  # the states, which all caches keep
+    return ReadingCost(
+        folders=tuple(sorted(parts)),
+        rows=sum(len(cache.first) for cache in whole.values()),
+        tokens=sum(len(cache.first) * (cache.length - 1) for cache in whole.values()),
+        bytes=sum(part.num_bytes for part in parts.values()),
+        rows_read=sum(cache.rows_read for cache in caches),
+        tokens_read=sum(cache.rows_read * (cache.length - 1) for cache in caches),
+        seconds=sum(cache.seconds_read for cache in caches),
+        load_seconds=load_seconds,
+    )

@@ -30,15 +30,36 @@ def init_embeddings_from_teacher(student: SMTRecurrentForCausalLM, teacher: PreT
     if not isinstance(teacher, SMTPretrainedTeacher):
         raise InputError("embeddings begin as those of a language model: give the teacher a `model_name_or_path`.")
     config, own = teacher.config, teacher.get_input_embeddings()
-    is_tied = student.get_output_embeddings().weight is student.get_input_embeddings().weight
-    if own is not None and (is_tied or config.base.tie_word_embeddings):
-        embeddings = head = own.weight
+    if own is not None and (_is_tied(student) or config.base.tie_word_embeddings):
+        _begin_tables(student, own.weight, own.weight)
     elif config.model_name_or_path is None:
         raise InputError("the tables of the teacher's model cannot be read: give `model_name_or_path`.")
     else:
-        embeddings, head = load_tables(config.model_name_or_path, config.revision, config.gguf_file)
+        init_embeddings_from_model(student, config.model_name_or_path, config.revision, config.gguf_file)
+
+
+@torch.no_grad()
+def init_embeddings_from_model(
+    student: SMTRecurrentForCausalLM, name: str, revision: str | None = None, gguf_file: str | None = None
+) -> None:
+    """As `init_embeddings_from_teacher`, for a student without a teacher, as one that is trained by BPTT beside others.
+
+    Args:
+        name, revision, gguf_file: the language model, as `load_tables` takes it.
+
+    Raises:
+        InputError: the model cannot be loaded, or has fewer tokens than the student.
+    """
+    _begin_tables(student, *load_tables(name, revision, gguf_file))
+
+
+def _is_tied(student: SMTRecurrentForCausalLM) -> bool:
+    return student.get_output_embeddings().weight is student.get_input_embeddings().weight
+
+
+def _begin_tables(student: SMTRecurrentForCausalLM, embeddings: torch.Tensor, head: torch.Tensor) -> None:
     _begin_as(student.get_input_embeddings().weight, embeddings)
-    if not is_tied:
+    if not _is_tied(student):
         _begin_as(student.get_output_embeddings().weight, head)
 
 

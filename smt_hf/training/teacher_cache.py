@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,7 @@ class TeacherCache:
         # Place i of the files is the i-th smallest digest; row n of the data is at place `places[n]`.
         different, self.first, self.places = np.unique(digests, axis=0, return_index=True, return_inverse=True)
         self.places = self.places.reshape(-1)
+        self.rows_read, self.seconds_read = 0, 0.0  # by `fill`
         shared = [hashlib.sha256(different.tobytes()).hexdigest(), _identity(config), self.length]
         shape = (self.length, len(config.layers) * config.base.hidden_size)
         self.parts = [self._part("states", [*shared, config.layers], {"states": (shape, np.int16)})]
@@ -168,6 +170,7 @@ class TeacherCache:
     def fill(self, teacher: SMTPretrainedTeacher, batch_size: int, missing: np.ndarray, shows: bool = True) -> None:
         """Let the model read the rows at the places `missing`, with a progress bar if `shows`."""
         device = teacher.memory_proj.weight.device
+        began = time.perf_counter()
         bar = tqdm(total=len(missing), desc="caching teacher: rows", disable=not (shows and len(missing)))
         for start in range(0, len(missing), batch_size):
             places = missing[start : start + batch_size]
@@ -185,6 +188,8 @@ class TeacherCache:
                 self.parts[1].put(places, values)
             bar.update(len(places))
         bar.close()
+        self.rows_read += len(missing)
+        self.seconds_read += time.perf_counter() - began
 
     def get(self, numbers: torch.Tensor, device: torch.device | str = "cpu") -> CachedRows:
         """What is known of the rows of examples `(B,)`: example i is row `i % len(rows)`.

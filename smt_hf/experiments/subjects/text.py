@@ -10,7 +10,16 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoTokenizer, TextStreamer, set_seed
 
-from smt_hf.data import StreamedRows, byte_tokenizer, heldout_streams, load_corpus, pack, stream_corpus, tokenize
+from smt_hf.data import (
+    StreamedRows,
+    byte_tokenizer,
+    first_tokens,
+    heldout_streams,
+    load_corpus,
+    pack,
+    stream_corpus,
+    tokenize,
+)
 from smt_hf.data.sources import Files
 from smt_hf.errors import InputError
 from smt_hf.evaluation import NGramModel, Scores
@@ -42,6 +51,7 @@ class TextSubject(Subject):
         stream_length: tokens per held-out stream; default: 2,048. Shorter where the held-out text is, with a warning.
         streaming: read the documents while training; rows then start anew with every document.
         buffer_size: documents that the next one of a stream is drawn from.
+        train_tokens: of the training text, the first so many; default: all. The held-out text stays the same.
         tokenizer: what makes tokens of text, where `tokenizer_name` names nothing; default: one token per byte.
         train_file, validation_file, source: as `smt_hf.data.load_corpus`.
 
@@ -64,6 +74,7 @@ class TextSubject(Subject):
         streaming: bool = False,
         buffer_size: int = 1000,
         tokenizer: Any = None,
+        train_tokens: int | None = None,
         **source: Any,
     ):
         self.streaming, self.buffer_size, self.seed = streaming, buffer_size, seed
@@ -79,6 +90,7 @@ class TextSubject(Subject):
         self.num_train_tokens: int | None = None  # of a stream, nobody knows
         if not streaming:
             train = tokenize(self.corpus.train, self.tokenizer)
+            train = train if train_tokens is None else first_tokens(train, train_tokens)
             self.num_train_tokens = int(sum(len(row) for row in train.with_format("numpy")["input_ids"]))
             lengths = {arguments.context_length for arguments in phases}
             self._rows = {length: pack(train, length, document_start_fraction, seed) for length in lengths}
@@ -150,19 +162,24 @@ class TextSubject(Subject):
     def described_scores(self, scores: Scores) -> dict[str, Any]:
         losses = [round(float(loss), 5) for loss in scores.nats[1:] / scores.counts[1:]]
         bits = scores.bits_per(self.num_bytes)
-        return {"bits_per_byte": bits, "accuracy": scores.accuracy, "losses": losses, "n": scores.n}
+        per_token = {"bits_per_byte": bits, "nats_per_token": scores.loss, "accuracy": scores.accuracy}
+        return {**per_token, "losses": losses, "n": scores.n}
 
     @torch.inference_mode()
-    def continuation(self, student, prompt_tokens: int, new_tokens: int, shows=False) -> tuple[torch.Tensor, ...]:
+    def continuation(
+        self, student, prompt_tokens: int, new_tokens: int, shows: bool = False, place: int | None = None
+    ) -> tuple[torch.Tensor, ...]:
         """A held-out prompt and how the student continues it, a sample under seed 0.
 
         Args:
             shows: print the prompt, and its continuation as it comes.
+            place: number of the stream that begins with the prompt; default: one after a third of them.
 
         Returns:
             Tokens of the prompt, at most `(prompt_tokens,)`, and of its continuation, at most `(new_tokens,)`.
         """
-        prompt = torch.from_numpy(self.streams[len(self.streams) // 3, :prompt_tokens])[None].to(student.device)
+        stream = self.streams[len(self.streams) // 3 if place is None else place]
+        prompt = torch.from_numpy(stream[:prompt_tokens])[None].to(student.device)
         if shows:
             print(f"--- held-out prompt ---\n{self.tokenizer.decode(prompt[0])}\n--- continuation ---", flush=True)
         set_seed(0)

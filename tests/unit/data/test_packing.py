@@ -13,6 +13,7 @@ from smt_hf.data import (
     Levels,
     byte_tokenizer,
     collate,
+    first_tokens,
     heldout_streams,
     pack,
     tokenize,
@@ -25,6 +26,19 @@ def documents(*lengths):
         rows.append({"input_ids": list(range(start, start + length))})
         start += length
     return Dataset.from_list(rows)
+
+
+def test_the_first_tokens_of_documents():
+    """Whole documents, and the beginning of the one in which the number is reached."""
+    documents = Dataset.from_dict({"input_ids": [[1, 2, 3], [4], [5, 6, 7]]})
+    expected = {
+        1: [[1]],
+        3: [[1, 2, 3]],
+        4: [[1, 2, 3], [4]],
+        6: [[1, 2, 3], [4], [5, 6]],
+        9: documents["input_ids"][:],
+    }
+    assert {most: first_tokens(documents, most)["input_ids"][:] for most in expected} == expected
 
 
 def test_byte_tokenizer(tmp_path):

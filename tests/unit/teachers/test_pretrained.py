@@ -497,7 +497,7 @@ def test_gguf_file(tmp_path):
     try:
         model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf").eval()
     except ImportError:  # transformers before 5.24
-        with pytest.raises(InputError, match=r"needs the package gguf: `pip install gguf`"):
+        with pytest.raises(InputError, match=r'needs the package gguf: `pip install "smt_hf\[gguf\]"`'):
             make(str(tmp_path), gguf_file="tiny.gguf")
         return
     teacher, tokens = make(str(tmp_path), gguf_file="tiny.gguf"), text(1, 5)
@@ -506,6 +506,15 @@ def test_gguf_file(tmp_path):
     torch.testing.assert_close(label, naive_label(teacher, model, tokens[0]), **CLOSE)
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
     with pytest.raises(InputError, match="no causal language model could be loaded"):
+        make(str(tmp_path), gguf_file="tiny.gguf")
+
+
+def test_a_missing_gguf_package_names_its_extra(monkeypatch, tmp_path):
+    def asks(*words, **more):
+        raise ImportError("Please install torch and gguf>=0.10.0 to load a GGUF checkpoint in PyTorch.")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", asks)
+    with pytest.raises(InputError, match=r'needs the package gguf: `pip install "smt_hf\[gguf\]"`'):
         make(str(tmp_path), gguf_file="tiny.gguf")
 
 
