@@ -82,6 +82,32 @@ def test_the_head_of_the_model_is_kept_where_a_phase_is_distilled(folder, text_f
         configured(parse_run(words))
 
 
+TRAINED_HERE = ["--teacher_model_type", "smt_teacher", "--updater_type", "mlp", "--phases", "smt,dmt"]
+
+
+@pytest.mark.parametrize(
+    ("words", "phase"),
+    [
+        (["--smt_distillation_weight", "1", "--teacher_weight", "0"], "smt"),
+        (["--dmt_distillation_weight", "1", "--teacher_weight", "0"], "dmt"),
+        (["--distillation_weight", "1", "--smt_num_supervised_transitions", "2"], "smt"),
+        (["--distillation_weight", "1", "--smt_trainable", "updater,readout"], "smt"),
+        (["--distillation_weight", "1", "--phases", "dmt,smt"], "dmt"),
+        (["--distillation_weight", "1"], None),
+        (["--dmt_distillation_weight", "1", "--teacher_weight", "0.5"], None),
+        (["--teacher_weight", "0"], None),
+    ],
+)
+def test_no_phase_teaches_from_a_head_that_none_has_trained(words, phase, text_file):
+    run = parse_run(["--train_file", str(text_file), "--use_cpu", "--report_to", "none", *TRAINED_HERE, *words])
+    if phase is None:
+        assert configured(run)[1].teacher.model_type == "smt_teacher"
+        return
+    message = rf"`distillation_weight` of the {phase} phase .* head of the teacher smt_teacher .*set `teacher_weight`"
+    with pytest.raises(InputError, match=message):
+        configured(run)
+
+
 def test_bptt_alone_has_no_teacher_and_keeps_its_bytes(folder, text_file):
     run = parsed(folder, text_file, "--phases", "bptt")
     subject, config = configured(run)
