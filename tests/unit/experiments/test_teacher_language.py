@@ -16,7 +16,8 @@ from smt_hf.experiments.run_arguments import parse_run, typed_teacher
 from smt_hf.experiments.teacher_language import check_tokenizer, end_tokens, teacher_tokenizer
 from smt_hf.teachers import teacher_config
 from smt_hf.teachers.loading import vocabulary_size
-from smt_hf.training import SMTPreTrainingConfig
+from smt_hf.training import DMTTrainer, SMTPreTrainingConfig
+from smt_hf.training.teacher_cache import TeacherCache
 
 PRETRAINED = "smt_pretrained_teacher"
 
@@ -196,6 +197,46 @@ def test_deepspeed_takes_no_model_in_half_precision(folder, text_file, tmp_path,
     with pytest.raises(InputError, match="pass `--teacher_model_dtype float32`"):
         pretrain(run)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("folder_exists", [False, True])
+def test_a_wrong_launch_is_refused_before_the_model_reads(folder, text_file, tmp_path, monkeypatch, folder_exists):
+    """The hour that the cache may take comes after everything that can be refused without a forward."""
+
+    def refused(*arguments, **words):
+        raise AssertionError("the model has been loaded, or a row read")
+
+    monkeypatch.setattr(TeacherCache, "fill", refused)
+    monkeypatch.setattr("smt_hf.teachers.pretrained.load_model", refused)
+    words = ["--teacher_cache_dir", str(tmp_path / "cache"), "--hidden_size", "8", "--num_attention_heads", "2"]
+    words += ["--phases", "smt,dmt", "--output_dir", str(tmp_path / "out"), "--max_steps", "2"]
+    if folder_exists:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine.txt").write_text("kept")
+        with pytest.raises(InputError, match="is not empty"):
+            pretrain(parsed(folder, text_file, *words))
+    else:
+        run = parsed(folder, text_file, *words)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(InputError, match="the launch started 2 processes"):
+            pretrain(run)
+        monkeypatch.delenv("WORLD_SIZE")
+        run = parsed(folder, text_file, *words)
+        monkeypatch.setattr(DMTTrainer, "_check", classmethod(_refuses_dmt))  # as a later phase may
+        with pytest.raises(InputError, match="of the second phase"):
+            pretrain(run)
+        assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "cache").exists()
+
+
+def _refuses_dmt(kind, model, arguments):
+    raise InputError("a fault of the second phase")
+
+
+def test_lora_phases_choose_their_parts_themselves(folder, text_file, tmp_path):
+    words = ["--phases", "smt,dmt", "--use_peft", "--dmt_trainable", "updater", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(InputError, match="leave `trainable` of the dmt phase out"):
+        pretrain(parsed(folder, text_file, *words))
 
 
 def test_a_model_without_a_tokenizer(folder, text_file, tmp_path):

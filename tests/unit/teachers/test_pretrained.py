@@ -497,7 +497,7 @@ def test_gguf_file(tmp_path):
     try:
         model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf").eval()
     except ImportError:  # transformers before 5.24
-        with pytest.raises(InputError, match=r"needs the package gguf: `pip install gguf`"):
+        with pytest.raises(InputError, match=r'needs the package gguf: `pip install "smt_hf\[gguf\]"`'):
             make(str(tmp_path), gguf_file="tiny.gguf")
         return
     teacher, tokens = make(str(tmp_path), gguf_file="tiny.gguf"), text(1, 5)
