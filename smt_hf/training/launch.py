@@ -87,8 +87,8 @@ def check_launch(accelerator: Accelerator, wants_deepspeed: bool = False, wants_
     contradictions = getattr(getattr(plugin, "hf_ds_config", None), "mismatches", None)
     if contradictions:
         raise InputError(
-            f"DeepSpeed's configuration has values that mismatch TrainingArguments values ({'; '.join(contradictions)}): "
-            "set them to `auto` there, or make them equal."
+            "DeepSpeed's configuration has values that mismatch TrainingArguments values "
+            f"({'; '.join(contradictions)}): set them to `auto` there, or make them equal."
         )
     zero = {} if plugin is None else plugin.deepspeed_config.get("zero_optimization", {})
     if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):

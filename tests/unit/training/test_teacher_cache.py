@@ -310,7 +310,7 @@ def test_a_precision_has_one_cache_whether_it_is_written_or_not(folder, tmp_path
 
 
 def test_all_files_are_there_before_a_row_is_read(folder, tmp_path, monkeypatch):
-    """A later phase whose data cannot be kept, or a disk that is too small for it, is found before the first forward."""
+    """A later phase whose data cannot be kept, or a disk that is too small, is found before the first forward."""
     words = {"teacher_cache_dir": str(tmp_path / "cache"), "max_steps": 2}
     model = make(folder, holds_model=False)
     phases = [make_trainer(way, tmp_path / way, model, **words).args for way in ("smt", "dmt")]
