@@ -134,6 +134,16 @@ def config_of(folder, vocab_size):
     return teacher_config({"model_name_or_path": folder, "vocab_size": vocab_size})
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "students"), [("num_memory_tokens", 3, "num_memory_tokens"), ("memory_size", 12, "hidden_size")]
+)
+def test_a_memory_of_another_shape_is_refused(folder, field, value, students):
+    student = {"num_memory_tokens": 4, "hidden_size": 8, "num_attention_heads": 2}
+    message = f"the teacher's {field} is {value}, the student's {students} is {student[students]}: make them equal"
+    with pytest.raises(InputError, match=message):
+        SMTPreTrainingConfig(student=student, teacher={"model_name_or_path": folder, field: value})
+
+
 def test_tokens_behind_the_models_own_are_free_up_to_its_embeddings(folder):
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<|added|>"])
