@@ -287,7 +287,7 @@ def test_a_precision_has_one_cache_whether_it_is_written_or_not(folder, tmp_path
     """In the configuration of the model, in the flag, or by a teacher that has loaded the model."""
 
     def names(path, **fields):
-        cache = TeacherCache(tmp_path / "cache", make(path, **fields).config.teacher, some_rows())
+        cache = TeacherCache(tmp_path / "cache", make(str(path), **fields).config.teacher, some_rows())
         return [part.folder.name for part in cache.parts]
 
     half = tmp_path / "half"
@@ -319,7 +319,7 @@ def test_all_files_are_there_before_a_row_is_read(folder, tmp_path, monkeypatch)
         rows = {"smt": some_rows(), "dmt": dmt_rows}
         fill_teacher_caches(model.config.teacher, phases, lambda phase: rows[phase.phase], some_rows(5, seed=9))
 
-    def refused(*arguments):
+    def refused(*arguments, **words):
         raise AssertionError("a row has been read")
 
     monkeypatch.setattr(TeacherCache, "fill", refused)
