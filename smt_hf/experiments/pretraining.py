@@ -311,8 +311,8 @@ def _train(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subject, nu
         print(f"{described_sizes(model)}; {num_threads} threads; pipeline {arm_name(phases)}", flush=True)
     lora = lora_settings(run)
     trained = Trained(model, Counter(wall_clock_s=0, sequential_steps=0, tokens=0))
-    words = {"resume_from_checkpoint": run.resume or None, "lora": {"dmt": lora} if lora else None}
-    stages = run_phases(model, phases, *of_subject, subject.evaluate, **words)
+    adapted = {"dmt": lora} if lora else None
+    stages = run_phases(model, phases, *of_subject, subject.evaluate, run.resume or None, adapted)
     for number, result in enumerate(stages, start=1):
         trained.model = result.model
         trained.spent.update(cost_of(result))

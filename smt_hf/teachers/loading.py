@@ -205,7 +205,7 @@ def _tables_in_files(name: str, revision: str | None) -> tuple[torch.Tensor, tor
     with torch.device("meta"):
         model = empty_model(fields, with_head=True)
     parameters = list(model.named_parameters(remove_duplicate=False))
-    tables = []
+    tables: list[torch.Tensor] = []
     for layer in (model.get_input_embeddings(), model.get_output_embeddings() or model.get_input_embeddings()):
         names = [own for own, parameter in parameters if parameter is layer.weight]
         if tables:  # of a tied table that is there twice, transformers takes each layer's own
