@@ -17,6 +17,7 @@ from smt_hf.teachers import TEACHERS, teacher_config_class, teacher_type
 from smt_hf.training.arguments import BPTTTrainingArguments, PhaseArguments
 from smt_hf.training.composite import SMTForPreTraining, SMTPreTrainingConfig
 from smt_hf.training.launch import LAUNCHED_PRECISION
+from smt_hf.training.objective import trained_parts
 from smt_hf.training.phases import PhaseResult, apply_required
 
 from .subjects import Subject
@@ -50,7 +51,7 @@ def model_config(
         fields.setdefault(name, getattr(subject.tokenizer, name))
     taught = [arguments for arguments in phases if arguments.phase != "bptt"]
     if any(arguments.distillation_weight for arguments in taught):
-        teacher_fields = _predicting(teacher_fields)
+        teacher_fields = _predicting(teacher_fields, taught)
     cached = [arguments for arguments in taught if arguments.teacher_cache_dir is not None]
     if cached:
         if len(cached) < len(taught):
@@ -67,11 +68,14 @@ def model_config(
     return config
 
 
-def _predicting(teacher_fields: dict) -> dict:
+def _predicting(teacher_fields: dict, taught: list[PhaseArguments]) -> dict:
     """The fields of a teacher whose own predictions a student is distilled from.
 
+    Args:
+        taught: the phases that have a teacher.
+
     Raises:
-        InputError: this kind of teacher makes none.
+        InputError: this kind of teacher makes none, or a phase is distilled from a head that none has trained.
     """
     name = teacher_type(teacher_fields)
     if "keeps_head" in names_of(teacher_config_class(name)):
@@ -81,7 +85,21 @@ def _predicting(teacher_fields: dict) -> dict:
             f"the teacher {name} predicts no tokens for `distillation_weight`: leave it out, or name a language model "
             "by `teacher_model_name_or_path`."
         )
+    for number, arguments in enumerate(taught, start=1):
+        if any(_trains_teachers_head(earlier) for earlier in taught[:number]):
+            break
+        if arguments.distillation_weight:
+            raise InputError(
+                f"`distillation_weight` of the {arguments.phase} phase takes the predictions of a head of the teacher "
+                f"{name} that no phase has trained by then: set `teacher_weight` of an smt phase before it, or of its "
+                "own, above 0 (without `num_supervised_transitions`, and with teacher in `trainable` if it is given)."
+            )
     return teacher_fields
+
+
+def _trains_teachers_head(arguments: PhaseArguments) -> bool:
+    chosen = trained_parts(arguments.phase, arguments.trains_updater, arguments.trainable)
+    return "teacher" in chosen and arguments.objective().trains_teachers_head
 
 
 def resolve(phases: list[PhaseArguments], subject: Subject, rival: BPTTTrainingArguments | None = None) -> list[str]:

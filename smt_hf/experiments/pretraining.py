@@ -34,7 +34,7 @@ from smt_hf.training.checkpoints import step_of
 from smt_hf.training.composite import SMTForPreTraining, SMTPreTrainingConfig
 from smt_hf.training.embeddings import init_embeddings_from_teacher
 from smt_hf.training.launch import launched_sharded, launched_with_deepspeed
-from smt_hf.training.phases import arm_name, check_named_checkpoint, lay_out, run_phases
+from smt_hf.training.phases import arm_name, check_named_checkpoint, check_trainers, lay_out, run_phases
 from smt_hf.upload import check_hub_access
 
 from .composition import (
@@ -159,6 +159,10 @@ def check_run(parsed: ParsedRun) -> str | None:
         if "dmt" not in [arguments.phase for arguments in phases[1:]]:
             raise InputError(
                 "`use_peft` is of dmt phases that follow another phase: give `--phases smt,dmt`, or leave it out."
+            )
+        if any(arguments.phase == "dmt" and arguments.trainable is not None for arguments in phases):
+            raise InputError(
+                "`use_peft` trains LoRA layers: leave `trainable` of the dmt phase out, and choose with `lora_parts`."
             )
     check_output_dir(run)
     if run.evidence_file:
@@ -290,7 +294,6 @@ def _train(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subject, nu
         # What is trained anew must not look finished if it is cut off again.
         (Path(run.output_dir) / RESULTS).unlink(missing_ok=True)
         shutil.rmtree(Path(run.output_dir) / "compare_bptt", ignore_errors=True)
-    fill_teacher_caches(config.teacher, phases, subject.rows, subject.eval_rows)
     set_seed(run.seed)
     model = SMTForPreTraining(config)
     under_deepspeed = launched_with_deepspeed() or any(arguments.deepspeed for arguments in phases)
@@ -301,12 +304,16 @@ def _train(parsed: ParsedRun, config: SMTPreTrainingConfig, subject: Subject, nu
         )
     if run.init_embeddings_from_teacher:
         init_embeddings_from_teacher(model.student, model.teacher)
+    of_subject = (subject.rows, subject.eval_rows, subject.tokenizer)
+    if any(getattr(arguments, "teacher_cache_dir", None) for arguments in phases):  # may take hours
+        check_trainers(model, phases, *of_subject)
+        fill_teacher_caches(config.teacher, phases, subject.rows, subject.eval_rows)
     if phases[0].process_index == 0:
         print(f"{described_sizes(model)}; {num_threads} threads; pipeline {arm_name(phases)}", flush=True)
     lora = lora_settings(run)
     trained = Trained(model, Counter(wall_clock_s=0, sequential_steps=0, tokens=0))
-    of_subject = (subject.rows, subject.eval_rows, subject.tokenizer, subject.evaluate)
-    stages = run_phases(model, phases, *of_subject, run.resume or None, {"dmt": lora} if lora else None)
+    adapted = {"dmt": lora} if lora else None
+    stages = run_phases(model, phases, *of_subject, subject.evaluate, run.resume or None, adapted)
     for number, result in enumerate(stages, start=1):
         trained.model = result.model
         trained.spent.update(cost_of(result))

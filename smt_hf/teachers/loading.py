@@ -13,12 +13,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
 from smt_hf.errors import InputError
+
+from .weight_files import SILENTLY, read_tensor, weight_map
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Entries of a configuration that say where it came from, not what it is: a resumed run may have others.
@@ -97,10 +100,9 @@ def config_of(fields: dict[str, Any]) -> PreTrainedConfig:
 
 def tokenizer_of(name: str, revision: str | None = None, gguf_file: str | None = None):
     """The tokenizer that a model comes with, or `None`."""
-    silently = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
     try:
         if gguf_file is None and not any(
-            cached_file(name, file, revision=revision, **silently) for file in _TOKENIZER_FILES
+            cached_file(name, file, revision=revision, **SILENTLY) for file in _TOKENIZER_FILES
         ):
             return None
         return AutoTokenizer.from_pretrained(**_where(name, revision, gguf_file))
@@ -175,9 +177,15 @@ def load_tables(
     """Weights of the model's embeddings and of its head, `(V, E)` each, in the precision of their file; those of the
     embeddings twice if it has no head.
 
+    The two are read from safetensors files alone where they are there; else the whole model is loaded.
+
     Raises:
         InputError: the model cannot be loaded.
     """
+    with _explained(name):
+        found = None if gguf_file else _tables_in_files(name, revision)
+    if found is not None:
+        return found
     with _explained(name), whole_weights():
         model = AutoModelForCausalLM.from_pretrained(**_where(name, revision, gguf_file), dtype="auto")
     embeddings = model.get_input_embeddings()
@@ -185,11 +193,54 @@ def load_tables(
     return embeddings.weight.detach(), head.weight.detach()
 
 
+def _tables_in_files(name: str, revision: str | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """As `load_tables`, or `None` where the files do not hold the two under the names and in the shapes of the model's
+    class, as those of models that transformers converts as it loads them."""
+    fields = describe(name, revision)
+    if fields.get("quantization_config") or fields.get("transformers_weights"):  # the latter are in a file of this name
+        return None
+    held = weight_map(name, revision)
+    if not held:
+        return None
+    with torch.device("meta"):
+        model = empty_model(fields, with_head=True)
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    tables: list[torch.Tensor] = []
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings() or model.get_input_embeddings()):
+        names = [own for own, parameter in parameters if parameter is layer.weight]
+        if tables:  # of a tied table that is there twice, transformers takes each layer's own
+            names.reverse()
+        names += [own.removeprefix(f"{model.base_model_prefix}.") for own in names]  # saved without a head
+        own = next((own for own in names if own in held), None)
+        if own is None:
+            return None
+        table = read_tensor(name, revision, held[own], own)
+        if table.shape != layer.weight.shape or not table.is_floating_point():
+            return None
+        tables.append(table)
+    return tables[0], tables[1]
+
+
 def empty_model(fields: dict[str, Any], with_head: bool) -> PreTrainedModel:
     """The model of a configuration from `describe` with random weights, or none on the meta device."""
     with whole_weights():
         model = AutoModelForCausalLM.from_config(config_of(fields))
     return model if with_head else trunk_of(model)
+
+
+def is_in_shards(model: nn.Module) -> bool:
+    """Whether weights of the model are split between processes (FSDP, ZeRO-3), which every call of it gathers."""
+    return any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in model.parameters())
+
+
+def further_calls(model: nn.Module, number: int) -> int:
+    """Where a process calls the model `number` times, how many more calls another process makes. Weights in shards are
+    gathered from all processes, each of which must therefore make as many. A collective call there, else 0."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized() and is_in_shards(model)):
+        return 0
+    most = torch.tensor(number, device=next(model.parameters()).device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return int(most) - number
 
 
 @contextlib.contextmanager

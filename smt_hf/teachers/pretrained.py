@@ -24,6 +24,7 @@ from .loading import (
     config_of,
     describe,
     empty_model,
+    further_calls,
     load_model,
     start_token_of,
     states_and_logits,
@@ -380,7 +381,9 @@ class SMTPretrainedTeacher(SMTTeacher):
         assert isinstance(self.config.layers, list)
         layers: list[int] = self.config.layers
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
-            for some in rows.split(len(rows) if likeliest is None else size):
+            calls = list(rows.split(len(rows) if likeliest is None else size))
+            calls += further_calls(model, len(calls)) * [rows[:1]]  # for the other processes: they are not looked at
+            for some in calls:
                 states, logits = states_and_logits(model, some)
                 parts.append(torch.cat([states[number].to(device) for number in layers], dim=-1))
                 if likeliest is not None:

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedConfig, Trainer
 
 from smt_hf.command_line import argument
 from smt_hf.data.batching import IndexedExamples, Levels
 from smt_hf.errors import InputError
 from smt_hf.teachers import SMTPretrainedTeacher, make_teacher
+from smt_hf.teachers.loading import is_in_shards
 
 from .teacher_cache import TeacherCache
 
@@ -77,7 +79,19 @@ class CachedTeacherTrainer(Trainer):
             if not isinstance(data, IndexedExamples):
                 raise InputError("`teacher_cache_dir` needs rows that are read again: leave it out with a stream.")
             self._train_caches = [self._opened(rows) for rows in levels_of(data.rows)]
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # now, while the model is whole
+                held_out: Any = self.eval_dataset
+                for rows in held_out.values() if isinstance(held_out, dict) else [held_out]:
+                    if rows is not None:
+                        self._open_for_evaluation(rows)
         return super().train(*args, **kwargs)
+
+    def _open_for_evaluation(self, rows) -> TeacherCache:
+        if isinstance(rows, IterableDataset) or not hasattr(rows, "__len__"):
+            raise InputError("`teacher_cache_dir` needs held-out rows that are read again: not a stream.")
+        if id(rows) not in self._eval_caches:
+            self._eval_caches[id(rows)] = self._opened(rows)
+        return self._eval_caches[id(rows)]
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs):
         """As in transformers, with what is known of the rows."""
@@ -92,12 +106,7 @@ class CachedTeacherTrainer(Trainer):
     def evaluation_loop(self, dataloader, *args, **kwargs):
         """As in transformers, after the rows that the cache lacks have been read."""
         if self.has_cache:
-            rows = getattr(dataloader.dataset, "rows", None)
-            if rows is None:
-                raise InputError("`teacher_cache_dir` needs held-out rows that are read again: not a stream.")
-            if id(rows) not in self._eval_caches:
-                self._eval_caches[id(rows)] = self._opened(rows)
-            self._evaluated_cache = self._eval_caches[id(rows)]
+            self._evaluated_cache = self._open_for_evaluation(getattr(dataloader.dataset, "rows", None))
         return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def first_cached(self, num_rows: int) -> dict[str, Any]:
@@ -123,8 +132,15 @@ def opened_caches(
         teacher: makes one that holds its model, if a row is missing.
 
     Raises:
-        InputError: as [`TeacherCache`]; or rows are missing and the teacher holds no model.
+        InputError: as [`TeacherCache`]; or rows are missing and the teacher holds no model, or one in shards.
     """
+    caches = _created(arguments, config, datasets)
+    _complete(arguments, caches, teacher)
+    return caches
+
+
+def _created(arguments, config: PreTrainedConfig, datasets: Sequence) -> list[TeacherCache]:
+    """Caches of datasets for a phase, whose files are there and as large as they will be. A collective call."""
     state = PartialState()
     objective = arguments.objective()
     caches = [TeacherCache(arguments.teacher_cache_dir, config, rows, objective.likeliest) for rows in datasets]
@@ -134,6 +150,12 @@ def opened_caches(
     state.wait_for_everyone()
     for cache in caches:
         cache.open()
+    return caches
+
+
+def _complete(arguments, caches: list[TeacherCache], teacher: Callable[[], Any]) -> None:
+    """Read what the caches of a phase lack. A collective call."""
+    state = PartialState()
     missing = [cache.missing() for cache in caches]
     state.wait_for_everyone()  # before a process writes: all have seen the same places, and share them out
     if any(map(len, missing)):
@@ -143,11 +165,15 @@ def opened_caches(
                 f"`teacher_cache_dir` {arguments.teacher_cache_dir} lacks rows, and the teacher holds no model to read "
                 "them with: call its `attach_model()` first, or `fill_teacher_caches` before it is made."
             )
+        if is_in_shards(reader.model):
+            raise InputError(
+                f"`teacher_cache_dir` {arguments.teacher_cache_dir} lacks rows, and FSDP or ZeRO-3 has split the model "
+                "that would read them: let them be read by `fill_teacher_caches` before the training."
+            )
         index, local_size = state.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
         for cache, places in zip(caches, missing):
             cache.fill(reader, arguments.per_device_eval_batch_size, places[index::local_size], shows=index == 0)
     state.wait_for_everyone()
-    return caches
 
 
 def fill_teacher_caches(
@@ -155,7 +181,8 @@ def fill_teacher_caches(
 ) -> ReadingCost:
     """Let the model of a teacher read what its caches lack, for a run whose teacher is made without the model.
 
-    The model is loaded if a row is missing, and let go of afterwards. A collective call.
+    The files of all phases are made before the first row is read, so that data which cannot be kept, and a disk that is
+    too small, are found at once. The model is loaded if a row is missing, and let go of afterwards. A collective call.
 
     Args:
         config: of the teacher.
@@ -176,16 +203,19 @@ def fill_teacher_caches(
             began = time.perf_counter()
             full: Any = copy.deepcopy(config)
             full.holds_model = True
-            made.append(make_teacher(full).eval())  # type: ignore[arg-type]
+            with torch.random.fork_rng(devices=[]):  # later draws are the same whether a row was missing or not
+                made.append(make_teacher(full).eval())  # type: ignore[arg-type]
             if full.device_map is None:
                 made[0].to(caching[0].device)
             load_seconds = time.perf_counter() - began
         return made[0]
 
-    caches: list[TeacherCache] = []
     # Those that keep next tokens keep states as well.
-    for arguments in sorted(caching, key=lambda arguments: not arguments.objective().likeliest):
-        caches += opened_caches(arguments, config, [*levels_of(rows_for(arguments)), eval_rows], teacher)
+    caching.sort(key=lambda arguments: not arguments.objective().likeliest)
+    opened = [_created(arguments, config, [*levels_of(rows_for(arguments)), eval_rows]) for arguments in caching]
+    for arguments, of_phase in zip(caching, opened):
+        _complete(arguments, of_phase, teacher)
+    caches = [cache for of_phase in opened for cache in of_phase]
     parts = {part.folder.name: part for cache in caches for part in cache.parts}
     whole = {cache.parts[0].folder.name: cache for cache in caches}  # the states, which all caches keep
     return ReadingCost(

@@ -205,8 +205,7 @@ class SMTForPreTraining(PreTrainedModel):
         if objective.weight("distillation"):
             assert self.teacher is not None
             check_distribution(self.teacher)
-        predicts = objective.weight("teacher") and not objective.num_supervised_transitions
-        if self.teacher is not None and self.teacher.has_next_token_head and not predicts:
+        if self.teacher is not None and self.teacher.has_next_token_head and not objective.trains_teachers_head:
             self.teacher.get_output_embeddings().requires_grad_(False)
         if not any("readout" in term.trains and objective.weight(term.name) for term in terms_of(phase)):
             for name, parameter in self.student.named_parameters():

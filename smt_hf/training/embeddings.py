@@ -21,17 +21,22 @@ def init_embeddings_from_teacher(student: SMTRecurrentForCausalLM, teacher: PreT
     coordinates stay as they are. A head that is tied to the embeddings, the student's or the model's, has the
     embeddings' projection. Rows of the model behind the student's last token are not used.
 
-    The model is read from its folder once more if its head is a table of its own, or if the teacher holds no model
-    (`teacher_cache_dir`).
+    Tables that the teacher does not hold are read from the model's files: its head, if that is a table of its own that
+    no phase needs, and both if the teacher holds no model (`teacher_cache_dir`).
 
     Raises:
         InputError: the teacher is no language model, its model has no folder, or it has fewer tokens than the student.
     """
     if not isinstance(teacher, SMTPretrainedTeacher):
         raise InputError("embeddings begin as those of a language model: give the teacher a `model_name_or_path`.")
-    config, own = teacher.config, teacher.get_input_embeddings()
-    if own is not None and (_is_tied(student) or config.base.tie_word_embeddings):
-        _begin_tables(student, own.weight, own.weight)
+    config, model = teacher.config, teacher.model
+    held = [] if model is None else [model.get_input_embeddings()]
+    if held and config.keeps_head:
+        held.append(model.get_output_embeddings())
+    if held and (_is_tied(student) or config.base.tie_word_embeddings):
+        _begin_tables(student, held[0].weight, held[0].weight)
+    elif len(held) == 2 and held[1].weight.is_floating_point():  # bitsandbytes may have packed it
+        _begin_tables(student, held[0].weight, held[1].weight)
     elif config.model_name_or_path is None:
         raise InputError("the tables of the teacher's model cannot be read: give `model_name_or_path`.")
     else:

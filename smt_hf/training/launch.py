@@ -84,6 +84,12 @@ def check_launch(accelerator: Accelerator, wants_deepspeed: bool = False, wants_
             "and DS_ACCELERATOR=cpu, and do not set ACCELERATE_USE_CPU."
         )
     plugin = accelerator.state.deepspeed_plugin if realised == DistributedType.DEEPSPEED else None
+    contradictions = getattr(getattr(plugin, "hf_ds_config", None), "mismatches", None)
+    if contradictions:
+        raise InputError(
+            "DeepSpeed's configuration has values that mismatch TrainingArguments values "
+            f"({'; '.join(contradictions)}): set them to `auto` there, or make them equal."
+        )
     zero = {} if plugin is None else plugin.deepspeed_config.get("zero_optimization", {})
     if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise InputError(

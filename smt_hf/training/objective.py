@@ -226,6 +226,11 @@ class Objective:
             return {}
         return {"top_k": self.distillation_top_k, "temperature": self.distillation_temperature}
 
+    @property
+    def trains_teachers_head(self) -> bool:
+        """Whether a loss reaches the next-token head that a teacher of ours has."""
+        return bool(self.weight("teacher")) and not self.num_supervised_transitions
+
     def forcing_at(self, progress: float) -> float:
         """The share by which labels pull own memories at a share `progress` of the phase: linearly down to 0."""
         if progress >= self.teacher_forcing_ratio:

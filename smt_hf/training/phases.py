@@ -253,6 +253,28 @@ def run_phases(
             )
 
 
+def check_trainers(
+    model: SMTForPreTraining,
+    phases: list[PhaseArguments],
+    rows_for: Callable[[PhaseArguments], Dataset],
+    eval_rows: Dataset,
+    processing_class=None,
+) -> None:
+    """Make the Trainer of every phase and let go of it again: what a phase refuses is then refused before any work.
+
+    Args:
+        others: as in [`run_phases`].
+
+    Raises:
+        InputError: the model, the data or the launch do not fit a phase.
+    """
+    for arguments in phases:
+        words = {"train_dataset": rows_for(arguments), "eval_dataset": eval_rows, "processing_class": processing_class}
+        trainer = TRAINERS[arguments.phase](model=model, args=arguments, **words)
+        if trainer._is_sharded:
+            AcceleratorState._reset_state()  # accelerate refuses a second engine beside the first
+
+
 def _of_main(function: Callable[[Any], Any], path: Any) -> Any:
     """What the function returns on the main process, on all: what decides about a collective call is the same."""
     result = [function(path) if PartialState().is_main_process else None]

@@ -17,17 +17,19 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from smt_hf.data.batching import collate, rows_at
 from smt_hf.errors import InputError
 from smt_hf.teachers import NextTokens, SMTPretrainedTeacher, SMTPretrainedTeacherConfig
+from smt_hf.teachers.loading import describe
+from smt_hf.teachers.weight_files import commit_of, dtype_of_weights
 
 from .teacher_labels import CachedRows
 
 _READ = ("input_ids", "attention_mask", "document_ids")  # what the teacher reads of a row
 _AT_A_TIME = 1024  # rows that are hashed at a time
-_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+_WEIGHTS = ("*.safetensors", "*.bin")  # the first kind that is there is loaded
 
 
 class RowArrays:
@@ -256,29 +258,51 @@ def _digests(rows) -> tuple[np.ndarray, int]:
 
 
 def _identity(config: SMTPretrainedTeacherConfig) -> dict[str, Any]:
-    """What the states of a model follow from besides the rows and the layers."""
-    names = ("base_config", "model_context_length", "start_token", "model_dtype", "load_in_4bit", "load_in_8bit")
+    """What the states of a model follow from besides the rows and the layers: what is loaded from its folder, whatever
+    the teacher's `base_config` says.
+
+    The precision is that of the computation, and the same whether a configuration names it or not. Where neither the
+    configuration nor safetensors files in a folder tell it, it follows from the weights.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    if config.model_name_or_path is None:
+        raise InputError("`teacher_cache_dir` needs a model that has a name: give `teacher_model_name_or_path`.")
     where = (config.model_name_or_path, config.revision, config.gguf_file)
-    return {**{name: getattr(config, name) for name in names}, "weights": _weights_digest(*where)}
+    described = describe(*where)
+    dtype = described.get("dtype") if config.model_dtype == "auto" else config.model_dtype
+    if dtype is None and config.gguf_file is None and Path(config.model_name_or_path).is_dir():
+        dtype = dtype_of_weights(config.model_name_or_path)
+    names = ("model_context_length", "start_token", "load_in_4bit", "load_in_8bit")
+    settings = {name: getattr(config, name) for name in names}
+    return {**settings, "model": _without_dtype(described), "dtype": dtype, "weights": _weights_digest(*where)}
 
 
-def _weights_digest(name: str | None, revision: str | None, gguf_file: str | None) -> list[str]:
+def _without_dtype(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a configuration without the precision, also of the configurations inside."""
+    return {
+        name: _without_dtype(value) if isinstance(value, dict) else value
+        for name, value in fields.items()
+        if name not in ("dtype", "torch_dtype")
+    }
+
+
+def _weights_digest(name: str, revision: str | None, gguf_file: str | None) -> list[str]:
     """Of the files of a folder by what they hold, of a repository by its commit.
 
     Raises:
         InputError: there is nothing of the kind.
     """
-    if name is None:
-        raise InputError("`teacher_cache_dir` needs a model that has a name: give `teacher_model_name_or_path`.")
     if not Path(name).is_dir():
-        commit = getattr(AutoConfig.from_pretrained(name, revision=revision), "_commit_hash", None)
+        commit = commit_of(name, revision, gguf_file)
         if commit is None:
             raise InputError(
                 f"`teacher_cache_dir`: nothing says which version of {name} is meant; download it, and name the folder."
             )
         return [name, commit, str(gguf_file)]
-    paths = sorted(path for kind in _WEIGHTS for path in Path(name).glob(kind))
-    paths = [Path(name) / gguf_file] if gguf_file else paths
+    kinds = [sorted(Path(name).glob(kind)) for kind in _WEIGHTS]
+    paths = [Path(name) / gguf_file] if gguf_file else next((paths for paths in kinds if paths), [])
     if not paths:
         raise InputError(
             f"`teacher_cache_dir`: {name} holds no weights ({', '.join(_WEIGHTS)}) to tell models apart by."

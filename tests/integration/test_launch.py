@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -18,8 +19,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import smt_hf  # noqa: F401 - registers the model
+from smt_hf.data import byte_tokenizer
 from smt_hf.training.checkpoints import newest_checkpoint
 from tests.integration.test_pretrain import SMALL
+from tests.language_models import make_llama
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "recipes" / "accelerate"
@@ -154,6 +157,39 @@ def test_a_pipeline(config, words, one_process, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(out / "student").state_dict()
     for name, value in student.items():
         torch.testing.assert_close(again[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("config", ["ddp", "deepspeed_zero2"])
+def test_a_language_model_is_cached_by_all_processes(config, words, tmp_path):
+    """Both share out the rows, train from one cache without the model, and a second run finds it complete."""
+    if config.startswith("deepspeed"):
+        pytest.importorskip("deepspeed", reason='needs the extra: pip install -e ".[deepspeed]"')
+    make_llama().save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    own = ["--teacher_model_name_or_path", "model", "--teacher_cache_dir", "cache", "--distillation_weight", "1"]
+    own += ["--train_file", words[words.index("--train_file") + 1], "--phases", "smt,dmt", "--max_steps", "2"]
+    own += ["--context_length", "32", "--hidden_size", "16", "--num_attention_heads", "2", "--num_threads", "1"]
+    _, stdout, stderr = launched(config, *own, "--output_dir", "first", cwd=tmp_path)
+    assert stdout.count("teacher cache: ") == 4 and "caching teacher: rows" in stderr
+    files = {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*.npy")}
+    assert all(np.load(path).all() for path in files if path.name == "filled.npy")
+    _, stdout, stderr = launched(config, *own, "--output_dir", "second", "--seed", "1", cwd=tmp_path)
+    assert "teacher cache: " not in stdout and "caching teacher" not in stderr
+    assert {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*.npy")} == files
+    results = json.loads((tmp_path / "second" / "eval_results.json").read_text())
+    assert (results["distributed_type"], results["world_size"]) == (TYPES[config], 2)
+    held = load_file(tmp_path / "second" / "dmt" / "checkpoint-2" / "model.safetensors")
+    assert "teacher.memory_proj.weight" in held and not any(name.startswith("teacher.model.") for name in held)
+
+
+def test_fsdp_on_a_cpu_is_refused_before_the_cache_is_filled(words, tmp_path):
+    make_llama().save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    own = ["--teacher_model_name_or_path", "model", "--teacher_cache_dir", "cache", "--output_dir", "out"]
+    own += ["--train_file", words[words.index("--train_file") + 1], "--hidden_size", "16", "--num_attention_heads", "2"]
+    code, _, stderr = launched("fsdp2", *own, "--phases", "smt,dmt", cwd=tmp_path, check=False)
+    assert code != 0 and "the launch asked for FSDP, but this is MULTI_CPU with 2 process(es)" in stderr
+    assert "caching teacher" not in stderr and not (tmp_path / "cache").exists()
 
 
 def test_fsdp_on_a_cpu_says_so(words, tmp_path):

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -526,6 +527,38 @@ def test_a_language_model_is_read_once_for_all_seeds(tmp_path, text_file):
         assert any({"eval_distillation", "eval_drift_by_age"} <= line.keys() for line in log)
     resumed = run(*words, "--output_dir", "second", "--seed", "1", "--resume_from_checkpoint", cwd=tmp_path)
     assert "is finished already" in resumed.stdout
+
+
+@pytest.mark.processes
+def test_a_killed_cache_goes_on_where_it_stopped(tmp_path):
+    """The second run reads the rows that the first had no time for, and no others."""
+    (tmp_path / "text.txt").write_text("".join(f"line {number} counts {number * 7}\n" for number in range(6000)))
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=300, **sizes)).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    words = ["--teacher_model_name_or_path", "model", "--train_file", "text.txt", "--phases", "smt,dmt"]
+    words += ["--teacher_cache_dir", "cache", "--output_dir", "out", "--num_threads", "1", "--max_steps", "2"]
+    words += ["--context_length", "32", "--hidden_size", "16", "--num_attention_heads", "2"]
+    words += ["--per_device_eval_batch_size", "1"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "recipes" / "pretrain.py"), *words], cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+    def rows_there() -> list[np.ndarray]:
+        return [np.load(path) for path in tmp_path.glob("cache/states-????????????????/filled.npy")]
+
+    while not any(rows.sum() > 20 for rows in rows_there()):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    rows = rows_there()
+    missing = sum(len(own) - int(own.sum()) for own in rows)
+    assert len(rows) == 2 and 0 < missing < sum(map(len, rows)) - 20  # to train on and held-out ones
+    done = run(*words, "--overwrite_output_dir", cwd=tmp_path)
+    read = {int(number) for number in re.findall(r"caching teacher: rows: 100%[^\r\n]*\| \d+/(\d+)", done.stderr)}
+    assert sum(read) == missing and all(own.all() for own in rows_there())
 
 
 def test_recipes_parse():

@@ -16,7 +16,8 @@ from smt_hf.experiments.run_arguments import parse_run, typed_teacher
 from smt_hf.experiments.teacher_language import check_tokenizer, end_tokens, teacher_tokenizer
 from smt_hf.teachers import teacher_config
 from smt_hf.teachers.loading import vocabulary_size
-from smt_hf.training import SMTPreTrainingConfig
+from smt_hf.training import DMTTrainer, SMTPreTrainingConfig
+from smt_hf.training.teacher_cache import TeacherCache
 
 PRETRAINED = "smt_pretrained_teacher"
 
@@ -82,6 +83,32 @@ def test_the_head_of_the_model_is_kept_where_a_phase_is_distilled(folder, text_f
         configured(parse_run(words))
 
 
+TRAINED_HERE = ["--teacher_model_type", "smt_teacher", "--updater_type", "mlp", "--phases", "smt,dmt"]
+
+
+@pytest.mark.parametrize(
+    ("words", "phase"),
+    [
+        (["--smt_distillation_weight", "1", "--teacher_weight", "0"], "smt"),
+        (["--dmt_distillation_weight", "1", "--teacher_weight", "0"], "dmt"),
+        (["--distillation_weight", "1", "--smt_num_supervised_transitions", "2"], "smt"),
+        (["--distillation_weight", "1", "--smt_trainable", "updater,readout"], "smt"),
+        (["--distillation_weight", "1", "--phases", "dmt,smt"], "dmt"),
+        (["--distillation_weight", "1"], None),
+        (["--dmt_distillation_weight", "1", "--teacher_weight", "0.5"], None),
+        (["--teacher_weight", "0"], None),
+    ],
+)
+def test_no_phase_teaches_from_a_head_that_none_has_trained(words, phase, text_file):
+    run = parse_run(["--train_file", str(text_file), "--use_cpu", "--report_to", "none", *TRAINED_HERE, *words])
+    if phase is None:
+        assert configured(run)[1].teacher.model_type == "smt_teacher"
+        return
+    message = rf"`distillation_weight` of the {phase} phase .* head of the teacher smt_teacher .*set `teacher_weight`"
+    with pytest.raises(InputError, match=message):
+        configured(run)
+
+
 def test_bptt_alone_has_no_teacher_and_keeps_its_bytes(folder, text_file):
     run = parsed(folder, text_file, "--phases", "bptt")
     subject, config = configured(run)
@@ -105,6 +132,16 @@ def test_a_tokenizer_with_other_tokens_is_refused(folder, text_file, tmp_path):
 
 def config_of(folder, vocab_size):
     return teacher_config({"model_name_or_path": folder, "vocab_size": vocab_size})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "students"), [("num_memory_tokens", 3, "num_memory_tokens"), ("memory_size", 12, "hidden_size")]
+)
+def test_a_memory_of_another_shape_is_refused(folder, field, value, students):
+    student = {"num_memory_tokens": 4, "hidden_size": 8, "num_attention_heads": 2}
+    message = f"the teacher's {field} is {value}, the student's {students} is {student[students]}: make them equal"
+    with pytest.raises(InputError, match=message):
+        SMTPreTrainingConfig(student=student, teacher={"model_name_or_path": folder, field: value})
 
 
 def test_tokens_behind_the_models_own_are_free_up_to_its_embeddings(folder):
@@ -170,6 +207,46 @@ def test_deepspeed_takes_no_model_in_half_precision(folder, text_file, tmp_path,
     with pytest.raises(InputError, match="pass `--teacher_model_dtype float32`"):
         pretrain(run)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("folder_exists", [False, True])
+def test_a_wrong_launch_is_refused_before_the_model_reads(folder, text_file, tmp_path, monkeypatch, folder_exists):
+    """The hour that the cache may take comes after everything that can be refused without a forward."""
+
+    def refused(*arguments, **words):
+        raise AssertionError("the model has been loaded, or a row read")
+
+    monkeypatch.setattr(TeacherCache, "fill", refused)
+    monkeypatch.setattr("smt_hf.teachers.pretrained.load_model", refused)
+    words = ["--teacher_cache_dir", str(tmp_path / "cache"), "--hidden_size", "8", "--num_attention_heads", "2"]
+    words += ["--phases", "smt,dmt", "--output_dir", str(tmp_path / "out"), "--max_steps", "2"]
+    if folder_exists:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine.txt").write_text("kept")
+        with pytest.raises(InputError, match="is not empty"):
+            pretrain(parsed(folder, text_file, *words))
+    else:
+        run = parsed(folder, text_file, *words)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(InputError, match="the launch started 2 processes"):
+            pretrain(run)
+        monkeypatch.delenv("WORLD_SIZE")
+        run = parsed(folder, text_file, *words)
+        monkeypatch.setattr(DMTTrainer, "_check", classmethod(_refuses_dmt))  # as a later phase may
+        with pytest.raises(InputError, match="of the second phase"):
+            pretrain(run)
+        assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "cache").exists()
+
+
+def _refuses_dmt(kind, model, arguments):
+    raise InputError("a fault of the second phase")
+
+
+def test_lora_phases_choose_their_parts_themselves(folder, text_file, tmp_path):
+    words = ["--phases", "smt,dmt", "--use_peft", "--dmt_trainable", "updater", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(InputError, match="leave `trainable` of the dmt phase out"):
+        pretrain(parsed(folder, text_file, *words))
 
 
 def test_a_model_without_a_tokenizer(folder, text_file, tmp_path):

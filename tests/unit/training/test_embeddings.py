@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from smt_hf import SMTForPreTraining
 from smt_hf.errors import InputError
+from smt_hf.teachers.loading import load_tables
 from smt_hf.training import SMTPreTrainingConfig
 from smt_hf.training.embeddings import init_embeddings_from_teacher, principal_coordinates
 from tests.conftest import make_composite
@@ -75,6 +77,68 @@ def test_a_teacher_without_its_model_gives_the_same(model):
         init_embeddings_from_teacher(made.student, made.teacher)
     for name, weight in with_model.student.state_dict().items():
         assert torch.equal(weight, without.student.state_dict()[name]), name
+
+
+def refuse_to_load(monkeypatch):
+    def refused(*arguments, **words):
+        raise AssertionError("the model has been loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refused)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", ["1KB", "1GB"])
+def test_tables_are_read_without_the_model(model, size, tmp_path, monkeypatch):
+    """From one safetensors file or several, by the names that the model's class has."""
+    model[1].save_pretrained(tmp_path, max_shard_size=size)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (size == "1KB")
+    refuse_to_load(monkeypatch)
+    tables = load_tables(str(tmp_path))
+    assert torch.equal(tables[0], model[1].get_input_embeddings().weight)
+    assert torch.equal(tables[1], model[1].get_output_embeddings().weight)
+
+
+@torch.no_grad()
+def test_tables_of_files_with_other_names(model, tmp_path, monkeypatch):
+    """Of a model that was saved without its head, and of files that hold them under names of nobody's: the whole model
+    is loaded then."""
+    (tmp_path / "trunk").mkdir()
+    state = {name.removeprefix("model."): weight for name, weight in model[1].state_dict().items()}
+    del state["lm_head.weight"]
+    save_file(state, tmp_path / "trunk" / "model.safetensors", metadata={"format": "pt"})
+    model[1].config.save_pretrained(tmp_path / "trunk")
+    (tmp_path / "bin").mkdir()
+    torch.save(model[1].state_dict(), tmp_path / "bin" / "pytorch_model.bin")
+    model[1].config.save_pretrained(tmp_path / "bin")
+    is_tied = model[1].config.tie_word_embeddings
+    loaded, original = [], AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda **words: loaded.append(words) or original(**words)
+    )
+    tables = load_tables(str(tmp_path / "bin"))
+    assert len(loaded) == 1
+    assert torch.equal(tables[0], model[1].get_input_embeddings().weight)
+    assert torch.equal(tables[1], model[1].get_output_embeddings().weight)
+    if is_tied:  # else there is no head in the file
+        assert torch.equal(load_tables(str(tmp_path / "trunk"))[0], tables[0]) and len(loaded) == 1
+
+
+@torch.no_grad()
+def test_a_head_that_the_teacher_holds_is_not_read_again(model, monkeypatch):
+    fields = {"vocab_size": V, "hidden_size": 8, "num_attention_heads": 2}
+    teacher = {"model_name_or_path": str(model[0]), "keeps_head": True}
+    torch.manual_seed(0)
+    holding = SMTForPreTraining(SMTPreTrainingConfig(student=fields, teacher=teacher))
+    other = composite(model[0])
+    init_embeddings_from_teacher(other.student, other.teacher)
+
+    def refused(*arguments):
+        raise AssertionError("tables have been read")
+
+    monkeypatch.setattr("smt_hf.training.embeddings.load_tables", refused)
+    init_embeddings_from_teacher(holding.student, holding.teacher)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(holding.student.state_dict()[name], other.student.state_dict()[name])
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """A language model's states and next tokens on disk: what is kept, who shares it, and training without the model."""
 
+import json
 import shutil
 from collections import namedtuple
 
@@ -280,6 +281,74 @@ def test_another_model_other_data_and_other_settings_have_files_of_their_own(fol
         assert names(**changed)[0] == states and names(**changed)[1] != tokens
     copied = shutil.copytree(folder, tmp_path / "copied")
     assert names(config=make(str(copied)).config.teacher) == [states, tokens]
+
+
+def test_a_precision_has_one_cache_whether_it_is_written_or_not(folder, tmp_path):
+    """In the configuration of the model, in the flag, or by a teacher that has loaded the model."""
+
+    def names(path, **fields):
+        cache = TeacherCache(tmp_path / "cache", make(str(path), **fields).config.teacher, some_rows())
+        return [part.folder.name for part in cache.parts]
+
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(folder).bfloat16().save_pretrained(half, max_shard_size="8KB")
+    assert len(list(half.glob("*.safetensors"))) > 1
+    found = {}
+    for path, dtype, other in ((folder, "float32", "bfloat16"), (half, "bfloat16", "float32")):
+        unsaid = shutil.copytree(path, tmp_path / f"unsaid_{dtype}")
+        config = json.loads((unsaid / "config.json").read_text())
+        assert config.pop("dtype") == dtype
+        (unsaid / "config.json").write_text(json.dumps(config))
+        (found[dtype],) = names(path)
+        same = [names(unsaid), names(unsaid, holds_model=False), names(path, holds_model=False)]
+        same += [names(unsaid, model_dtype=dtype), names(path, model_dtype=dtype)]
+        assert same == [[found[dtype]]] * 5
+        assert names(path, model_dtype=other) != [found[dtype]] and names(unsaid, model_dtype=other) != [found[dtype]]
+    assert found["float32"] != found["bfloat16"]
+    (unsaid / "training_args.bin").write_bytes(b"of no model")  # as a checkpoint has it
+    assert names(unsaid) == [found["bfloat16"]]
+
+
+def test_all_files_are_there_before_a_row_is_read(folder, tmp_path, monkeypatch):
+    """A later phase whose data cannot be kept, or a disk that is too small, is found before the first forward."""
+    words = {"teacher_cache_dir": str(tmp_path / "cache"), "max_steps": 2}
+    model = make(folder, holds_model=False)
+    phases = [make_trainer(way, tmp_path / way, model, **words).args for way in ("smt", "dmt")]
+
+    def fill(dmt_rows):
+        rows = {"smt": some_rows(), "dmt": dmt_rows}
+        fill_teacher_caches(model.config.teacher, phases, lambda phase: rows[phase.phase], some_rows(5, seed=9))
+
+    def refused(*arguments, **words):
+        raise AssertionError("a row has been read")
+
+    monkeypatch.setattr(TeacherCache, "fill", refused)
+    with pytest.raises(InputError, match="some of 3 and of 2 tokens"):
+        fill([{"input_ids": [1, 2, 3]}, {"input_ids": [1, 2]}])
+    usage, room = namedtuple("usage", ["total", "used", "free"]), 10**6
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, room))
+    with pytest.raises(InputError, match="make room"):
+        fill(some_rows(2000, seed=3))
+    with pytest.raises(AssertionError, match="a row has been read"):
+        fill(some_rows(seed=3))
+
+
+def test_random_numbers_do_not_depend_on_what_is_there(folder, tmp_path):
+    words = {"teacher_cache_dir": str(tmp_path / "cache"), "max_steps": 2}
+    model = make(folder, holds_model=False)
+    phases, drawn = [make_trainer("smt", tmp_path / "smt", model, **words).args], []
+    for _ in range(2):
+        torch.manual_seed(3)
+        fill_teacher_caches(model.config.teacher, phases, lambda _: some_rows(), some_rows(5, seed=9))
+        drawn.append(torch.rand(4))
+    assert torch.equal(*drawn)
+
+
+def test_a_model_in_shards_reads_no_rows(folder, tmp_path):
+    trainer = make_trainer("smt", tmp_path, make(folder), teacher_cache_dir=str(tmp_path / "cache"))
+    next(trainer.model.teacher.model.parameters()).ds_id = 3  # as ZeRO-3 marks what it has split
+    with pytest.raises(InputError, match=r"ZeRO-3 has split the model .*`fill_teacher_caches` before the training"):
+        trainer.train()
 
 
 def test_the_levels_of_a_curriculum_have_rows_of_their_own(folder, tmp_path):
