@@ -130,12 +130,9 @@ class Supervision:
         Returns:
             `(B, S)`, 0 where there is no target.
         """
-        memories, targets = {
-            "read": (self.read, self.read_targets),
-            "labels": (self.labels, self.label_targets),
-        }[name]
+        memories, targets = (self.read, self.read_targets) if name == "read" else (self.labels, self.label_targets)
         assert memories is not None and targets is not None
-        is_labelled = targets != -100
+        is_labelled = self._is_labelled(name)
         wanted = [None if other is None else other[is_labelled] for other in (targets, *others)]
         if name not in self._logits:
             chosen = memories.flatten(0, 1) if bool(is_labelled.all()) else memories[is_labelled]
@@ -145,22 +142,25 @@ class Supervision:
             self._logits[name] = student.read_logits(chosen)
         return _spread(compare(self._logits[name], *wanted), is_labelled)
 
+    def _is_labelled(self, name: str) -> torch.Tensor:
+        targets = self.read_targets if name == "read" else self.label_targets
+        return torch.ne(targets, -100)  # type: ignore[arg-type]  # no term asks where there are none
+
     def readout_loss(self, student, name: str) -> torch.Tensor:
         """Next-token loss of the memories `read` or `labels`, nats: `(B,)`. Only those with a target are read out."""
         losses = self._read_out(student, name, partial(F.cross_entropy, reduction="none"))
-        targets = self.read_targets if name == "read" else self.label_targets
-        return masked_mean(losses, targets != -100)
+        return masked_mean(losses, self._is_labelled(name))
 
     def distillation(self, student, temperature: float) -> torch.Tensor:
         """How far the readout is from what the teacher expects next, nats: `(B,)`, where there is a target."""
         assert self.next_tokens is not None
-        name, targets = ("labels", self.label_targets) if self.read is None else ("read", self.read_targets)
+        name = "labels" if self.read is None else "read"
 
         def compare(logits, _, probabilities, tokens):
             return distillation_errors(logits, probabilities, tokens, temperature)
 
         errors = self._read_out(student, name, compare, self.next_tokens.probabilities, self.next_tokens.tokens)
-        return masked_mean(errors, (targets != -100) & self.next_tokens.is_known)
+        return masked_mean(errors, self._is_labelled(name) & self.next_tokens.is_known)
 
     def readout_match(self, student) -> torch.Tensor:
         """How far the readout of the student's memories is from that of the labels there, nats: `(B,)`."""
