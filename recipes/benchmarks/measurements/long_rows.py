@@ -129,10 +129,8 @@ def ratio_of(arguments: LongRowsArguments, phase: str) -> float:
 
 
 def _in_a_process_of_its_own(function, *arguments):
-    """As `in_a_fresh_process`, from a server that has imported everything once: imports cost more than short rows."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+    """As `in_a_fresh_process`, in a copy of this process, which computes nothing: imports cost more than short rows."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("fork")) as pool:
         return pool.submit(function, *arguments).result()
 
 
