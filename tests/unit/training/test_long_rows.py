@@ -93,7 +93,7 @@ def test_gradients_are_those_of_the_plain_pass(kind, updater_type, monkeypatch):
         assert_same(own_terms, terms)
         assert own.keys() == expected.keys()
         assert_same(own, expected)
-        assert held < 0.5 * plain
+        assert held < (0.6 if phase == "smt" else 0.5) * plain  # what the trained teacher holds stays
     model.gradient_checkpointing_disable()
     assert result_of(model, inputs, settings)[2] == plain
 
