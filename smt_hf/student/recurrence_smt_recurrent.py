@@ -84,6 +84,9 @@ class SMTRecurrentStretch(GradientCheckpointingLayer):
         if len(memory) > MOST_RECOMPUTED:
             groups = _split(rows, MOST_RECOMPUTED, dim=0)
             return torch.cat([self.checkpointed(*group, start, updater=updater) for group in groups])
+        if not (memory.requires_grad or embeds.requires_grad):
+            # As with LoRA. A reentrant checkpoint whose inputs have no gradient gives none to the weights.
+            memory = memory.detach().requires_grad_()
         size = max(min(CHECKPOINT_EVERY, MOST_RECOMPUTED // max(len(memory), 1)), 1)
         pieces = []
         for index, own in enumerate(_split(rows[1:], size, dim=1)):
