@@ -91,7 +91,15 @@ class Row:
         if phase == "dmt":
             own = {name: value for name, value in SETTINGS["dmt"].items() if name.startswith(_OF_DMT)}
             own["transition_steps"] = min(arguments.window, length)
-        settings = ARGUMENTS[phase](output_dir="unused", context_length=length, use_cpu=True, report_to="none", **own)
+        settings = ARGUMENTS[phase](
+            output_dir="unused",
+            context_length=length,
+            use_cpu=True,
+            report_to="none",
+            gradient_checkpointing=True,
+            **own,
+        )
+        self.kind = settings.gradient_checkpointing_kwargs
         self.objective = settings.objective()
         student = SMTRecurrentConfig(**{**STUDENT, "tie_word_embeddings": False, **arguments.sizes()})
         teacher = None if phase == "bptt" else TEACHER if student.updater_type == STUDENT["updater_type"] else {}
@@ -101,10 +109,10 @@ class Row:
 
     def passes(self, is_checkpointed: bool) -> float:
         """Forward and backward pass; processor seconds."""
-        switch = (
-            self.model.gradient_checkpointing_enable if is_checkpointed else self.model.gradient_checkpointing_disable
-        )
-        switch()
+        if is_checkpointed:
+            self.model.gradient_checkpointing_enable(self.kind)
+        else:
+            self.model.gradient_checkpointing_disable()
         begin = time.process_time()
         self.model(input_ids=self.tokens, objective=self.objective).loss.backward()
         seconds = time.process_time() - begin

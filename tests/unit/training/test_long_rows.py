@@ -79,13 +79,14 @@ def result_of(model, inputs, settings) -> tuple[dict, dict, int]:
 
 @pytest.mark.parametrize("updater_type", UPDATERS)
 @pytest.mark.parametrize("kind", list(SETTINGS))
-def test_gradients_are_those_of_the_plain_pass(kind, updater_type, monkeypatch):
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradients_are_those_of_the_plain_pass(use_reentrant, kind, updater_type, monkeypatch):
     """With one stretch or piece for everything, and with bounds that cut rows, chunks and readouts."""
     phase, settings = SETTINGS[kind]
     settings = objective(phase, context_length=LENGTH, **settings)
     model, inputs = composite(updater_type), long_row_batch()
     terms, expected, plain = result_of(model, inputs, settings)
-    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     for most_recomputed, most_read in ((4096, 4096), (24, 16)):
         monkeypatch.setattr(recurrence, "MOST_RECOMPUTED", most_recomputed)
         monkeypatch.setattr(long_rows, "_MOST_READ", most_read)
@@ -220,16 +221,36 @@ def test_a_plain_trainer(tmp_path):
     assert_same(runs[1], runs[0])
 
 
+def test_reentrant_where_no_input_has_a_gradient():
+    """As with LoRA: embeddings and the initial memory are frozen."""
+    settings = objective("bptt", context_length=LENGTH, transition_steps=LENGTH)
+    model, inputs = composite("mlp"), long_row_batch()
+    for name, parameter in model.student.named_parameters():
+        parameter.requires_grad_("embed" not in name and "initial_memory" not in name)
+    expected = result_of(model, inputs, settings)[1]
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    own = result_of(model, inputs, settings)[1]
+    assert own.keys() == expected.keys() and any("updater" in name for name in own)
+    assert_same(own, expected)
+
+
 def test_refusals():
     asked = SimpleNamespace(
-        phase="dmt", gradient_checkpointing=True, gradient_checkpointing_kwargs=None, ddp_find_unused_parameters=None
+        phase="dmt",
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs=None,
+        ddp_find_unused_parameters=None,
+        world_size=1,
     )
     with pytest.raises(InputError, match="FSDP"):
         check_checkpointing(asked, is_sharded=True)
     check_checkpointing(asked, is_sharded=False)
-    assert asked.ddp_find_unused_parameters
-    asked.gradient_checkpointing_kwargs = {"use_reentrant": True}
+    assert asked.ddp_find_unused_parameters and asked.gradient_checkpointing_kwargs == {"use_reentrant": True}
+    asked.world_size = 2
     with pytest.raises(InputError, match="use_reentrant"):
         check_checkpointing(asked, is_sharded=False)
+    asked.gradient_checkpointing_kwargs = None
+    check_checkpointing(asked, is_sharded=False)
+    assert asked.gradient_checkpointing_kwargs == {"use_reentrant": False}
     asked.gradient_checkpointing = False
     check_checkpointing(asked, is_sharded=True)
