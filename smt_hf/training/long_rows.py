@@ -49,8 +49,8 @@ def in_pieces(
 def check_checkpointing(args: Any, is_sharded: bool) -> None:
     """Refuse what does not go with `gradient_checkpointing`, and choose its kind.
 
-    In one process it is the reentrant one, which keeps no graph of what it computes again: of a small student the graph
-    is larger than the activations (146 of 149 KB per transition at a width of 64). DDP cannot follow that.
+    In one process it is the reentrant one, which keeps no graph of what it computes again: the graph of a small student
+    is larger than its activations. DDP cannot follow that.
 
     Args:
         args: of a phase.
