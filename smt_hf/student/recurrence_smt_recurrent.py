@@ -7,8 +7,11 @@ import torch
 import torch.nn.functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-# Tokens between two memories that gradient checkpointing keeps.
+# Tokens between two memories that gradient checkpointing keeps. Not the root of the row's length: the readout needs the
+# memories after all tokens anyway, beside which those of every 32nd token are few.
 CHECKPOINT_EVERY = 32
+# Tokens of all rows or chunks side by side that it computes again at once.
+MOST_RECOMPUTED = 4096
 
 
 def document_starts(document_ids: torch.Tensor) -> torch.Tensor:
@@ -72,12 +75,30 @@ class SMTRecurrentStretch(GradientCheckpointingLayer):
         return unrolled(memory, embeds, attention_mask, starts_document, start, updater=updater)
 
     def checkpointed(self, memory, embeds, attention_mask=None, starts_document=None, start=None, *, updater):
-        """As `unrolled`, in stretches of `CHECKPOINT_EVERY` tokens whose activations are computed again when needed."""
+        """As `unrolled`, in stretches whose activations are computed again when needed.
+
+        A stretch has `CHECKPOINT_EVERY` tokens, or fewer if those of all rows would be more than `MOST_RECOMPUTED`:
+        chunks of a long row are short, but thousands stand side by side.
+        """
+        rows = (memory, embeds, attention_mask, starts_document)
+        if len(memory) > MOST_RECOMPUTED:
+            groups = _split(rows, MOST_RECOMPUTED, dim=0)
+            return torch.cat([self.checkpointed(*group, start, updater=updater) for group in groups])
+        if not (memory.requires_grad or embeds.requires_grad):
+            # As with LoRA. A reentrant checkpoint whose inputs have no gradient gives none to the weights.
+            memory = memory.detach().requires_grad_()
+        size = max(min(CHECKPOINT_EVERY, MOST_RECOMPUTED // max(len(memory), 1)), 1)
         pieces = []
-        for index, begin in enumerate(range(0, embeds.shape[1], CHECKPOINT_EVERY)):
-            part = slice(begin, begin + CHECKPOINT_EVERY)
-            own = [None if tensor is None else tensor[:, part] for tensor in (embeds, attention_mask, starts_document)]
+        for index, own in enumerate(_split(rows[1:], size, dim=1)):
             run = unrolled if index % self.every_n else self
             pieces.append(run(memory, *own, start, updater=updater))
-            memory = pieces[-1][:, -1]
+            memory = pieces[-1][:, -1].clone()  # a view would keep the memories of the whole stretch
         return torch.cat(pieces, dim=1)
+
+
+def _split(tensors: tuple, size: int, dim: int):
+    """Tuples of parts of the tensors, `size` long; a tensor may be `None`. One backward pass joins the gradients of all
+    parts, where slices would each fill a tensor as large as the whole."""
+    parts = [None if tensor is None else tensor.split(size, dim) for tensor in tensors]
+    number = max(len(part) for part in parts if part is not None)
+    return zip(*([None] * number if part is None else part for part in parts))

@@ -32,6 +32,7 @@ from .cached_teacher import TeacherCacheArguments
 from .distillation import DistillationArguments
 from .drift_watch import DriftArguments
 from .launch import applied_launch, launched_sharded, launched_with_deepspeed
+from .long_rows import check_checkpointing
 from .objective import Objective, loss_weights, terms_of, trained_parts
 
 UNBOUNDED = 10_000_000  # steps of a phase that ends by its seconds
@@ -147,10 +148,7 @@ class PhaseArguments(DriftArguments):
             super().__post_init__()
         self._check_batches_and_budget()
         self._check_optimizer()
-        refuse(  # transformers 5.17 has the first name alone
-            self.gradient_checkpointing or getattr(self, "activation_checkpointing", False),
-            "activation checkpointing is not supported: a chunk of `transition_steps` is short already. Leave it out.",
-        )
+        check_checkpointing(self, bool(self.deepspeed or self.fsdp) or launched_sharded())
         refuse(
             self.max_skipped_steps and (self.deepspeed or launched_with_deepspeed()),
             f"`max_skipped_steps` of the {self.phase} phase cannot be used with DeepSpeed, whose engine steps with "

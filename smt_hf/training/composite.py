@@ -127,7 +127,7 @@ class SMTForPreTraining(PreTrainedModel):
     config_class = SMTPreTrainingConfig
     config: SMTPreTrainingConfig
     base_model_prefix = ""
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
     # Explicit, since the Trainer would otherwise guess both from the name and signature of the class: the labels are
     # counted without a shift (m_0 predicts the first token), and the loss is already divided by their number.
     loss_type = None
@@ -150,6 +150,11 @@ class SMTForPreTraining(PreTrainedModel):
         there = {type(module).__name__ for module in self.modules()}
         parts = [part for part in (self.student, self.teacher) if part is not None]
         self._no_split_modules = [name for part in parts for name in part._no_split_modules or () if name in there]
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, every_n_layers=1, **kwargs):
+        """As of the student. In a phase its argument `gradient_checkpointing` decides, whatever was called before."""
+        super().activation_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, **kwargs)
+        self.student.model.stretch.every_n = every_n_layers
 
     def get_input_embeddings(self):
         return self.student.get_input_embeddings()
@@ -396,7 +401,7 @@ class SMTForPreTraining(PreTrainedModel):
             loss=total / (num_items.clamp(min=1) if num_items_in_batch is None else num_items_in_batch),
             term_sums={name: value.detach().clone() for name, value in sums.items()},
             num_items=num_items,
-            memory=detached(supervision.memory),
+            memory=None if supervision.memory is None else supervision.memory.detach().clone(),  # not a view of all
             starts=detached(supervision.starts),
             memory_labels=detached(supervision.reached_labels) if phase == "dmt" else None,
             own_sums=own_sums,

@@ -116,6 +116,13 @@ def predictive_loss(logits: torch.Tensor, future: torch.Tensor) -> torch.Tensor:
     return next_token_loss(logits.flatten(1, 2), future.flatten(1))
 
 
+def label_moments(labels: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Number of the labels that count, their sum and the sum of their squares: see `SMTForPreTrainingOutput`."""
+    flat = (labels.flatten(0, 1) if mask is None else labels[mask]).float()
+    number = flat.new_full((1, labels.shape[-1]), len(flat))
+    return torch.cat([number, flat.sum(0), flat.square().sum(0)])
+
+
 def uniformity_loss(memories: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """`log E exp(-2 |u_a - u_b|^2)` over pairs of normalised memory tokens of one example [Eq. 4], no unit.
 

@@ -26,6 +26,7 @@ from .checkpoints import CheckpointingTrainer
 from .composite import SMTForPreTraining
 from .drift_watch import DriftWatchingTrainer
 from .launch import check_launch
+from .long_rows import LongRowTrainer
 from .optimizer import muon_with_adamw
 from .pacing import VIRTUAL_STEPS_PER_SECOND, Pace, PhaseProgress, TrainingCost, shifted_schedule
 from .pushing import StudentPushingTrainer
@@ -35,7 +36,7 @@ from .stopping import check_finite, leave_out_if_not_finite
 _ROLLOUT_STATE = "rollout_state.safetensors"
 
 
-class PhaseTrainer(DriftWatchingTrainer, StudentPushingTrainer, CheckpointingTrainer):
+class PhaseTrainer(DriftWatchingTrainer, LongRowTrainer, StudentPushingTrainer, CheckpointingTrainer):
     """Trains an [`SMTForPreTraining`] in one phase. Not used by itself: each phase has its own subclass.
 
     Args:

@@ -72,7 +72,7 @@ def truncated_rollout(
             memory = torch.where(reset, student.model.start_memory(), memory)
         own = [None if tensor is None else tensor[:, 1 if begin else 0 :] for tensor in own]
         pieces.append(rollout(student, memory[:, None], *own))
-        memory = pieces[-1][:, -1].detach()
+        memory = pieces[-1][:, -1].detach().clone()  # a view would keep the whole window where it is checkpointed
         following = begin // window + 1
         if forcing and following < labels.shape[1]:
             memory = pulled(memory, labels[:, following], forcing)

@@ -9,6 +9,7 @@ tokens, D width, V vocabulary. "Own memories" are those that the student has rea
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,12 +17,13 @@ import torch.nn.functional as F
 
 from smt_hf.teachers import NextTokens
 
+from .long_rows import in_pieces, is_checkpointed
 from .losses import (
     distillation_errors,
     divergence,
     dynamics_loss,
+    label_moments,
     masked_mean,
-    next_token_loss,
     normalized_errors,
     predictive_loss,
 )
@@ -118,33 +120,47 @@ class Supervision:
     label_moments: torch.Tensor | None = None  # see `SMTForPreTrainingOutput`
     _logits: dict[str, torch.Tensor] = field(default_factory=dict)  # by the name of the memories; terms share them
 
-    def _read_out(self, student, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Logits `(M, V)` of the memories `read` or `labels` that have a target, targets `(B, S)`, and which these are
-        `(B, S)`."""
-        memories, targets = {
-            "read": (self.read, self.read_targets),
-            "labels": (self.labels, self.label_targets),
-        }[name]
+    def _read_out(self, student, name: str, compare, *others) -> torch.Tensor:
+        """A value for each of the memories `read` or `labels` that has a target, from what is read out of it.
+
+        Args:
+            compare: logits `(M, V)`, targets `(M,)` and the others there -> values `(M,)`.
+            others: `(B, S, ...)` each, or `None`.
+
+        Returns:
+            `(B, S)`, 0 where there is no target.
+        """
+        memories, targets = (self.read, self.read_targets) if name == "read" else (self.labels, self.label_targets)
         assert memories is not None and targets is not None
-        is_labelled = targets != -100
+        is_labelled = self._is_labelled(name)
+        wanted = [None if other is None else other[is_labelled] for other in (targets, *others)]
         if name not in self._logits:
             chosen = memories.flatten(0, 1) if bool(is_labelled.all()) else memories[is_labelled]
+            if is_checkpointed(student):  # no logits to share
+                pieces = in_pieces(student, lambda own, *its: compare(student.read_logits(own), *its), chosen, *wanted)
+                return _spread(pieces, is_labelled)
             self._logits[name] = student.read_logits(chosen)
-        return self._logits[name], targets, is_labelled
+        return _spread(compare(self._logits[name], *wanted), is_labelled)
+
+    def _is_labelled(self, name: str) -> torch.Tensor:
+        targets = self.read_targets if name == "read" else self.label_targets
+        return torch.ne(targets, -100)  # type: ignore[arg-type]  # no term asks where there are none
 
     def readout_loss(self, student, name: str) -> torch.Tensor:
         """Next-token loss of the memories `read` or `labels`, nats: `(B,)`. Only those with a target are read out."""
-        logits, targets, is_labelled = self._read_out(student, name)
-        losses = F.cross_entropy(logits, targets[is_labelled], reduction="none")
-        return masked_mean(_spread(losses, is_labelled), is_labelled)
+        losses = self._read_out(student, name, partial(F.cross_entropy, reduction="none"))
+        return masked_mean(losses, self._is_labelled(name))
 
     def distillation(self, student, temperature: float) -> torch.Tensor:
         """How far the readout is from what the teacher expects next, nats: `(B,)`, where there is a target."""
         assert self.next_tokens is not None
-        logits, _, is_labelled = self._read_out(student, "labels" if self.read is None else "read")
-        wanted = self.next_tokens[is_labelled]
-        errors = distillation_errors(logits, wanted.probabilities, wanted.tokens, temperature)
-        return masked_mean(_spread(errors, is_labelled), is_labelled & self.next_tokens.is_known)
+        name = "labels" if self.read is None else "read"
+
+        def compare(logits, _, probabilities, tokens):
+            return distillation_errors(logits, probabilities, tokens, temperature)
+
+        errors = self._read_out(student, name, compare, self.next_tokens.probabilities, self.next_tokens.tokens)
+        return masked_mean(errors, self._is_labelled(name) & self.next_tokens.is_known)
 
     def readout_match(self, student) -> torch.Tensor:
         """How far the readout of the student's memories is from that of the labels there, nats: `(B,)`."""
@@ -152,11 +168,17 @@ class Supervision:
         mask, reached, labels = self.reached_mask, self.reached, self.reached_labels.detach()
         if mask is not None:
             reached, labels = reached[mask], labels[mask]
-        logits = student.read_logits(reached)
-        with torch.no_grad():
-            label_logits = student.read_logits(labels)
-        errors = divergence(logits, label_logits)
-        return masked_mean(errors if mask is None else _spread(errors, mask), self.reached_weights)
+
+        def compare(own, label):
+            logits = student.read_logits(own)
+            with torch.no_grad():
+                label_logits = student.read_logits(label)
+            return divergence(logits, label_logits)
+
+        if mask is None:
+            flat = in_pieces(student, compare, reached.flatten(0, 1), labels.flatten(0, 1))
+            return masked_mean(flat.view(reached.shape[:2]), self.reached_weights)
+        return masked_mean(_spread(in_pieces(student, compare, reached, labels), mask), self.reached_weights)
 
     def future_loss(self, student, decoded: tuple, future_length: int) -> torch.Tensor:
         """Cross-entropy of the tokens after some positions, decoded from the memories there: nats, `(B,)`.
@@ -405,12 +427,17 @@ def rollout_scores(model: "SMTForPreTraining", batch: TransitionBatch, with_teac
     m_0 = model.student.model.start_memory()
     start = m_0.expand(batch.size, 1, -1, -1)
     memories = rollout(model.student, start, *batch.read())[:, : batch.length]
-    logits = model.student.read_logits(torch.cat([start, memories], dim=1))
-    hits = (logits.argmax(-1) == batch.labels).sum(1)
-    terms = {
-        "rollout": next_token_loss(logits, batch.labels),
-        "accuracy": hits / batch.labels.ne(-100).sum(1).clamp(min=1),
-    }
+    is_labelled = batch.labels != -100
+
+    def compare(read, targets):
+        logits = model.student.read_logits(read)
+        losses = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
+        return torch.stack([losses, (logits.argmax(-1) == targets).to(losses)], dim=-1)
+
+    read = torch.cat([start, memories], dim=1).flatten(0, 1)
+    found = in_pieces(model.student, compare, read, batch.labels.flatten())
+    losses, hits = found.view(*batch.labels.shape, 2).unbind(-1)
+    terms = {"rollout": masked_mean(losses, is_labelled), "accuracy": masked_mean(hits, is_labelled)}
     if with_teacher and model.labels_rows(batch):
         positions = torch.arange(1, batch.length + 1, device=memories.device)
         labels = model.memory_labels(batch, positions, trains_teacher=False).memories
@@ -421,10 +448,3 @@ def rollout_scores(model: "SMTForPreTraining", batch: TransitionBatch, with_teac
         spread = dynamics_loss(labels, centre, mask)
         terms["drift"] = dynamics_loss(memories, labels, mask) / spread.clamp(min=1e-6)
     return terms
-
-
-def label_moments(labels: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Number of the labels that count, their sum and the sum of their squares: see `SMTForPreTrainingOutput`."""
-    flat = (labels.flatten(0, 1) if mask is None else labels[mask]).float()
-    number = flat.new_full((1, labels.shape[-1]), len(flat))
-    return torch.cat([number, flat.sum(0), flat.square().sum(0)])

@@ -332,3 +332,24 @@ def test_a_transformer_trained_on_documents(window, run, tmp_path):
     assert language_model.model.config.num_hidden_layers == line["layers"] == 4  # the student has 3
     with pytest.raises(InputError, match="exists"):
         parse(AttentionArguments, [str(word) for word in words], "")
+
+
+@pytest.mark.processes
+def test_long_rows(run, tmp_path):
+    """Cells that are there are not measured again; one that would not fit is calculated."""
+    figure = tmp_path / "rows.png"
+    sizes = ["--num_hidden_layers", 1, "--updater_type", "mlp", "--window", 8, "--ratio_tokens", 16, "--repeats", 1]
+    words = [*sizes, "--min_tokens", 512, "--phases", "dmt", "--memory_limit_gb", 1e-6]
+    first = run("long_rows.py", *words, "--max_tokens", 512)
+    assert [(line["arm"], line["tokens"]) for line in first] == [("dmt, checkpointed", 512), ("dmt", 512)]
+    for line in first:
+        assert line["measured"] and line["peak_growth_bytes"] > 1e3 and line["seconds"] > 0 and line["window"] == 8
+    assert first[0]["seconds_ratio"] > 0 and "seconds_ratio" not in first[1]
+    output = tmp_path / "more.jsonl"
+    output.write_text("".join(json.dumps(line) + "\n" for line in first))
+    more = run("long_rows.py", *words, "--max_tokens", 2048, "--output", output, "--figure", figure)
+    assert more == []  # not in the file that the fixture reads
+    lines = [json.loads(text) for text in output.read_text().splitlines()]
+    assert lines[:2] == first and figure.read_bytes().startswith(b"\x89PNG")
+    assert [(line["tokens"], line["measured"]) for line in lines[2:]] == [(1024, False)] * 2 + [(2048, False)] * 2
+    assert lines[4]["needs_bytes"] == 2 * lines[2]["needs_bytes"] == 4 * first[0]["peak_growth_bytes"]

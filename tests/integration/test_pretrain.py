@@ -427,7 +427,6 @@ BAD = {
     "epochs": (["--num_train_epochs", "2"], "max_steps"),
     "no threads": (["--num_threads", "0"], "num_threads"),
     "no tokenizer": (["--tokenizer_name", "nowhere"], "no tokenizer could be loaded"),
-    "checkpointing": (["--gradient_checkpointing", "true"], "checkpointing"),
     "value missing": (["--train_file"], "needs a value"),
     "scheduler": (["--lr_scheduler_type", "linear", "--lr_scheduler_kwargs", '{"min_lr_rate": 0.1}'], "do not fit"),
     "nothing to resume": (["--resume_from_checkpoint"], "no run to resume"),

@@ -8,6 +8,7 @@ calls, prints and writes.
 from .attention import AttentionArguments, train_transformer
 from .generation import GenerationArguments, measure_generation
 from .long_context import LongContextArguments, measure_long_context
+from .long_rows import LongRowsArguments, measure_long_rows
 from .memory_wall import MemoryWallArguments, measure_memory_wall
 from .results import print_table, write_lines
 from .train_step import TrainStepArguments, measure_train_step
@@ -16,10 +17,12 @@ __all__ = [
     "AttentionArguments",
     "GenerationArguments",
     "LongContextArguments",
+    "LongRowsArguments",
     "MemoryWallArguments",
     "TrainStepArguments",
     "measure_generation",
     "measure_long_context",
+    "measure_long_rows",
     "measure_memory_wall",
     "measure_train_step",
     "print_table",

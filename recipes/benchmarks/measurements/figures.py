@@ -49,6 +49,37 @@ def plot_memory_wall(lines: list[dict], path: Path) -> None:
     save_figure(figure, path)
 
 
+def plot_long_rows(lines: list[dict], path: Path) -> None:
+    """Peak memory of a training pass over the length of its row, both axes logarithmic.
+
+    Open markers are calculated from the row half as long: they are beyond the limit, the dashed line.
+
+    Args:
+        lines: as `measure_long_rows` yields them.
+    """
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    arms = list(dict.fromkeys(line["arm"] for line in lines))
+    for arm in arms:
+        phase, is_checkpointed = arm.split(",")[0], "," in arm
+        colour = f"C{sorted({name.split(',')[0] for name in arms}).index(phase)}"
+        own = sorted((line for line in lines if line["arm"] == arm), key=lambda line: line["tokens"])
+        points = [(line["tokens"], line["peak_growth_bytes"] or line["needs_bytes"], line["measured"]) for line in own]
+        points = [point for point in points if point[1] is not None]
+        axis.plot(*zip(*(point[:2] for point in points)), ls="-" if is_checkpointed else ":", color=colour)
+        for tokens, size, measured in points:
+            axis.plot(tokens, size, "o" if is_checkpointed else "^", color=colour, mfc=colour if measured else "white")
+        axis.plot([], [], "o-" if is_checkpointed else "^:", color=colour, label=arm)
+    limit = lines[0]["memory_limit_gb"]
+    axis.axhline(1e9 * limit, color="0.5", lw=1, ls="--")
+    axis.annotate(f"{limit:g} GB", (0.01, 1e9 * limit), xycoords=("axes fraction", "data"), va="bottom", color="0.4")
+    axis.set(xscale="log", yscale="log", xlabel="transitions of a row", ylabel="bytes", title="peak memory of a pass")
+    axis.set_xscale("log", base=2)
+    axis.grid(alpha=0.2)
+    axis.legend(fontsize=8)
+    save_figure(figure, path)
+
+
 def plot_long_context(lines: list[dict], path: Path) -> None:
     """Bits per byte by position (left) and accuracy over the distance of the needle (right).
 

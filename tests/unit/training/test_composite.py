@@ -973,7 +973,6 @@ def test_windowed_teacher_in_all_phases():
         ("dmt", {"per_device_train_batch_size": 0}, "per_device_train_batch_size"),
         ("dmt", {"dynamics_weight": 0.0, "readout_weight": 0.0}, "has weight 0"),
         ("smt", {"adam_beta1": 1.5}, "adam_beta1"),
-        ("smt", {"gradient_checkpointing": True}, "checkpointing"),
     ],
 )
 def test_arguments_refuse(phase, settings, word):
