@@ -1,5 +1,6 @@
 """The model card: one template, filled from `eval_results.json`."""
 
+import json
 import re
 from pathlib import Path
 
@@ -71,9 +72,18 @@ def student_card(student, results: dict) -> ModelCard:
         is_text=results["task"]["name"] == "text",
         is_documents="documents" in results["data"],
         is_instructions=results["task"]["name"] == "instructions",
+        prompt=_prompt(results),
         config=student.config,
         num_parameters=sum(parameter.numel() for parameter in student.parameters()),
     )
+
+
+def _prompt(results: dict) -> str:
+    """Text that the model can do something with, as it stands between the quotes of Python code."""
+    if "documents" in results["data"] and results.get("samples"):
+        return json.dumps(results["samples"][0]["prompt"], ensure_ascii=False)[1:-1]
+    is_numbers = results["task"]["name"] not in ("text", "instructions") and "documents" not in results["data"]
+    return "1 2 3" if is_numbers else "The beginning of a text"
 
 
 def license_of(checkpoint: str | Path) -> str | None:
