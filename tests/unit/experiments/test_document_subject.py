@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
 from smt_hf import BPTTTrainingArguments, SMTTrainingArguments
 from smt_hf.data import Levels
@@ -207,3 +208,29 @@ def test_the_rival_has_no_rows_beyond_those_scored(book):
 def test_what_cannot_be_made(names, difficulty, settings, message):
     with pytest.raises(InputError, match=message):
         DocumentSubject(names, difficulty, **settings)
+
+
+class Parrot:
+    """A student that goes on with the same letters after every prompt, then ends."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, tokenizer, written):
+        self.ids = torch.tensor([[*tokenizer.encode(written), tokenizer.eos_token_id]])
+
+    def generate(self, prompt, max_new_tokens, **settings):
+        assert self.ids.shape[1] <= max_new_tokens and not settings["do_sample"]
+        return torch.cat([prompt, self.ids], dim=1)
+
+
+def test_answers_for_the_card(book):
+    """Prompts of the shortest held-out documents, without their answers."""
+    subject = DocumentSubject(["qa1"], 384, [128, 256], book, num_heldout=10)
+    answered = subject.answered(Parrot(subject.tokenizer, " pantry"), 3)
+    assert len(answered) == 3
+    rows, _ = subject.heldout_rows(128, 3)
+    for row, sample in zip(rows, answered):
+        assert sample["prompt"].endswith("?") and sample["continuation"] == " pantry"
+        assert sample["answer"].strip() in ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
+        whole = subject.tokenizer.decode(row, skip_special_tokens=True)
+        assert whole == sample["prompt"] + sample["answer"]
