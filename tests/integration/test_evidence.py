@@ -1,6 +1,7 @@
 """Committed evidence: its size, its settings, and one cell of each table trained again."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -20,6 +21,7 @@ from smt_hf.publishing.long_context_scores import scores_of
 from smt_hf.training.phases import ARGUMENTS
 
 ROOT = Path(__file__).parents[2]
+NAMES = ("SMT then DMT", "BPTT")
 EVIDENCE = ROOT / "model_cards" / "evidence"
 # Table -> the cell, and how far a run may lie outside the scores of the table: a second buys more steps on one machine
 # than on another.
@@ -98,47 +100,82 @@ def test_long_contexts(tmp_path):
     readme = (EVIDENCE / "README.md").read_text().split("\n## Long contexts")[1].split("\n## ")[0]
     cells = {(score.name, score.task, score.length): score for score in scores_of(lines)}
     rows = [row.strip("| ").split(" | ") for row in readme.splitlines() if row.startswith(("| `niah", "| `qa"))]
-    assert len(rows) == 23 and len([cell for cell in cells if cell[0] == "BPTT"]) == 16
+    assert len(rows) == 23 and len([cell for cell in cells if cell[0] == "BPTT"]) == 23
     for task, length, *written, verdict, window in rows:
         task = task.strip("`")
-        other = "BPTT, rows up to 1,024" if task.startswith("qa") else "BPTT"
-        ours, rival = (cells[name, task, int(length.replace(",", ""))] for name in ("SMT then DMT", other))
+        ours, rival = (cells[name, task, int(length.replace(",", ""))] for name in ("SMT then DMT", "BPTT"))
         for own, score in zip(written, (ours, rival), strict=True):
             assert own == score.written("value").removesuffix(" (3)") and len(score.lines) == 3
             assert {line["n"] for line in score.lines} == {400}
             without = max(score.values("controls", "needle_removed", "value"))
             assert without < 0.3 if task.startswith("qa") else without == 0  # a room may be guessed
         assert verdict == compared(ours, rival)
-        if other == "BPTT":  # whom the report compares all others with
-            (row,) = [row for row in text.splitlines() if row.startswith(f"| {task} | {length} bytes |")]
-            assert f" {verdict} " in row
+        (row,) = [row for row in text.splitlines() if row.startswith(f"| {task} | {length} bytes |")]
+        assert f" {verdict} " in row
         assert window == f"{ours.mean('controls', 'last_window', 'value'):.3f}"
 
 
 def test_labels_of_stories():
-    """The table of arms on stories, and the seconds to 0.85 of the labels."""
-    section = (EVIDENCE / "README.md").read_text().split("\n**Stories: open.**")[1].split("\n**One student")[0]
+    """The table of arms on stories, the seconds to 0.85 of the labels, steps over long rows, and the tuning of BPTT."""
+    section = (EVIDENCE / "README.md").read_text().split("\n**Stories: SMT reads further.**")[1].split("\n**A card**")[0]
+    words = " ".join(section.split())
     rows = [row.strip("| ").split(" | ") for row in section.splitlines() if re.match(r"\| (SMT|BPTT)", row)]
-    runs = ("smt_dmt", "bptt", "bptt_long_threshold_0.08", "bptt_long_threshold_0.08_rate_0.002")
+    earlier = ["bptt_long_threshold_0.08", "bptt_long_threshold_0.08_rate_0.002"]
+    runs = ["smt_dmt", "bptt", *earlier, "bptt_long", "bptt_long_rate_0.004"]
     assert len(rows) == len(runs)
-    reached = {}
-    for (_, settings, *written), run in zip(rows, runs):
-        lines = lines_of(EVIDENCE / "long_context_students.jsonl", ["task=stories", f"arm={run}"])
+    defaults = json.loads((EVIDENCE / "defaults.json").read_text())
+    of_run = {run: lines_of(EVIDENCE / "long_context_students.jsonl", ["task=stories", f"arm={run}"]) for run in runs}
+    for (_, settings, *written), lines in zip(rows, of_run.values()):
         lines.sort(key=lambda line: line["seed"])
         assert [line["seed"] for line in lines] == [0, 1, 2]
         assert written == [f"{line['accuracy']:.3f}" for line in lines]
-        defaults = json.loads((EVIDENCE / "defaults.json").read_text())
         first = [defaults[line["phases"][0]["phase"]] | line["phases"][0] for line in lines]
         rates = {phase["learning_rate"] for phase in first}
         thresholds = {phase["curriculum_threshold"] for phase in first}
         assert settings == f"{thresholds.pop()}, {rates.pop()}" and not rates and not thresholds
-        curves = [line["curve"] for line in lines]
-        reached[run] = [
-            round(next(at for at, right in zip(curve["seconds"], curve["accuracy"]) if right >= 0.85))
-            for curve in curves
+    reached = {
+        run: [
+            round(next(at for at, right in zip(line["curve"]["seconds"], line["curve"]["accuracy"]) if right >= 0.85))
+            for line in lines
         ]
-    assert reached["smt_dmt"] == [30, 30, 30] and "after 30 s under every seed" in " ".join(section.split())
-    assert "runs after {}, {} and {} s".format(*reached[runs[-1]]) in " ".join(section.split())
+        for run, lines in of_run.items()
+    }
+    assert reached["smt_dmt"] == [30, 30, 30] and "after 30 s under every seed" in words
+    assert "BPTT after {}, {} and {} s".format(*reached["bptt_long"]) in words
+    curves = [line["curve"] for line in of_run["smt_dmt"]]  # a step of the scan counts as one
+    counts = [
+        at(curve, "sequential_steps", 540) - at(curve, "sequential_steps", 300)  # seconds of the second phase
+        for curve in curves
+    ]
+    assert "{}, {} and {} steps".format(*counts) in words
+    curves = [line["curve"] for line in of_run["bptt_long"]]
+    counts = [(curve["sequential_steps"][-1] - at(curve, "sequential_steps", 360)) // 8192 for curve in curves]
+    assert "BPTT makes {}, {} and {} steps".format(*counts) in words
+
+
+def at(curve, name, seconds):
+    """The last value of a curve that was measured up to about so many seconds."""
+    return [value for value, when in zip(curve[name], curve["seconds"]) if when < seconds + 5][-1]
+
+
+def test_search_of_long_rows():
+    """What the README says of BPTT's rates on long rows, against the lines of their students."""
+    readme = " ".join((EVIDENCE / "README.md").read_text().split())
+    lines = read_lines(EVIDENCE / "long_context_search.jsonl")
+    at_the_end = {
+        (line["name"].removeprefix("BPTT, rate of long rows "), line["checkpoint"][-1]): line["value"]
+        for line in lines
+        if (line["task"], line["length"]) == ("qa1", 16384)
+    }
+    seeds = [at_the_end["0.004", seed] for seed in "012"]
+    assert "0.004 the seeds 0 to 2 have {:.3f}, {:.3f} and {:.3f}".format(*seeds) in readme
+    assert f"seed 7 has {at_the_end['0.004, seed 7', '7']:.3f}" in readme
+    assert f"0.008 seed 7 has {at_the_end['0.008, seed 7', '7']:.3f}" in readme
+    assert f"per step, {at_the_end['0.002, 2 rows per step, seed 7', '7']:.3f}" in readme
+    table = [line for line in read_lines(EVIDENCE / "long_context.jsonl") if line["task"] == "qa1"]
+    ends = {name: [line["value"] for line in table if (line["name"], line["length"]) == (name, 16384)] for name in NAMES}
+    assert f"No BPTT has more than {max([*at_the_end.values(), *ends['BPTT']]):.3f}" in readme
+    assert f"no SMT less than {math.floor(min(ends['SMT then DMT']) * 1000 + 0.5) / 1000}" in readme
 
 
 def lines_of(path: Path, words: list[str]) -> list[dict]:
