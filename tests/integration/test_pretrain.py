@@ -568,7 +568,9 @@ def test_recipes_parse():
     table = (ROOT / "recipes" / "README.md").read_text()
     for path in sorted((ROOT / "recipes").glob("*.yaml")):
         if "\narms:" in path.read_text():
-            parsed = parse_grid(["--config", str(path)])
+            has_model = "init_embeddings_from_teacher: true" in path.read_text()
+            model = ["--teacher_model_name_or_path", "folder"] if has_model else []
+            parsed = parse_grid(["--config", str(path), *model])
             assert parsed.runs and parsed.output == Path(f"runs/{path.stem}.jsonl")
         else:
             assert parse_run(["--config", str(path)]).phases
