@@ -106,7 +106,7 @@ def test_the_model_reads_once_and_is_told_with_its_cost(model, tmp_path, text_fi
     cost = line["teacher_cache"]
     # Rows to train on and rows of 128 that are held out, none of them read twice.
     assert cost["tokens"] == cost["tokens_read"] and (cost["tokens"] - 12 * 128) % LENGTH == 0
-    assert 12 * 128 < cost["tokens"] <= 12 * 128 + TOKENS - LENGTH and cost["seconds"] > 0 and cost["load_seconds"] > 0
+    assert 12 * 128 < cost["tokens"] <= 12 * 128 + TOKENS - LENGTH and cost["seconds"] > 0 and cost["load_seconds"] >= 0
     files = [path for path in (tmp_path / "cache").rglob("*.npy") if path.stem != "filled"]
     assert 0 < sum(path.stat().st_size for path in files) - cost["bytes"] < 128 * len(files) + 1
     assert line["task"] == "text" and line["difficulty"] == 32 and line["teacher"] == {"model_name_or_path": "tiny"}
