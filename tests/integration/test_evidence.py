@@ -117,7 +117,9 @@ def test_long_contexts(tmp_path):
 
 def test_labels_of_stories():
     """The table of arms on stories, the seconds to 0.85 of the labels, steps over long rows, and the tuning of BPTT."""
-    section = (EVIDENCE / "README.md").read_text().split("\n**Stories: SMT reads further.**")[1].split("\n**A card**")[0]
+    section = (
+        (EVIDENCE / "README.md").read_text().split("\n**Stories: SMT reads further.**")[1].split("\n**A card**")[0]
+    )
     words = " ".join(section.split())
     rows = [row.strip("| ").split(" | ") for row in section.splitlines() if re.match(r"\| (SMT|BPTT)", row)]
     earlier = ["bptt_long_threshold_0.08", "bptt_long_threshold_0.08_rate_0.002"]
@@ -173,7 +175,9 @@ def test_search_of_long_rows():
     assert f"0.008 seed 7 has {at_the_end['0.008, seed 7', '7']:.3f}" in readme
     assert f"per step, {at_the_end['0.002, 2 rows per step, seed 7', '7']:.3f}" in readme
     table = [line for line in read_lines(EVIDENCE / "long_context.jsonl") if line["task"] == "qa1"]
-    ends = {name: [line["value"] for line in table if (line["name"], line["length"]) == (name, 16384)] for name in NAMES}
+    ends = {
+        name: [line["value"] for line in table if (line["name"], line["length"]) == (name, 16384)] for name in NAMES
+    }
     assert f"No BPTT has more than {max([*at_the_end.values(), *ends['BPTT']]):.3f}" in readme
     assert f"no SMT less than {math.floor(min(ends['SMT then DMT']) * 1000 + 0.5) / 1000}" in readme
 

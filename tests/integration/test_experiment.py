@@ -236,5 +236,5 @@ def test_a_run_on_documents_has_a_card_that_says_so(tmp_path):
     assert "It answers questions about a document" in card and "Its tokens are numbers" not in card
     results = json.loads((tmp_path / "run" / "eval_results.json").read_text())
     assert "What reads the answer alone" in card and len(results["samples"]) == 4
-    assert f"tokenizer({json.dumps(results['samples'][0]['prompt'])}, return_tensors" in card
+    assert f"document = {json.dumps(results['samples'][0]['prompt'])}\n" in card
     assert results["data"]["documents"] == ["niah_single_1"] and 0.2 < results["task"]["chance"] < 0.5
