@@ -316,8 +316,10 @@ def read_ahead(runs: list[Run], jobs: int = 1) -> tuple[list[Run], list[dict]]:
     """
     loaded: list[Run] = []
     lines: dict[tuple, list[tuple[set[str], dict]]] = {}
+    # One for all runs: those by BPTT alone, which cache nothing, begin with the tables of the model as well.
+    folders = (of.get("teacher_cache_dir") for run in runs for _, of in run.phases)
+    folder = next(filter(None, folders), None)
     for run in runs:
-        folder = next((of["teacher_cache_dir"] for _, of in run.phases if of.get("teacher_cache_dir")), None)
         if is_language_model(run.teacher):
             run = replace(run, loaded_teacher=unpacked_teacher(run.teacher, folder))
         loaded.append(run)

@@ -123,7 +123,7 @@ def _with_teacher(grid: dict, given: GridArguments) -> dict:
     asks = {"teacher_gguf_file": given.teacher_gguf_file, "teacher_cache_dir": given.teacher_cache_dir}
     asks["init_embeddings_from_teacher"] = grid.get("init_embeddings_from_teacher")
     asked = next((name for name, value in asks.items() if value), None)
-    if asked and not is_language_model(teacher):
+    if asked and not given.report and not is_language_model(teacher):  # a report reads lines alone
         raise InputError(f"`{asked}` needs a language model: name it by `--teacher_model_name_or_path`.")
     return {**grid, "teacher": teacher, "teacher_cache_dir": given.teacher_cache_dir}
 

@@ -83,7 +83,7 @@ def reading_line(cost: ReadingCost, folder: str) -> dict[str, Any]:
     return {
         **{name: getattr(cost, name) for name in ("rows", "tokens", "bytes")},
         **{
-            name: round(sum(reading[name] * reading["num_threads"] for reading in own), 1)
+            name: round(sum(reading[name] * reading["num_threads"] for reading in own), 4)
             for name in ("seconds", "load_seconds")
         },
         "tokens_read": sum(reading["tokens_read"] for reading in own),

@@ -5,6 +5,7 @@ A rival is a student that was trained by BPTT alone. It is taken at the best poi
 seconds, that the other student has had at its end: one that has begun to learn its text by heart is taken before that.
 """
 
+import itertools
 import math
 from statistics import fmean, median, stdev
 from typing import Any
@@ -35,19 +36,18 @@ def teacher_cost_section(lines: list[dict], readings: list[dict]) -> str:
     """Tables of every cell with a reading; nothing without one."""
     parts = []
     for (task, difficulty), some in split_by(readings, "task", "difficulty").items() if readings else ():
-        cell = _students(lines, task, difficulty)
         parts.append(f"### `{task}` {difficulty}")
         parts += [_said(reading) for reading in some]
-        if cell:
-            seconds = max(reading["teacher_cache"]["seconds"] for reading in some)
-            parts.append(_table(cell, seconds))
+        seconds = max(reading["teacher_cache"]["seconds"] for reading in some)
+        for group, cell in _students(lines, task, difficulty).items():
+            parts += [*([f"**{group}**"] if group else []), _table(cell, seconds)]
     return "\n\n".join(["## Students of a language model", _LEGEND, *parts]) if parts else ""
 
 
 def teacher_cost_figure(lines: list[dict], readings: list[dict]) -> Figure | None:
-    """Curves of the cell with the most lines."""
-    cells = [_students(lines, reading["task"], reading["difficulty"]) for reading in readings]
-    cell = max(cells, key=len, default=[])
+    """Curves of the group of students with the most lines."""
+    cells = [_students(lines, reading["task"], reading["difficulty"]).values() for reading in readings]
+    cell = max(itertools.chain(*cells), key=len, default=[])
     if not cell:
         return None
     figure = Figure(figsize=(9.5, 3.8), layout="constrained")
@@ -68,16 +68,18 @@ def teacher_cost_figure(lines: list[dict], readings: list[dict]) -> Figure | Non
     return figure
 
 
-def _students(lines: list[dict], task: str, difficulty: int) -> list[dict]:
-    """Whole runs of a cell that have curves without a gap."""
-    return [
-        line
+def _students(lines: list[dict], task: str, difficulty: int) -> dict[str, list[dict]]:
+    """Whole runs of a cell that have curves without a gap, by their group: sweeps, whose variants may have the names of
+    others, are no rivals of the arms."""
+    found = [
+        {**line, "group": line.get("group") or ""}
         for line in lines
         if (line["task"], line["difficulty"]) == (task, difficulty)
         and is_whole_run(line)
         and (line.get("curve") or {}).get("loss")
         and None not in line["curve"]["loss"]
     ]
+    return split_by(found, "group") if found else {}
 
 
 def _name(line: dict) -> str:

@@ -39,9 +39,10 @@ def unpacked(name: str, gguf_file: str, folder: str | Path) -> str:
         model.save_pretrained(aside)
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
-        if not target.exists():  # another run may have been faster
-            aside.rename(target)
+        aside.rename(target)
     except OSError as error:
+        if target.exists():  # another run has been faster
+            return str(target)
         raise InputError(f"{path} cannot be unpacked to {folder}: {error.strerror}.") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -76,9 +76,10 @@ class RowArrays:
                     # The whole file now: a full disk would otherwise kill a process that writes to the mapping.
                     if hasattr(os, "posix_fallocate"):
                         os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-            if not self.folder.exists():  # another run may have been faster
-                aside.rename(self.folder)
+            aside.rename(self.folder)
         except OSError as error:
+            if self.folder.exists():  # another run has been faster
+                return
             raise InputError(
                 f"`teacher_cache_dir` {self.folder.parent} cannot be written: {error.strerror}."
             ) from error

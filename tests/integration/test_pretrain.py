@@ -571,6 +571,7 @@ def test_recipes_parse():
             has_model = "init_embeddings_from_teacher: true" in path.read_text()
             model = ["--teacher_model_name_or_path", "folder"] if has_model else []
             parsed = parse_grid(["--config", str(path), *model])
+            assert parse_grid(["--config", str(path), "--report"]).report  # which needs no model
             assert parsed.runs and parsed.output == Path(f"runs/{path.stem}.jsonl")
         else:
             assert parse_run(["--config", str(path)]).phases
